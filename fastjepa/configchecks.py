@@ -1,0 +1,80 @@
+"""Checks that need more than one setting. Each gives (keys involved, one sentence)."""
+
+from collections.abc import Iterator
+
+from fastjepa.config import Settings
+
+Mistake = tuple[tuple[str, ...], str]
+
+
+def cross_checks(s: Settings) -> Iterator[Mistake]:
+    """Every contradiction between settings that are valid one by one."""
+    yield from _clips(s)
+    yield from _batches(s)
+    yield from _schedule(s)
+    yield from _ranges(s)
+
+
+def _clips(s: Settings) -> Iterator[Mistake]:
+    d = s.data
+    if d.frames < d.tubelet:
+        yield (
+            ("data.frames", "data.tubelet"),
+            f"data.frames: expected at least one tubelet of {d.tubelet} frames, given {d.frames}",
+        )
+    elif d.frames % d.tubelet:
+        yield (
+            ("data.frames", "data.tubelet"),
+            f"data.frames: expected a multiple of data.tubelet {d.tubelet}, given {d.frames}",
+        )
+    if d.crop % d.patch:
+        yield (
+            ("data.crop", "data.patch"),
+            f"data.crop: expected a multiple of data.patch {d.patch}, given {d.crop}",
+        )
+
+
+def _batches(s: Settings) -> Iterator[Mistake]:
+    total, size = s.optim.global_batch, s.data.batch_size
+    if isinstance(size, int) and total % size:
+        yield (
+            ("optim.global_batch", "data.batch_size"),
+            f"optim.global_batch: expected a multiple of data.batch_size {size}, given {total}",
+        )
+    if s.mask.truncation != "none" and total % s.group:
+        yield (
+            ("optim.global_batch", "mask.group"),
+            f"optim.global_batch: expected a multiple of mask.group {s.mask.group}, given {total}",
+        )
+
+
+def _schedule(s: Settings) -> Iterator[Mistake]:
+    o = s.optim
+    if o.warmup_steps > o.steps:
+        yield (
+            ("optim.warmup_steps", "optim.steps"),
+            f"optim.warmup_steps: expected at most optim.steps {o.steps}, given {o.warmup_steps}",
+        )
+    if s.runtime.stop_at is not None and s.runtime.stop_at > o.steps:
+        yield (
+            ("runtime.stop_at", "optim.steps"),
+            f"runtime.stop_at: expected at most optim.steps {o.steps}, given {s.runtime.stop_at}",
+        )
+    for index, beta in enumerate(o.betas):
+        if not 0 <= beta < 1:
+            yield ("optim.betas",), f"optim.betas: expected numbers from 0 to below 1, given {beta} at place {index + 1}"
+
+
+def _ranges(s: Settings) -> Iterator[Mistake]:
+    ranges = [("data.scale", s.data.scale, 1.0), ("data.aspect", s.data.aspect, None)]
+    for number, mask in enumerate(s.mask.sets):
+        where = f"mask.sets.{number}"
+        ranges += [
+            (f"{where}.spatial_scale", mask.spatial_scale, 1.0),
+            (f"{where}.temporal_scale", mask.temporal_scale, 1.0),
+            (f"{where}.aspect_ratio", mask.aspect_ratio, None),
+        ]
+    for key, (low, high), most in ranges:
+        if not 0 < low <= high or (most is not None and high > most):
+            limit = "" if most is None else f" <= {most:g}"
+            yield (key,), f"{key}: expected 0 < low <= high{limit}, given [{low:g}, {high:g}]"

@@ -1,0 +1,259 @@
+"""Reading settings: a YAML file, an optional base, `key=value` overrides; and the sentences for what is wrong.
+
+Every mistake of a file is found in one pass. Nothing here imports torch, so a typing error costs no waiting.
+"""
+
+import difflib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from fastjepa.config import SECTIONS, MaskSet, Section, Settings, fields
+from fastjepa.configchecks import cross_checks
+from fastjepa.expectation import expectation
+
+USAGE = "usage: python -m fastjepa.train SETTINGS.yaml [key=value ...]"
+
+
+class SettingsError(ValueError):
+    """All mistakes of a settings file; `mistakes` holds one sentence each."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Settings:
+    """Settings from a YAML file and `key=value` overrides.
+
+    Errors: SettingsError with every mistake, each naming its place, what was expected, what was given and the nearest
+    valid name.
+    """
+    path = Path(path)
+    values, places = _read_with_base(path)
+    mistakes = []
+    for text in overrides or []:
+        mistake = _override(values, places, text)
+        mistakes += [mistake] if mistake else []
+    settings, found = _validate(values, places, str(path))
+    mistakes += found
+    if mistakes or settings is None:
+        raise SettingsError(mistakes)
+    return settings
+
+
+def dump(settings: Settings) -> str:
+    """YAML text of all settings; `load` reads it back to an equal object."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    text = io.StringIO()
+    yaml.dump(settings.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def help_text() -> str:
+    """Every key with its default and help."""
+    lines = [USAGE, "", "Settings, their defaults and what they do:"]
+    section = ""
+    for key, field in fields():
+        head = key.split(".")[0] if "." in key else ""
+        if head != section:
+            section = head
+            lines += ["", f"{head}: {SECTIONS[head].__doc__}" if head else ""]
+        lines.append(f"  {key} = {_show(field.default)}")
+        lines.append(f"      {field.description}; expects {expectation(field)}")
+        if key == "mask.sets":
+            lines += [f"        {k} = {_show(f.default)}: {f.description}" for k, f in MaskSet.model_fields.items()]
+    return "\n".join(lines)
+
+
+def from_command_line(arguments: list[str]) -> tuple[Settings, str]:
+    """(settings, name of the run) of `python -m fastjepa.train FILE key=value ...`; prints and exits on mistakes."""
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        print(help_text() if arguments else USAGE, file=sys.stdout if arguments else sys.stderr)  # noqa: T201
+        sys.exit(0 if arguments else 2)
+    try:
+        return load(arguments[0], arguments[1:]), Path(arguments[0]).stem
+    except SettingsError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Section):
+        return str({k: v for k, v in value.model_dump(mode="json").items()})
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_show(v) for v in value) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f", nearest valid key: {close[0]}" if close else ""
+
+
+def _parse(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.4)
+        hint = f", nearest: {path.parent / near[0]}" if near else ""
+        raise SettingsError([f"{path}: no such settings file{hint}"])
+    try:
+        content = _parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"{path}: cannot be read: {error}"]) from None
+    except MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        problem = str(error.problem or error).splitlines()[0]
+        raise SettingsError([f"{path}:{line} not valid YAML: {problem}"]) from None
+    except YAMLError as error:
+        raise SettingsError([f"{path}: not valid YAML: {str(error).splitlines()[0]}"]) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError([f"{path}: expected a mapping of settings, given a {type(content).__name__}"])
+    return content
+
+
+def _read_with_base(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(merged values, file that each top-level.key came from)."""
+    own = _read(path)
+    base = own.pop("base", None)
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    sources = [(path, own)]
+    if base is not None:
+        if not isinstance(base, str):
+            raise SettingsError([f"{path}: base: expected the name of a YAML file, given {base!r}"])
+        inherited = _read(path.parent / base)
+        if "base" in inherited:
+            raise SettingsError([f"{path.parent / base}: base: a base file cannot name a base of its own"])
+        sources.insert(0, (path.parent / base, inherited))
+    for source, content in sources:
+        for head, value in content.items():
+            if head in SECTIONS and isinstance(value, dict):
+                if not isinstance(values.get(head), dict):
+                    values[head] = {}
+                values[head].update(value)
+                places.update({f"{head}.{key}": str(source) for key in value})
+            else:
+                values[head] = value
+            places[str(head)] = str(source)
+    return values, places
+
+
+def _override(values: dict[str, Any], places: dict[str, str], text: str) -> str | None:
+    """Put one `key=value` into the values; returns a sentence where it is not one."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        return f"command line: expected key=value, given {text!r}"
+    try:
+        value = _parse(raw) if raw.strip() else ""
+    except YAMLError:
+        return f"command line: {key}: not a valid YAML value: {raw!r}"
+    head, *rest = key.split(".")
+    places[key] = places[".".join([head, *rest[:1]])] = "command line"
+    if not rest:
+        values[head] = value
+        return None
+    branch = values.setdefault(head, {})
+    if len(rest) > 1 and head == "mask" and rest[0] == "sets" and rest[1].isdigit():
+        return _override_mask_set(branch, int(rest[1]), rest[2:], value)
+    if not isinstance(branch, dict):
+        return f"command line: {key}: {head} is not a group of settings in the file"
+    branch[".".join(rest)] = value
+    return None
+
+
+def _override_mask_set(branch: dict[str, Any], number: int, rest: list[str], value: Any) -> str | None:
+    sets = branch.get("sets") or [s.model_dump(mode="json") for s in Settings().mask.sets]
+    branch["sets"] = sets = [dict(s) if isinstance(s, dict) else s for s in sets] if isinstance(sets, list) else sets
+    if not isinstance(sets, list) or number >= len(sets) or len(rest) != 1 or not isinstance(sets[number], dict):
+        return f"command line: mask.sets.{number}: expected mask.sets.0.KEY to mask.sets.{len(sets) - 1}.KEY"
+    sets[number][rest[0]] = value
+    return None
+
+
+def _validate(values: dict[str, Any], places: dict[str, str], file: str) -> tuple[Settings | None, list[str]]:
+    mistakes: list[str] = []
+    broken: set[str] = set()
+    valid: dict[str, Any] = {}
+    keys = [key for key, _ in fields()]
+    for head, content in values.items():
+        where = places.get(str(head), file)
+        if head in SECTIONS:
+            if not isinstance(content, dict):
+                mistakes.append(f"{where}: {head}: expected a group of settings, given {content!r}")
+                continue
+            valid[head], found = _validate_section(head, content, places, where, keys, broken)
+            mistakes += found
+        elif head in Settings.model_fields:
+            if not isinstance(content, str):
+                mistakes.append(f"{where}: {head}: expected text, given {content!r}")
+            else:
+                valid[head] = content
+        else:
+            mistakes.append(f"{where}: unknown key {head}{_nearest(str(head), [*SECTIONS, *keys])}")
+    settings = Settings(**valid)
+    for involved, sentence in cross_checks(settings):
+        # A key that is wrong by itself was replaced by its default for this pass: say nothing about its combinations.
+        if not broken.intersection(involved):
+            place = next((places[key] for key in involved if key in places), file)
+            mistakes.append(f"{place}: {sentence}")
+    return settings, mistakes
+
+
+def _validate_section(
+    head: str, content: dict[str, Any], places: dict[str, str], where: str, keys: list[str], broken: set[str]
+) -> tuple[Section, list[str]]:
+    """The section with its valid values (broken ones at their defaults) and a sentence for each broken one."""
+    kind = SECTIONS[head]
+    mistakes = []
+    try:
+        return kind.model_validate(content), []
+    except ValidationError as error:
+        seen = set()
+        for problem in error.errors():
+            location = problem["loc"]
+            named, field = _locate(kind, location)
+            key = f"{head}.{'.'.join(map(str, named))}"
+            if key in seen:
+                continue
+            seen.add(key)
+            broken.add(f"{head}.{location[0]}")
+            place = places.get(f"{head}.{location[0]}", where)
+            if field is None:
+                valid = keys if len(named) == 1 else [f"{head}.{'.'.join(map(str, named[:-1]))}.{k}" for k in MaskSet.model_fields]
+                mistakes.append(f"{place}: unknown key {key}{_nearest(key, valid)}")
+            else:
+                given = _given(content, named)
+                mistakes.append(f"{place}: {key}: expected {expectation(field)}, given {given}")
+    remaining = {key: value for key, value in content.items() if f"{head}.{key}" not in broken}
+    return kind.model_validate(remaining), mistakes
+
+
+def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], FieldInfo | None]:
+    """(the part of an error's location that names a setting, its field or None where the key is unknown)."""
+    if location[0] not in kind.model_fields:
+        return location[:1], None
+    field = kind.model_fields[str(location[0])]
+    if location[0] == "sets" and len(location) >= 3 and isinstance(location[1], int):
+        inner = MaskSet.model_fields.get(str(location[2]))
+        return location[:3], inner
+    return location[:2] if location[0] == "sets" and len(location) == 2 else location[:1], field
+
+
+def _given(content: Any, named: tuple[int | str, ...]) -> str:
+    for part in named:
+        content = content[part]
+    return "null" if content is None else repr(content)

@@ -1,0 +1,95 @@
+"""Collators: a list of samples to a batch with its mask sets."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import default_collate
+
+from fastjepa.masks.multiblock3d import MultiBlockMaskGenerator, Truncation
+from fastjepa.masks.tokens import TokenSet
+
+Masks = tuple[list[TokenSet], list[TokenSet]]
+
+
+class DefaultCollator:
+    """Batches samples and draws no masks: returns (batch, None, None)."""
+
+    def __call__(self, batch: Sequence[Any]) -> tuple[Any, None, None]:
+        """Samples to (default_collate(samples), None, None)."""
+        return default_collate(list(batch)), None, None
+
+
+class MaskCollator:
+    """Batches samples and draws one (context, target) pair of mask sets for each entry of `cfgs_mask`.
+
+    An entry has the published keys: spatial_scale, temporal_scale, aspect_ratio, num_blocks, and optionally
+    max_temporal_keep and max_keep; an unknown key raises. Draws depend on (seed, step, global slot, set number) only.
+    """
+
+    def __init__(
+        self,
+        cfgs_mask: Sequence[Mapping[str, Any]],
+        crop_size: int | Sequence[int] = (224, 224),
+        num_frames: int = 16,
+        patch_size: int | Sequence[int] = (16, 16),
+        tubelet_size: int = 2,
+        *,
+        seed: int = 0,
+        truncation: Truncation = "group",
+        group: int | None = None,
+    ) -> None:
+        if not cfgs_mask:
+            raise ValueError("at least one mask set is needed, got none")
+        self.generators = [
+            MultiBlockMaskGenerator(
+                crop_size=crop_size,
+                num_frames=num_frames,
+                spatial_patch_size=patch_size,
+                temporal_patch_size=tubelet_size,
+                seed=seed,
+                set_number=number,
+                truncation=truncation,
+                group=group,
+                **_generator_arguments(entry),
+            )
+            for number, entry in enumerate(cfgs_mask)
+        ]
+        self._calls = 0
+        self._clips = 0
+
+    def draw(self, step: int, slots: Sequence[int]) -> Masks:
+        """([context set, ...], [target set, ...]) of the clips at these global slots."""
+        pairs = [generator.draw(step, slots) for generator in self.generators]
+        return [context for context, _ in pairs], [target for _, target in pairs]
+
+    def __call__(
+        self, batch: Sequence[Any], step: int | None = None, slots: Sequence[int] | None = None
+    ) -> tuple[Any, list[TokenSet], list[TokenSet]]:
+        """Samples to (default_collate(samples), context sets, target sets).
+
+        Without a step the calls are counted from 0, like a training loop that collates in its own process.
+        """
+        if step is None:
+            step, self._calls = self._calls, self._calls + 1
+        if slots is None:
+            slots = range(self._clips, self._clips + len(batch))
+            self._clips += len(batch)
+        context, target = self.draw(step, slots)
+        return default_collate(list(batch)), context, target
+
+
+_NAMES = {
+    "spatial_scale": "spatial_pred_mask_scale",
+    "temporal_scale": "temporal_pred_mask_scale",
+    "aspect_ratio": "aspect_ratio",
+    "num_blocks": "npred",
+    "max_temporal_keep": "max_context_frames_ratio",
+    "max_keep": "max_keep",
+}
+
+
+def _generator_arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = set(entry) - set(_NAMES)
+    if unknown:
+        raise ValueError(f"unknown mask setting {sorted(unknown)[0]!r}, expected one of {', '.join(_NAMES)}")
+    return {_NAMES[key]: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}

@@ -1,0 +1,192 @@
+"""Multi-block masks: the targets are a union of space-time blocks, the context is the rest.
+
+Grid of t x h x w tokens, numbered time, row, column. Source: V-JEPA (arXiv 2404.08471, section 3.2) and the published
+collator: one block size for all clips of a step, positions drawn for each clip.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastjepa.masks.tokens import Ragged, TokenSet
+from fastjepa.streams import Purpose, stream
+
+Truncation = Literal["group", "none", "random"]
+Range = tuple[float, float]
+MAX_REDRAWS = 1000
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+class MultiBlockMaskGenerator:
+    """Draws one mask set: for each clip the context tokens that the encoder sees and the target tokens to predict.
+
+    `truncation` says how clips come to equal lengths. `group` cuts every clip to the shortest of its group of `group`
+    clips and keeps the lowest token numbers, as the published code does with its batch of 24; `random` cuts to the same
+    length but keeps a random subset, which does not favour early frames; `none` cuts nothing. `group=None` takes all
+    clips of a call as one group.
+
+    Errors: ValueError, at construction, for settings that must give an empty context or an empty target.
+    """
+
+    def __init__(
+        self,
+        crop_size: int | Sequence[int] = 224,
+        num_frames: int = 16,
+        spatial_patch_size: int | Sequence[int] = 16,
+        temporal_patch_size: int = 2,
+        spatial_pred_mask_scale: Range = (0.2, 0.8),
+        temporal_pred_mask_scale: Range = (1.0, 1.0),
+        aspect_ratio: Range = (0.3, 3.0),
+        npred: int = 1,
+        max_context_frames_ratio: float = 1.0,
+        max_keep: int | None = None,
+        *,
+        seed: int = 0,
+        set_number: int = 0,
+        truncation: Truncation = "group",
+        group: int | None = None,
+    ) -> None:
+        crop, patch = _pair(crop_size), _pair(spatial_patch_size)
+        self.height, self.width = crop[0] // patch[0], crop[1] // patch[1]
+        self.duration = num_frames // temporal_patch_size
+        self.spatial_scale, self.temporal_scale = spatial_pred_mask_scale, temporal_pred_mask_scale
+        self.aspect_ratio = aspect_ratio
+        self.npred = npred
+        self.max_context_duration = max(1, int(self.duration * max_context_frames_ratio))
+        self.max_keep = max_keep
+        self.seed, self.set_number = seed, set_number
+        self.truncation, self.group = truncation, group
+        self._refuse_the_impossible()
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(time, rows, columns) in tokens."""
+        return self.duration, self.height, self.width
+
+    def _block(self, time: float, area: float, aspect: float) -> tuple[int, int, int]:
+        """Block extent from fractions of the duration and of the frame area, and an aspect ratio height / width."""
+        cells = int(self.height * self.width * area)
+        return (
+            max(1, int(self.duration * time)),
+            min(self.height, round((cells * aspect) ** 0.5)),
+            min(self.width, round((cells / aspect) ** 0.5)),
+        )
+
+    def block_size(self, step: int) -> tuple[int, int, int]:
+        """(time, rows, columns) of the blocks of a step: the published rule.
+
+        Three uniforms (temporal scale, area, aspect) from a torch CPU generator seeded with the step number, the same
+        for all clips and mask sets of the step.
+        """
+        generator = torch.Generator().manual_seed(step)
+        time, area, aspect = (
+            low + torch.rand(1, generator=generator).item() * (high - low)
+            for low, high in (self.temporal_scale, self.spatial_scale, self.aspect_ratio)
+        )
+        return self._block(time, area, aspect)
+
+    def sample(self, step: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """(context, target) token numbers, ascending int64, of the clip at this global slot, before any cutting."""
+        return self._place(self.block_size(step), step, slot)
+
+    def _place(self, block: tuple[int, int, int], step: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        bt, bh, bw = block
+        rng = stream(self.seed, Purpose.MASK, slot, step, self.set_number)
+        for _ in range(MAX_REDRAWS):
+            free = np.ones(self.grid, dtype=bool)
+            free[self.max_context_duration :] = False
+            tops = rng.integers(0, self.height - bh + 1, size=self.npred)
+            lefts = rng.integers(0, self.width - bw + 1, size=self.npred)
+            starts = rng.integers(0, self.duration - bt + 1, size=self.npred)
+            for top, left, start in zip(tops, lefts, starts):
+                free[start : start + bt, top : top + bh, left : left + bw] = False
+            if free.any():
+                kept = free.ravel()
+                return np.flatnonzero(kept), np.flatnonzero(~kept)
+        raise RuntimeError(
+            f"{self.npred} blocks of {bt}x{bh}x{bw} tokens left no context on a grid of "
+            f"{'x'.join(map(str, self.grid))} in {MAX_REDRAWS} draws: lower num_blocks or spatial_scale"
+        )
+
+    def draw(self, step: int, slots: Sequence[int]) -> tuple[TokenSet, TokenSet]:
+        """(context, target) mask sets of the clips at these global slots, cut as `truncation` says.
+
+        A [B, K] int64 tensor each where all clips are one group, a `Ragged` otherwise. Errors: ValueError where the
+        clips do not divide into groups.
+        """
+        block = self.block_size(step)
+        pairs = [self._place(block, step, slot) for slot in slots]
+        context = [context for context, _ in pairs]
+        target = [target for _, target in pairs]
+        if self.truncation == "none":
+            return _ragged([c[: self.max_keep] for c in context]), _ragged(target)
+        group = min(self.group or len(slots), len(slots))
+        if len(slots) % group:
+            raise ValueError(f"{len(slots)} clips do not divide into truncation groups of {group}")
+        context = self._cut(context, step, slots, group, side=0, limit=self.max_keep)
+        target = self._cut(target, step, slots, group, side=1, limit=None)
+        if group == len(slots):
+            return _dense(context), _dense(target)
+        return _ragged(context), _ragged(target)
+
+    def _cut(
+        self, sets: list[np.ndarray], step: int, slots: Sequence[int], group: int, side: int, limit: int | None
+    ) -> list[np.ndarray]:
+        cut = []
+        for first in range(0, len(sets), group):
+            members = sets[first : first + group]
+            keep = min(len(m) for m in members)
+            keep = keep if limit is None else min(keep, limit)
+            for slot, member in zip(slots[first : first + group], members):
+                if self.truncation == "random" and len(member) > keep:
+                    rng = stream(self.seed, Purpose.MASK_CUT, slot, step, 2 * self.set_number + side)
+                    member = np.sort(rng.choice(member, size=keep, replace=False))
+                cut.append(member[:keep])
+        return cut
+
+    def _refuse_the_impossible(self) -> None:
+        grid = "x".join(map(str, self.grid))
+        for name, (low, high) in (
+            ("spatial_scale", self.spatial_scale),
+            ("temporal_scale", self.temporal_scale),
+            ("aspect_ratio", self.aspect_ratio),
+        ):
+            if not 0 < low <= high or (name != "aspect_ratio" and high > 1):
+                raise ValueError(f"mask {name} must be 0 < low <= high{' <= 1' * (name != 'aspect_ratio')}, got {low}..{high}")
+        if self.npred < 1:
+            raise ValueError(f"mask num_blocks must be at least 1, got {self.npred}")
+        if self.max_keep is not None and self.max_keep < 1:
+            raise ValueError(f"mask max_keep must be at least 1 token, got {self.max_keep}")
+        area, (flat, tall) = self.height * self.width, self.aspect_ratio
+        least = int(area * self.spatial_scale[0])
+        if least * flat <= 0.25 or least / tall <= 0.25:
+            raise ValueError(
+                f"mask spatial_scale {self.spatial_scale[0]} of a {grid} token grid gives blocks without a token: raise it"
+            )
+        most = int(area * self.spatial_scale[1])
+        covers = max(flat, (self.height - 0.5) ** 2 / most) <= min(tall, most / (self.width - 0.5) ** 2)
+        if covers and int(self.duration * self.temporal_scale[1]) >= self.duration:
+            raise ValueError(f"a mask block can cover the whole {grid} token grid and leave no context: lower spatial_scale")
+        # Many blocks may cover the grid together nearly always: rehearse the largest block before a run depends on it.
+        largest = max(
+            (self._block(self.temporal_scale[1], self.spatial_scale[1], a) for a in np.linspace(flat, tall, 17)),
+            key=lambda block: block[1] * block[2],
+        )
+        try:
+            self._place(largest, step=0, slot=0)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+
+
+def _dense(sets: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(sets).astype(np.int64))
+
+
+def _ragged(sets: list[np.ndarray]) -> Ragged:
+    return Ragged(torch.from_numpy(np.concatenate(sets).astype(np.int64)), tuple(len(s) for s in sets))

@@ -1,0 +1,84 @@
+"""Mask sets: which tokens of each clip are kept.
+
+A mask set is a [B, K] int64 tensor of kept token numbers where every clip keeps K, or a `Ragged` where lengths differ.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Kept token numbers of clips that keep different counts, clip after clip.
+
+    `index` is int64 [R] with R = sum(lengths); `lengths` are host integers, so that nothing has to wait for a device.
+    """
+
+    index: Tensor
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.index.ndim != 1 or self.index.numel() != sum(self.lengths):
+            raise ValueError(f"a ragged mask set of lengths {self.lengths} does not fit an index {self.index.shape}")
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Ragged":
+        """The same set on another device."""
+        return Ragged(self.index.to(device, non_blocking=non_blocking), self.lengths)
+
+    def pin_memory(self) -> "Ragged":
+        """The same set in page-locked memory (DataLoader calls this by name)."""
+        return Ragged(self.index.pin_memory(), self.lengths)
+
+    def runs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Neighbouring clips of equal length: (rows of the batch, their [b, K] token numbers)."""
+        return ((rows, dense) for rows, (dense,) in split_runs([self]))
+
+
+TokenSet = Tensor | Ragged
+
+
+def split_runs(sets: Sequence[TokenSet]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Cut a batch where the length of any of the sets changes: (rows, one dense [b, K] tensor a set).
+
+    With cutting to a group minimum a run is a truncation group; without cutting it is mostly a single clip.
+    """
+    batch = {len(s.lengths) if isinstance(s, Ragged) else len(s) for s in sets}
+    if len(batch) != 1:
+        raise ValueError(f"mask sets of one step describe different numbers of clips: {sorted(batch)}")
+    size = batch.pop()
+    lengths = [s.lengths if isinstance(s, Ragged) else (s.shape[1],) * size for s in sets]
+    keys = list(zip(*lengths))
+    starts = [row for row in range(size) if row == 0 or keys[row] != keys[row - 1]]
+    for start, stop in zip(starts, [*starts[1:], size]):
+        yield slice(start, stop), [_dense(s, start, stop) for s in sets]
+
+
+def _dense(token_set: TokenSet, start: int, stop: int) -> Tensor:
+    if isinstance(token_set, Tensor):
+        return token_set[start:stop]
+    first = sum(token_set.lengths[:start])
+    length = token_set.lengths[start]
+    return token_set.index[first : first + (stop - start) * length].view(stop - start, length)
+
+
+def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor], concat: bool = True) -> Tensor | list[Tensor]:
+    """Keep the named tokens: x [B, N, D] and masks [B, K] -> [B, K, D].
+
+    A list of masks with equal K gives [len(masks) * B, K, D], set after set; `concat=False` gives a list instead and
+    allows unequal K. Errors: ValueError for unequal K under `concat`.
+    """
+    if isinstance(masks, Tensor):
+        return _gather(x, masks)
+    kept = [_gather(x, mask) for mask in masks]
+    if not concat:
+        return kept
+    if len({k.shape[1] for k in kept}) > 1:
+        raise ValueError(f"masks keep different numbers of tokens {[k.shape[1] for k in kept]}: use forward_sets")
+    return torch.cat(kept)
+
+
+def _gather(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.gather(x, 1, mask.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,37 @@
+"""The networks. They know nothing of machines, data or logs."""
+
+from fastjepa.models.layers import MLP, Attention, Block
+from fastjepa.models.patch_embed import PatchEmbed, PatchEmbed3D
+from fastjepa.models.predictor import VisionTransformerPredictor, vit_predictor
+from fastjepa.models.vision_transformer import (
+    VisionTransformer,
+    build_vit,
+    vit_base,
+    vit_giant,
+    vit_gigantic,
+    vit_huge,
+    vit_large,
+    vit_nano,
+    vit_small,
+    vit_tiny,
+)
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "PatchEmbed",
+    "PatchEmbed3D",
+    "VisionTransformer",
+    "VisionTransformerPredictor",
+    "build_vit",
+    "vit_base",
+    "vit_giant",
+    "vit_gigantic",
+    "vit_huge",
+    "vit_large",
+    "vit_nano",
+    "vit_predictor",
+    "vit_small",
+    "vit_tiny",
+]

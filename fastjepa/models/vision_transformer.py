@@ -1,0 +1,181 @@
+"""The V-JEPA encoder: a plain ViT over video tokens that can be asked for some of the tokens only.
+
+B clips, C channels, T frames, H x W pixels; N = t*h*w tokens, K kept tokens, E width. Token order is time, row, column.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.masks.tokens import TokenSet, apply_masks
+from fastjepa.models.initialise import initialise, rescale_blocks
+from fastjepa.models.layers import Block
+from fastjepa.models.patch_embed import PatchEmbed, PatchEmbed3D
+from fastjepa.models.pos_embed import interpolate_pos_embed, position_table
+
+
+def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """An int is a square; a pair is (height, width)."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
+class VisionTransformer(nn.Module):
+    """Clips [B, C, T, H, W] (or images [B, C, H, W] when `num_frames` is 1) to token features [B, N, E].
+
+    Constructor arguments and state-dict keys are the published ones; an unknown argument raises. Inputs of another
+    size than the constructor's get an interpolated position table. `out_layers` makes the forward pass return a list
+    of the normalised outputs of these blocks instead. Source: V-JEPA (arXiv 2404.08471, section 3).
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        num_frames: int = 1,
+        tubelet_size: int = 2,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        init_std: float = 0.02,
+        out_layers: Sequence[int] | None = None,
+        uniform_power: bool = False,
+        use_sdpa: bool = True,
+        sdpa_ignores_scale: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.patch_size, self.tubelet_size, self.num_frames = patch_size, tubelet_size, num_frames
+        self.is_video = num_frames > 1
+        self.out_layers = None if out_layers is None else sorted(out_layers)
+        height, width = size_pair(img_size)
+        self.grid: tuple[int, ...] = (height // patch_size, width // patch_size)
+        if self.is_video:
+            self.grid = (num_frames // tubelet_size, *self.grid)
+            self.patch_embed: nn.Module = PatchEmbed3D(patch_size, tubelet_size, in_chans, embed_dim)
+        else:
+            self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.num_patches = int(torch.tensor(self.grid).prod())
+        self.pos_embed = nn.Parameter(position_table(embed_dim, self.grid, uniform_power), requires_grad=False)  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                drop=drop_rate,
+                attn_drop=attn_drop_rate,
+                norm_layer=norm_layer,
+                use_sdpa=use_sdpa,
+                sdpa_ignores_scale=sdpa_ignores_scale,
+            )
+            for _ in range(depth)
+        )
+        self.norm = norm_layer(embed_dim)
+        initialise(self, init_std)
+        rescale_blocks(self.blocks)
+
+    def get_num_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def token_grid(self, x: Tensor) -> tuple[int, ...]:
+        """The (t, h, w) or (h, w) token grid of an input of this shape."""
+        plane = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        return (x.shape[-3] // self.tubelet_size, *plane) if self.is_video else plane
+
+    def interpolate_pos_encoding(self, x: Tensor, pos_embed: Tensor) -> Tensor:
+        """The [1, N, E] table `pos_embed` resampled to the token grid of the input `x`."""
+        return interpolate_pos_embed(pos_embed, self.grid, self.token_grid(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Every token of the input with its position added: [B, C, T, H, W] -> [B, N, E]."""
+        tokens = self.patch_embed(x)
+        # Summed in fp32, kept in the dtype of the patches: under autocast the residual stream stays in half precision.
+        return (tokens + self.interpolate_pos_encoding(x, self.pos_embed)).to(tokens.dtype)
+
+    def encode(self, tokens: Tensor) -> Tensor | list[Tensor]:
+        """Blocks and final norm over embedded tokens [B, K, E]; a list with `out_layers`."""
+        collected = []
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if self.out_layers is not None and number in self.out_layers:
+                collected.append(self.norm(tokens))
+        return self.norm(tokens) if self.out_layers is None else collected
+
+    def forward(self, clips: Tensor, masks: Tensor | Sequence[Tensor] | None = None) -> Tensor | list[Tensor]:
+        """Features of all tokens, or of the kept ones.
+
+        `masks`: None -> [B, N, E]; one int64 tensor [B, K] of kept token numbers -> [B, K, E]; a list of such tensors
+        with equal K -> [len(masks) * B, K, E], in the order of the list. Errors: ValueError for unequal K
+        (`forward_sets` takes those).
+        """
+        tokens = self.embed(clips)
+        if masks is not None:
+            tokens = apply_masks(tokens, masks)
+        return self.encode(tokens)
+
+    def forward_sets(self, clips: Tensor, sets: Sequence[TokenSet]) -> list[Tensor]:
+        """One feature tensor a mask set: [B, K, E] for a tensor set, [R, E] rows for a `Ragged` one."""
+        tokens = self.embed(clips)
+        return [self._encode_set(tokens, token_set) for token_set in sets]
+
+    def _encode_set(self, tokens: Tensor, token_set: TokenSet) -> Tensor:
+        if isinstance(token_set, Tensor):
+            return self._single(self.encode(apply_masks(tokens, token_set)))
+        runs = [self._single(self.encode(apply_masks(tokens[rows], index))) for rows, index in token_set.runs()]
+        return torch.cat([run.flatten(0, 1) for run in runs])
+
+    @staticmethod
+    def _single(features: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(features, list):
+            raise ValueError("forward_sets returns one tensor a mask set and does not take out_layers")
+        return features
+
+
+# width, depth, heads, MLP ratio. vit_nano is ours, for demonstrations on a CPU; the others are published sizes.
+# The published vit_gigantic asks for 64/13 under a misspelt name, and so gets 4; here it gets what it asks for.
+SIZES: dict[str, dict[str, Any]] = {
+    "vit_nano": {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_ratio": 4.0},
+    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0},
+    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0},
+    "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0},
+    "vit_huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "mlp_ratio": 4.0},
+    "vit_giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+    "vit_gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13, "patch_size": 14},
+}
+
+
+def build_vit(name: str, **overrides: Any) -> VisionTransformer:
+    """A named encoder with LayerNorm eps 1e-6 and qkv biases; `overrides` are constructor arguments.
+
+    Errors: ValueError for an unknown name, TypeError for an unknown argument.
+    """
+    if name not in SIZES:
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(SIZES)}")
+    settings = {"qkv_bias": True, "norm_layer": partial(nn.LayerNorm, eps=1e-6), **SIZES[name], **overrides}
+    return VisionTransformer(**settings)
+
+
+vit_nano = partial(build_vit, "vit_nano")
+vit_tiny = partial(build_vit, "vit_tiny")
+vit_small = partial(build_vit, "vit_small")
+vit_base = partial(build_vit, "vit_base")
+vit_large = partial(build_vit, "vit_large")
+vit_huge = partial(build_vit, "vit_huge")
+vit_giant = partial(build_vit, "vit_giant")
+vit_gigantic = partial(build_vit, "vit_gigantic")

@@ -43,7 +43,9 @@ class Model(Section):
     name: ModelName = setting("vit_large", "encoder size; vit_nano is for demonstrations on a CPU")
     predictor_depth: Count = setting(12, "blocks of the predictor")
     predictor_dim: int = setting(384, "width of the predictor", ge=2, multiple_of=2)
-    predictor_heads: Count | None = setting(None, "heads of the predictor; null takes the encoder's number, as published")
+    predictor_heads: Count | None = setting(
+        None, "heads of the predictor; null takes the encoder's number, as published"
+    )
     targets: Literal["mask_tokens", "noised"] = setting(
         "mask_tokens", "what enters the predictor at target places: learned tokens, or noised target features"
     )
@@ -89,7 +91,7 @@ class Data(Section):
         "warn",
         min_length=1,
     )
-    frames: Count = setting(16, "frames of a clip")
+    frames: Annotated[int, Field(ge=2)] = setting(16, "frames of a clip")
     stride: Count = setting(4, "source frames from one frame of a clip to the next")
     crop: Count = setting(224, "height and width of a clip in pixels")
     tubelet: Count = setting(2, "frames of a token")
@@ -104,7 +106,11 @@ class Data(Section):
     decoder: Literal["auto", "pyav"] = setting("auto", "video decoder", "free")
     cache_gb: float = setting(0.0, "decoded videos kept in memory by each loader process, in GB", "free", ge=0)
     max_bad_fraction: float = setting(
-        0.01, "share of unreadable files that ends the run with exit code 3 (10 files are always tolerated)", "free", ge=0, le=1
+        0.01,
+        "share of unreadable files that ends the run with exit code 3 (10 files are always tolerated)",
+        "free",
+        ge=0,
+        le=1,
     )
 
 
@@ -179,12 +185,16 @@ class Compat(Section):
     """What the published code does and a better default does not."""
 
     clip_after_warmup: int = setting(
-        0, "first step that clips gradients; the public code starts an epoch after the warm-up (12300 in its recipes)", ge=0
+        0,
+        "first step that clips gradients; the public code starts an epoch after the warm-up (12300 in its recipes)",
+        ge=0,
     )
     clip_per_network: bool = setting(False, "clip encoder and predictor by their own norms")
     reinit: bool = setting(False, "draw all linear weights again after construction, which undoes the block rescale")
     ema_positions: bool = setting(False, "average the fixed position tables of the target encoder too")
-    ipe_scale: float = setting(1.0, "schedules are planned for this many times optim.steps and cut off at its end", gt=0)
+    ipe_scale: float = setting(
+        1.0, "schedules are planned for this many times optim.steps and cut off at its end", gt=0
+    )
     sdpa_ignores_scale: bool = setting(False, "fused attention ignores model.qk_scale")
 
 
@@ -201,7 +211,9 @@ class Settings(Section):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     compat: Compat = Compat()
-    resume: str = setting("auto", "auto continues this run if it exists, never starts a new one, PATH continues that run", "free")
+    resume: str = setting(
+        "auto", "auto continues this run if it exists, never starts a new one, PATH continues that run", "free"
+    )
 
     @property
     def group(self) -> int:

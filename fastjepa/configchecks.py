@@ -62,7 +62,10 @@ def _schedule(s: Settings) -> Iterator[Mistake]:
         )
     for index, beta in enumerate(o.betas):
         if not 0 <= beta < 1:
-            yield ("optim.betas",), f"optim.betas: expected numbers from 0 to below 1, given {beta} at place {index + 1}"
+            yield (
+                ("optim.betas",),
+                f"optim.betas: expected numbers from 0 to below 1, given {beta} at place {index + 1}",
+            )
 
 
 def _ranges(s: Settings) -> Iterator[Mistake]:

@@ -77,7 +77,7 @@ def help_text() -> str:
 def from_command_line(arguments: list[str]) -> tuple[Settings, str]:
     """(settings, name of the run) of `python -m fastjepa.train FILE key=value ...`; prints and exits on mistakes."""
     if not arguments or "-h" in arguments or "--help" in arguments:
-        print(help_text() if arguments else USAGE, file=sys.stdout if arguments else sys.stderr)  # noqa: T201
+        print(help_text() if arguments else USAGE, file=sys.stdout if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
     try:
         return load(arguments[0], arguments[1:]), Path(arguments[0]).stem
@@ -88,7 +88,7 @@ def from_command_line(arguments: list[str]) -> tuple[Settings, str]:
 
 def _show(value: Any) -> str:
     if isinstance(value, Section):
-        return str({k: v for k, v in value.model_dump(mode="json").items()})
+        return str(value.model_dump(mode="json"))
     if isinstance(value, tuple):
         return "[" + ", ".join(_show(v) for v in value) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -233,7 +233,11 @@ def _validate_section(
             broken.add(f"{head}.{location[0]}")
             place = places.get(f"{head}.{location[0]}", where)
             if field is None:
-                valid = keys if len(named) == 1 else [f"{head}.{'.'.join(map(str, named[:-1]))}.{k}" for k in MaskSet.model_fields]
+                valid = (
+                    keys
+                    if len(named) == 1
+                    else [f"{head}.{'.'.join(map(str, named[:-1]))}.{k}" for k in MaskSet.model_fields]
+                )
                 mistakes.append(f"{place}: unknown key {key}{_nearest(key, valid)}")
             else:
                 given = _given(content, named)

@@ -25,13 +25,22 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
         values = [str(value) for value in typing.get_args(annotation)]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
     if origin is tuple:
-        return "two numbers [low, high]" if typing.get_args(annotation)[-1] is float else "a list of mask sets, at least one"
+        return (
+            "two numbers [low, high]"
+            if typing.get_args(annotation)[-1] is float
+            else "a list of mask sets, at least one"
+        )
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
     text = names[annotation]
     pattern = next((m.pattern for m in metadata if getattr(m, "pattern", None)), None)
     if annotation is str and pattern:
         return "auto, cpu, cuda or cuda:N"
     if annotation in (int, float):
-        limits = [f"{word} {getattr(m, name)}" for name, word in _LIMITS for m in metadata if getattr(m, name, None) is not None]
+        limits = [
+            f"{word} {getattr(m, name)}"
+            for name, word in _LIMITS
+            for m in metadata
+            if getattr(m, name, None) is not None
+        ]
         text += f" ({', '.join(limits)})" if limits else ""
     return text

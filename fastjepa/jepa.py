@@ -20,7 +20,7 @@ Draw = tuple[Tensor, Tensor]
 
 @dataclass
 class JEPAOutput:
-    """What one forward pass gives. `loss_reg` is None at weight 0; the lists, one entry a mask set, unless collected."""
+    """What one forward pass gives: `loss_reg` is None at weight 0, and so are the lists unless they are collected."""
 
     loss: Tensor
     loss_jepa: Tensor
@@ -87,7 +87,8 @@ class JEPA(nn.Module):
         errors, deviations, kept = [], [], []
         for number, pair in enumerate(zip(masks_context, masks_target)):
             error, deviation = clips.new_zeros(()), []
-            for rows, prediction, target in self._pass(clips, targets, *pair, number, draws and draws[number]):
+            draw = None if draws is None else draws[number]
+            for prediction, target in self._pass(clips, targets, *pair, number, draw):
                 share = len(prediction) / len(clips)
                 error = error + share * self._error(prediction.float(), target)
                 if self.reg_coeff:
@@ -108,18 +109,14 @@ class JEPA(nn.Module):
 
     def _pass(
         self, clips: Tensor, targets: Tensor, context: TokenSet, target: TokenSet, number: int, draw: Draw | None
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Encoder and predictor over one mask set, as the public code runs them; one dense pass a run of equal lengths."""
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(prediction, target) of one mask set, as the public code runs it; one dense pass a run of equal lengths."""
         first = 0
         for rows, (kept, wanted) in split_runs([context, target]):
             goal = apply_masks(targets[rows], wanted)
             seen = self.encoder(clips[rows], kept)
             timesteps, noise = (None, None) if draw is None else (draw[0][rows], draw[1][rows])
-            yield (
-                rows,
-                self.predictor(seen, goal, kept, wanted, mask_index=number, timesteps=timesteps, noise=noise),
-                goal,
-            )
+            yield self.predictor(seen, goal, kept, wanted, mask_index=number, timesteps=timesteps, noise=noise), goal
             first = rows.stop
         assert first == len(clips), "mask sets must describe every clip of the batch"
 
@@ -137,7 +134,7 @@ class JEPA(nn.Module):
         parameters (position tables) are left alone; `every_parameter` averages them too, as the public code does.
         """
         pairs = [
-            (target, online)
+            (target.data, online.data)
             for target, online in zip(self.target_encoder.parameters(), self.encoder.parameters())
             if online.requires_grad or every_parameter
         ]

@@ -1,6 +1,6 @@
 """Schedules, parameter groups, and the optimizer pass: clip, finite check, AdamW, moving average.
 
-Source of the formulas: the published V-JEPA recipe (arXiv 2404.08471, appendix; schedules as pure functions of the step).
+Source of the formulas: the published V-JEPA recipe (arXiv 2404.08471, appendix), as pure functions of the step.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,8 @@ Grid of t x h x w tokens, numbered time, row, column. Source: V-JEPA (arXiv 2404
 collator: one block size for all clips of a step, positions drawn for each clip.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ class MultiBlockMaskGenerator:
     `truncation` says how clips come to equal lengths. `group` cuts every clip to the shortest of its group of `group`
     clips and keeps the lowest token numbers, as the published code does with its batch of 24; `random` cuts to the same
     length but keeps a random subset, which does not favour early frames; `none` cuts nothing. `group=None` takes all
-    clips of a call as one group.
+    clips of a call as one group, as the published collator does with its batch.
 
     Errors: ValueError, at construction, for settings that must give an empty context or an empty target.
     """
@@ -117,38 +118,38 @@ class MultiBlockMaskGenerator:
     def draw(self, step: int, slots: Sequence[int]) -> tuple[TokenSet, TokenSet]:
         """(context, target) mask sets of the clips at these global slots, cut as `truncation` says.
 
-        A [B, K] int64 tensor each where all clips are one group, a `Ragged` otherwise. Errors: ValueError where the
-        clips do not divide into groups.
+        A [B, K] int64 tensor each where all clips are of one group, a `Ragged` otherwise. Groups are counted over the
+        slots of the run, so cutting does not depend on how a step is divided into batches.
         """
         block = self.block_size(step)
-        pairs = [self._place(block, step, slot) for slot in slots]
-        context = [context for context, _ in pairs]
-        target = [target for _, target in pairs]
         if self.truncation == "none":
-            return _ragged([c[: self.max_keep] for c in context]), _ragged(target)
-        group = min(self.group or len(slots), len(slots))
-        if len(slots) % group:
-            raise ValueError(f"{len(slots)} clips do not divide into truncation groups of {group}")
-        context = self._cut(context, step, slots, group, side=0, limit=self.max_keep)
-        target = self._cut(target, step, slots, group, side=1, limit=None)
-        if group == len(slots):
-            return _dense(context), _dense(target)
-        return _ragged(context), _ragged(target)
+            pairs = [self._place(block, step, slot) for slot in slots]
+            return _ragged([context[: self.max_keep] for context, _ in pairs]), _ragged([target for _, target in pairs])
+        context: list[np.ndarray] = []
+        target: list[np.ndarray] = []
+        for members, wanted in self._groups(slots):
+            placed = {slot: self._place(block, step, slot) for slot in members}
+            for side, kept, limit in ((0, context, self.max_keep), (1, target, None)):
+                keep = min(len(pair[side]) for pair in placed.values())
+                keep = keep if limit is None else min(keep, limit)
+                kept += [self._cut(placed[slot][side], keep, step, slot, side) for slot in wanted]
+        one_group = self.group is None or len({slot // self.group for slot in slots}) == 1
+        return (_dense(context), _dense(target)) if one_group else (_ragged(context), _ragged(target))
 
-    def _cut(
-        self, sets: list[np.ndarray], step: int, slots: Sequence[int], group: int, side: int, limit: int | None
-    ) -> list[np.ndarray]:
-        cut = []
-        for first in range(0, len(sets), group):
-            members = sets[first : first + group]
-            keep = min(len(m) for m in members)
-            keep = keep if limit is None else min(keep, limit)
-            for slot, member in zip(slots[first : first + group], members):
-                if self.truncation == "random" and len(member) > keep:
-                    rng = stream(self.seed, Purpose.MASK_CUT, slot, step, 2 * self.set_number + side)
-                    member = np.sort(rng.choice(member, size=keep, replace=False))
-                cut.append(member[:keep])
-        return cut
+    def _groups(self, slots: Sequence[int]) -> Iterator[tuple[Sequence[int], list[int]]]:
+        """(all members of a group, those of them that are asked for), in the order of `slots`."""
+        group = self.group
+        if group is None:
+            yield slots, list(slots)
+            return
+        for number, wanted in groupby(slots, key=lambda slot: slot // group):
+            yield range(number * group, (number + 1) * group), list(wanted)
+
+    def _cut(self, tokens: np.ndarray, keep: int, step: int, slot: int, side: int) -> np.ndarray:
+        if self.truncation == "random" and len(tokens) > keep:
+            rng = stream(self.seed, Purpose.MASK_CUT, slot, step, 2 * self.set_number + side)
+            tokens = np.sort(rng.choice(tokens, size=keep, replace=False))
+        return tokens[:keep]
 
     def _refuse_the_impossible(self) -> None:
         grid = "x".join(map(str, self.grid))
@@ -158,7 +159,9 @@ class MultiBlockMaskGenerator:
             ("aspect_ratio", self.aspect_ratio),
         ):
             if not 0 < low <= high or (name != "aspect_ratio" and high > 1):
-                raise ValueError(f"mask {name} must be 0 < low <= high{' <= 1' * (name != 'aspect_ratio')}, got {low}..{high}")
+                raise ValueError(
+                    f"mask {name} must be 0 < low <= high{' <= 1' * (name != 'aspect_ratio')}, got {low}..{high}"
+                )
         if self.npred < 1:
             raise ValueError(f"mask num_blocks must be at least 1, got {self.npred}")
         if self.max_keep is not None and self.max_keep < 1:
@@ -167,12 +170,14 @@ class MultiBlockMaskGenerator:
         least = int(area * self.spatial_scale[0])
         if least * flat <= 0.25 or least / tall <= 0.25:
             raise ValueError(
-                f"mask spatial_scale {self.spatial_scale[0]} of a {grid} token grid gives blocks without a token: raise it"
+                f"mask spatial_scale {self.spatial_scale[0]} of a {grid} token grid gives blocks without a token"
             )
         most = int(area * self.spatial_scale[1])
         covers = max(flat, (self.height - 0.5) ** 2 / most) <= min(tall, most / (self.width - 0.5) ** 2)
         if covers and int(self.duration * self.temporal_scale[1]) >= self.duration:
-            raise ValueError(f"a mask block can cover the whole {grid} token grid and leave no context: lower spatial_scale")
+            raise ValueError(
+                f"a mask block can cover the whole {grid} token grid and leave no context: lower spatial_scale"
+            )
         # Many blocks may cover the grid together nearly always: rehearse the largest block before a run depends on it.
         largest = max(
             (self._block(self.temporal_scale[1], self.spatial_scale[1], a) for a in np.linspace(flat, tall, 17)),

@@ -5,6 +5,7 @@ A mask set is a [B, K] int64 tensor of kept token numbers where every clip keeps
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ def _dense(token_set: TokenSet, start: int, stop: int) -> Tensor:
     return token_set.index[first : first + (stop - start) * length].view(stop - start, length)
 
 
+@overload
+def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor], concat: Literal[True] = True) -> Tensor: ...
+@overload
+def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor], concat: Literal[False]) -> list[Tensor]: ...
 def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor], concat: bool = True) -> Tensor | list[Tensor]:
     """Keep the named tokens: x [B, N, D] and masks [B, K] -> [B, K, D].
 
@@ -71,7 +76,7 @@ def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor], concat: bool = True
     allows unequal K. Errors: ValueError for unequal K under `concat`.
     """
     if isinstance(masks, Tensor):
-        return _gather(x, masks)
+        masks = [masks]
     kept = [_gather(x, mask) for mask in masks]
     if not concat:
         return kept

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def _check_grid(name: str, size: int, patch: int) -> None:
-    # The published convolution silently drops what does not fill a patch; a model that sees less than it is given is a bug.
+    # The published convolution silently drops what does not fill a patch: a model that sees less than it is given.
     if size % patch:
         raise ValueError(f"{name} must be a multiple of {patch}, got {size}")
 

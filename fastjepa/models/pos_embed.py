@@ -37,7 +37,9 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cl
     """[h*w, embed_dim] float64: half of the channels for the row, half for the column. An int is a square grid."""
     height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    table = np.concatenate([sincos_1d(embed_dim // 2, rows.ravel()), sincos_1d(embed_dim // 2, columns.ravel())], axis=1)
+    table = np.concatenate(
+        [sincos_1d(embed_dim // 2, rows.ravel()), sincos_1d(embed_dim // 2, columns.ravel())], axis=1
+    )
     return _with_cls(table, cls_token)
 
 

@@ -68,7 +68,7 @@ class VisionTransformer(nn.Module):
         else:
             self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.num_patches = int(torch.tensor(self.grid).prod())
-        self.pos_embed = nn.Parameter(position_table(embed_dim, self.grid, uniform_power), requires_grad=False)  # type: ignore[arg-type]
+        self.pos_embed = nn.Parameter(position_table(embed_dim, self.grid, uniform_power), requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,

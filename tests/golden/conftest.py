@@ -73,5 +73,3 @@ def check_gradients():
 @pytest.fixture(scope="session")
 def leaf():
     return lambda tensor: tensor.clone().requires_grad_(tensor.is_floating_point())
-
-

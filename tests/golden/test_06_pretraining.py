@@ -97,7 +97,9 @@ def check_trajectory(golden, prefix, rows):
         want = golden.tensors[f"{prefix}traj.{name}"]
         exact = name in ("lr", "wd", "momentum")
         limits = tolerance["traj.lr_wd_momentum" if exact else "traj.loss"]
-        torch.testing.assert_close(torch.tensor(values, dtype=want.dtype), want, **{k: limits[k] for k in ("rtol", "atol")})
+        torch.testing.assert_close(
+            torch.tensor(values, dtype=want.dtype), want, **{k: limits[k] for k in ("rtol", "atol")}
+        )
 
 
 def after_tolerance(golden, o):

@@ -1,0 +1,88 @@
+"""Settings to objects."""
+
+import torch
+
+from fastjepa.config import Settings
+from fastjepa.data.dataset import ClipDataset, Reader
+from fastjepa.data.sampling import ClipPlan
+from fastjepa.data.source import Videos
+from fastjepa.jepa import JEPA
+from fastjepa.masks import MaskCollator
+from fastjepa.models import build_vit, vit_predictor
+from fastjepa.models.initialise import redraw_linears
+from fastjepa.optim import OptimizerPass, Schedule
+
+
+def build_jepa(s: Settings) -> JEPA:
+    """Encoder, predictor and target encoder on the CPU, in float32: the same weights for the same seed."""
+    torch.manual_seed(s.optim.seed)
+    shared = {
+        "img_size": s.data.crop,
+        "patch_size": s.data.patch,
+        "num_frames": s.data.frames,
+        "tubelet_size": s.data.tubelet,
+        "uniform_power": s.model.uniform_power,
+        "init_std": s.model.init_std,
+        "qk_scale": s.model.qk_scale,
+        "sdpa_ignores_scale": s.compat.sdpa_ignores_scale,
+    }
+    encoder = build_vit(s.model.name, **shared)
+    predictor = vit_predictor(
+        embed_dim=encoder.embed_dim,
+        predictor_embed_dim=s.model.predictor_dim,
+        depth=s.model.predictor_depth,
+        num_heads=s.model.predictor_heads or encoder.num_heads,
+        use_mask_tokens=s.model.targets == "mask_tokens",
+        num_mask_tokens=len(s.mask.sets),
+        zero_init_mask_tokens=s.model.zero_init_mask_tokens,
+        noise=s.model.noise,
+        **shared,
+    )
+    if s.compat.reinit:
+        redraw_linears(encoder, s.model.init_std)
+        redraw_linears(predictor, s.model.init_std)
+    return JEPA(encoder, predictor, loss_exp=s.loss.exponent, reg_coeff=s.loss.reg_coeff, execution=s.runtime.execution)
+
+
+def build_masks(s: Settings) -> MaskCollator:
+    """The mask streams of the run. Errors: ValueError for settings that leave a side empty."""
+    return MaskCollator(
+        [mask.model_dump() for mask in s.mask.sets],
+        crop_size=s.data.crop,
+        num_frames=s.data.frames,
+        patch_size=s.data.patch,
+        tubelet_size=s.data.tubelet,
+        seed=s.optim.seed,
+        truncation=s.mask.truncation,
+        group=s.group,
+    )
+
+
+def build_dataset(s: Settings, videos: Videos) -> ClipDataset:
+    """The clip of every slot."""
+    d = s.data
+    reader = Reader(videos.paths, d.tubelet, int(d.cache_gb * 1e9))
+    plan = ClipPlan(s.optim.seed, videos.train, d.frames, d.stride, d.scale, d.aspect, d.flip)
+    return ClipDataset(reader, plan, d.crop)
+
+
+def build_schedule(s: Settings) -> Schedule:
+    """Learning rate, weight decay and momentum as functions of the step."""
+    names = ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "momentum", "final_momentum")
+    values = {name: getattr(s.optim, name) for name in names}
+    return Schedule(s.optim.steps, s.optim.warmup_steps, **values, ipe_scale=s.compat.ipe_scale)
+
+
+def build_optimizer_pass(s: Settings, jepa: JEPA, scaler: torch.amp.GradScaler | None) -> OptimizerPass:
+    """AdamW over the online networks, with the moving average of the target encoder."""
+    return OptimizerPass(
+        jepa,
+        build_schedule(s),
+        betas=s.optim.betas,
+        eps=s.optim.eps,
+        clip_grad=s.optim.clip_grad,
+        clip_from_step=s.compat.clip_after_warmup,
+        clip_per_network=s.compat.clip_per_network,
+        ema_positions=s.compat.ema_positions,
+        scaler=scaler,
+    )

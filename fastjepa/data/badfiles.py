@@ -1,0 +1,40 @@
+"""Videos that cannot be read: named once, counted against a quota, never silently left out."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+ALWAYS_TOLERATED = 10
+
+
+class TooManyBadFiles(RuntimeError):
+    """The quota of unreadable files is used up, or no file can be read at all. The text is one sentence."""
+
+
+class BadFiles:
+    """The list of unreadable files of a run, kept in `bad_files.jsonl` (a line each: path, reason)."""
+
+    def __init__(self, path: Path, total: int, max_fraction: float) -> None:
+        self.path = path
+        self.total = total
+        self.allowed = max(ALWAYS_TOLERATED, int(total * max_fraction))
+        self.reasons: dict[str, str] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                self.reasons[entry["path"]] = entry["reason"]
+
+    def report(self, found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Write down (path, reason) pairs not seen before and return them. Errors: TooManyBadFiles beyond the quota."""
+        new = list({path: (path, reason) for path, reason in found if path not in self.reasons}.values())
+        if new:
+            with self.path.open("a", encoding="utf-8") as out:
+                for path, reason in new:
+                    self.reasons[path] = reason
+                    out.write(json.dumps({"path": path, "reason": reason}) + "\n")
+        if len(self.reasons) > self.allowed:
+            raise TooManyBadFiles(
+                f"{len(self.reasons)} of {self.total} files cannot be read, more than the {self.allowed} that "
+                f"data.max_bad_fraction allows; they are listed in {self.path}"
+            )
+        return new

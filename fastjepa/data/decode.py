@@ -1,0 +1,315 @@
+"""Video files on the CPU: find out what a file holds, and read chosen frames of it.
+
+Frame `i` of a video is the i-th frame that a plain decode from start to end delivers, whatever way it is reached:
+
+* A header may lie about the number of frames, so `probe` counts packets. Left out are those that no decoder delivers:
+  packets before the start of an edit list, one cut short by the end of the file, hidden VP8 frames, and in a
+  seekable file all before the first frame that can be decoded (a file cut in the middle of a group of pictures).
+* Where presentation times can be trusted a frame is known by its time. This allows seeking, and in a damaged file
+  everything keeps its place: a lost frame leaves a hole, which the nearest earlier frame fills as in a player.
+  Elsewhere a frame is known by its turn: in a damaged file of that kind later frames move up and the last one is
+  repeated.
+* Damaged packets are skipped. Whether a file is readable is decided by `probe`, which has seen a frame come out.
+
+H, W: height and width of the picture as displayed; F: number of frames asked for.
+"""
+
+import errno
+import operator
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace, VideoReformatter
+from av.video.stream import VideoStream
+
+# Playlists (HLS, DASH, ffconcat) are formats to libav as well, whatever a file is called, and would make it open other
+# files.
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf"
+# AVI stores no presentation times, and transport streams no index: libav guesses both.
+SEEKABLE = {"mov", "mp4", "matroska", "webm"}
+
+
+class VideoError(ValueError):
+    """A file that cannot be used. `str(error)` is one sentence without the path; `path` holds the path."""
+
+    def __init__(self, reason: str, path: str = "") -> None:
+        super().__init__(reason)  # one argument: pickle, and the data loader of torch, build it again from that
+        self.path = path
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe` found out about a file; picklable."""
+
+    path: str
+    frames: int  # counted, never the container's claim
+    width: int  # as displayed, after rotation
+    height: int
+    rate: Fraction | None  # average, frames/s
+    codec: str
+    pixel_format: str
+    rotation: int  # degrees clockwise that `read_frames` applies: 0, 90, 180 or 270
+    pts: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """int64 [frames], ascending: when each frame is shown, in the stream's time base. None: read in order."""
+    keys: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """int64, ascending: numbers of the frames where decoding can start. None where `pts` is."""
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Count the frames of a video file, decode the first one, and describe it.
+
+    Reads the whole file once without decoding it. Raises VideoError, for a missing or unreadable path too.
+    """
+    name = os.fspath(path)
+    first: VideoFrame | None = None
+    counted: list[tuple[int | None, bool]] = []  # time, key frame or not
+    cut = False
+    with _opened(name) as (container, stream):
+        for packet in _packets(container, stream):
+            if first is None:
+                first = next(iter(_decode(stream, packet)), None)
+            if packet.is_discard or _hidden(stream, packet):
+                continue
+            counted.append((packet.pts, packet.is_keyframe))
+            cut = packet.is_corrupt
+        if cut:  # the last packet is not whole; elsewhere this mark may only mean that the one before was lost
+            counted.pop()
+        if first is None:
+            first = next(iter(_decode(stream, None)), None)
+        if not counted:
+            raise VideoError("it has a video stream without any whole frame", name)
+        if first is None:
+            raise VideoError("none of its frames can be decoded", name)
+
+        frames, starts = len(counted), None
+        pts = _ascending([time for time, _ in counted]) if SEEKABLE & set(container.format.name.split(",")) else None
+        if (
+            pts is None or first.pts is None or first.pts not in pts
+        ):  # if it is not there the decoder keeps another clock
+            pts = None
+        else:
+            pts = pts[np.searchsorted(pts, first.pts) :]
+            starts = np.flatnonzero(np.isin(pts, [time for time, key in counted if key and time is not None]))
+            frames = len(pts)
+        rotation = round(-first.rotation / 90) * 90 % 360  # the display matrix turns counterclockwise
+        width, height = (first.width, first.height) if rotation % 180 == 0 else (first.height, first.width)
+        rate = stream.average_rate or stream.guessed_rate
+        return VideoInfo(
+            path=name,
+            frames=frames,
+            width=width,
+            height=height,
+            rate=Fraction(rate.numerator, rate.denominator) if rate else None,
+            codec=stream.codec.canonical_name,
+            pixel_format=first.format.name,
+            rotation=rotation,
+            pts=pts,
+            keys=starts,
+        )
+
+
+def read_frames(info: VideoInfo, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Read the frames with these numbers, in this order: uint8 [F, H, W, 3], RGB.
+
+    Numbers may repeat. A frame that is damaged beyond decoding is replaced by the nearest earlier one, or at the
+    start of the file by the next one. Raises ValueError for a number outside 0..frames-1 or an empty list, VideoError
+    if the file is no longer what `probe` saw and nothing can be decoded.
+    """
+    wanted = [operator.index(i) for i in indices]
+    if not wanted:
+        raise ValueError("no frame was asked for")
+    for i in wanted:
+        if not 0 <= i < info.frames:
+            raise ValueError(f"frame {i} does not exist: the video has frames 0 to {info.frames - 1}")
+    convert = _Converter(info)
+    missing = sorted(set(wanted))
+    images: dict[int, np.ndarray] = {}
+    if info.pts is not None and info.keys is not None:
+        images = _read_by_time(info, info.pts, info.keys, missing, convert)
+        missing = [i for i in missing if i not in images]
+    if missing:
+        images |= _read_in_order(info, missing, convert)
+    return np.stack([images[i] for i in wanted])
+
+
+def _read_by_time(
+    info: VideoInfo, pts: np.ndarray, keys: np.ndarray, wanted: list[int], convert: "_Converter"
+) -> dict[int, np.ndarray]:
+    """Seek to the frames; those that do not turn up are absent from the answer. `wanted` is ascending."""
+    groups = np.maximum(np.searchsorted(keys, wanted, side="right") - 1, 0)
+    # Decode straight on into the next group of pictures, but seek over groups nobody wants anything from.
+    runs = np.split(np.asarray(wanted), np.flatnonzero(np.diff(groups) > 1) + 1)
+    images: dict[int, np.ndarray] = {}
+    with _opened(info.path) as (container, stream):
+        for run in runs:
+            need = {int(pts[i]): int(i) for i in run}
+            last = int(pts[run[-1]])
+            group = int(np.searchsorted(keys, run[0], side="right")) - 1
+            if group > 0:
+                # The time of the key frame itself, not of the wanted frame: mp4 seeks by decoding time, and the next
+                # key frame can be decoded before the time at which a wanted frame ahead of it is shown.
+                try:
+                    container.seek(int(pts[keys[group]]), stream=stream)
+                except av.FFmpegError:  # no usable index: the caller reads in order
+                    break
+            for frame in _frames(container, stream):
+                number = need.pop(frame.pts, None) if frame.pts is not None else None
+                if number is not None:
+                    images[number] = convert(frame)
+                if not need or (frame.pts is not None and frame.pts > last):
+                    break
+    return images
+
+
+def _read_in_order(info: VideoInfo, wanted: list[int], convert: "_Converter") -> dict[int, np.ndarray]:
+    """Decode from the start of the file, and fill holes with the nearest earlier frame. `wanted` is ascending."""
+    images: dict[int, np.ndarray] = {}
+    pending = iter(wanted)
+    number: int | None = next(pending)
+    position, previous = -1, None
+    with _opened(info.path) as (container, stream):
+        for frame in _frames(container, stream):
+            if info.pts is None:
+                position += 1
+            elif frame.pts is None or frame.pts < info.pts[0]:
+                continue
+            else:
+                position = int(np.searchsorted(info.pts, frame.pts, side="right")) - 1
+            while number is not None and number <= position:
+                images[number] = convert(frame if number == position or previous is None else previous)
+                number = next(pending, None)
+            if number is None:
+                return images
+            previous = frame
+        if previous is None:
+            raise VideoError("none of its frames can be decoded", info.path)
+        while number is not None:
+            images[number] = convert(previous)
+            number = next(pending, None)
+    return images
+
+
+class _Converter:
+    """From a decoded frame to uint8 RGB [H, W, 3] as displayed. Keeps the scaler's tables between frames.
+
+    The matrix is BT.601 whatever the file says: the decoder of the published code (decord, with swscale's defaults)
+    and the GPU decoder (DALI) know no other, while PyAV left to itself follows the tag, so that the same BT.709 file
+    would look different on a GPU and a CPU. The range is the file's own (limited unless it says full), as all of them
+    have it.
+    """
+
+    def __init__(self, info: VideoInfo) -> None:
+        self.turns = -info.rotation // 90  # np.rot90 turns counterclockwise
+        upright = info.rotation % 180 == 0
+        # A stream may change its size on the way; the answer is one array, so the size of the first frame holds.
+        self.width, self.height = (info.width, info.height) if upright else (info.height, info.width)
+        self.reformatter = VideoReformatter()
+
+    def __call__(self, frame: VideoFrame) -> np.ndarray:
+        picture = self.reformatter.reformat(
+            frame,
+            width=self.width,
+            height=self.height,
+            format="rgb24",
+            src_colorspace=Colorspace.ITU601,
+            threads=1,  # the default is a thread for each core, in each worker
+        )
+        return np.rot90(picture.to_ndarray(), self.turns)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the best video stream of a regular local file; raises VideoError."""
+    _check_file(path)
+    try:
+        # "file:" keeps a name such as "concat:a" from being taken for a protocol.
+        container = av.open(
+            f"file:{path}",
+            metadata_errors="replace",
+            options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS},
+        )
+    except av.FFmpegError as error:
+        raise VideoError(_opening_error(error), path) from error
+    with container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+            raise VideoError("it has no video stream", path)
+        if stream.codec_context is None:
+            raise VideoError("there is no decoder for its video codec", path)
+        # With frame threads the end of a damaged file is lost without an error; workers are the parallelism here.
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _check_file(path: str) -> None:
+    """Raise VideoError for all that is not a regular file with something in it, before libav could block on it."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        reason = "it is a link to a file that does not exist" if os.path.islink(path) else "the file does not exist"
+        raise VideoError(reason, path) from error
+    except OSError as error:
+        raise VideoError(f"the file cannot be reached: {error.strerror}", path) from error
+    except ValueError as error:  # a null byte, or a character that no file name has
+        raise VideoError("this is not a possible file name", path) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError("it is a folder, not a file", path)
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError("it is not a regular file", path)
+    if status.st_size == 0:
+        raise VideoError("the file is empty", path)
+
+
+def _opening_error(error: av.FFmpegError) -> str:
+    if isinstance(error, PermissionError):
+        return "there is no permission to read the file"
+    if isinstance(error, av.InvalidDataError):
+        return "it is not a video file, or its header is damaged"
+    if error.errno == errno.EINVAL:  # what libav says of a format outside the list
+        return "it is not in a video container (a playlist, an image or a raw stream)"
+    return f"it cannot be opened: {error.strerror}"
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """The packets of a stream. A file that breaks off ends there: what came before it is a video still."""
+    try:
+        for packet in container.demux(stream):
+            if packet.size:  # an empty packet would end the decoder
+                yield packet
+    except av.FFmpegError:
+        return
+
+
+def _decode(stream: VideoStream, packet: av.Packet | None) -> list[VideoFrame]:
+    """The frames that a packet sets free, or with None those still held back; none if the packet is damaged."""
+    try:
+        return stream.codec_context.decode(packet)
+    except av.FFmpegError:
+        return []
+
+
+def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    for packet in _packets(container, stream):
+        yield from _decode(stream, packet)
+    yield from _decode(stream, None)
+
+
+def _hidden(stream: VideoStream, packet: av.Packet) -> bool:
+    """Is this a VP8 frame that only serves as a reference? WebM stores those in packets of their own."""
+    return stream.codec.canonical_name == "vp8" and not memoryview(packet)[0] & 0x10
+
+
+def _ascending(times: list[int | None]) -> np.ndarray | None:
+    """Times in ascending order, int64; None if one is absent or occurs twice."""
+    if None in times or len(set(times)) < len(times):
+        return None
+    return np.sort(np.asarray(times, dtype=np.int64))

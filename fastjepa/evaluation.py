@@ -1,0 +1,51 @@
+"""Once in a while, and at the end: probe the features and draw the pictures."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastjepa import probe, viz
+from fastjepa.build import build_dataset, build_jepa, build_masks
+from fastjepa.config import Settings
+from fastjepa.data.source import Videos
+from fastjepa.jepa import JEPA
+from fastjepa.log import RunLog, read_metrics
+
+
+def should_probe(s: Settings, videos: Videos) -> tuple[bool, str]:
+    """(whether features are probed, why not). Errors: ValueError where a probe is asked for that needs labels."""
+    if s.eval.probe == "none":
+        return False, ""
+    if not videos.tasks:
+        if s.eval.probe == "linear":
+            raise ValueError("eval.probe: linear needs labels, and data.path has none (a list file can carry them)")
+        return False, "no probe: the videos have no labels"
+    return True, ""
+
+
+def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, stopped: Callable[[], bool]) -> None:
+    """Probe the target encoder beside an untrained one; console, probe/ and metrics of this step."""
+    log.say(f"probing the features of step {step} ...")
+    device = next(jepa.parameters()).device
+    training = jepa.training
+    random_state = torch.get_rng_state()
+    untrained = build_jepa(s).target_encoder.to(device).eval()
+    torch.set_rng_state(random_state)
+    reader = build_dataset(s, videos).reader
+    shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop)
+    results = probe.probe(jepa.target_encoder.eval(), untrained, videos, reader, shape, stopped)
+    jepa.train(training)
+    probe.write(results, step, log.folder / "probe")
+    for line in probe.table(results):
+        log.say(line)
+
+
+def draw_pictures(s: Settings, videos: Videos, log: RunLog) -> None:
+    """viz/loss.png and viz/masks.png."""
+    rows = read_metrics(log.folder)
+    if rows:
+        viz.loss_curve(rows, log.folder / "viz" / "loss.png")
+    sample = build_dataset(s, videos)[0]
+    context, target = build_masks(s).draw(0, [0])
+    viz.mask_picture(sample.clip, context, target, s.data.tubelet, s.data.patch, log.folder / "viz" / "masks.png")
+    log.say(f"pictures   {log.folder / 'viz'}: " + ", ".join(p.name for p in sorted((log.folder / "viz").iterdir())))

@@ -1,0 +1,40 @@
+"""Is the run alive? Figures that the loss alone does not show, computed on the device at log steps.
+
+B clips, N tokens, E width. A collapsing run has a falling loss; what tells is the loss against the best predictor that
+knows only the position, and how many directions the target features use.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_ROWS = 8192
+
+
+@dataclass
+class Health:
+    """0-dim float32 on the device. `trivial_loss` is 0 for a single clip, which says nothing about it."""
+
+    trivial_loss: Tensor
+    rank: Tensor
+
+
+@torch.no_grad()
+def measure(targets: Tensor, exponent: float) -> Health:
+    """Health of normalised target features float32 [B, N, E]."""
+    spread = (targets - targets.mean(dim=0)).abs()
+    return Health((spread**exponent).mean() / exponent, effective_rank(targets.flatten(0, 1)))
+
+
+@torch.no_grad()
+def effective_rank(rows: Tensor) -> Tensor:
+    """exp(entropy) of the normalised singular values of centred rows [M, E]; 1 to E. Source: Roy and Vetterli 2007.
+
+    At most 8192 rows, evenly spread, are used.
+    """
+    rows = rows[:: max(1, len(rows) // MOST_ROWS)].float()
+    rows = rows - rows.mean(dim=0)
+    energy = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0.0)
+    share = energy.sqrt() / energy.sqrt().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.exp(torch.special.entr(share).sum())

@@ -1,0 +1,123 @@
+"""What a run says: console, train.log, metrics.jsonl, status.json, and on request TensorBoard and Weights & Biases."""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastjepa.config import Log
+from fastjepa.runfolder import write_atomically
+
+
+class RunLog:
+    """Writes to the console and into a run folder. A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, folder: Path, settings: Log, name: str, last_step: int) -> None:
+        self.folder, self.last_step = folder, last_step
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._text = (folder / "train.log").open("a", encoding="utf-8")
+        self._metrics = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._board = _tensorboard(folder) if settings.tensorboard else None
+        self._wandb = _wandb(folder, name) if settings.wandb else None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop_progress()
+        for sink in (self._text, self._metrics, self._board):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def say(self, text: str) -> None:
+        """One line on the console and in train.log."""
+        self.console.print(text, markup=False)
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        self._text.flush()
+
+    def start_progress(self, step: int) -> None:
+        """Show the bar, where the console is a terminal."""
+        if self.console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self.console, transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task("train", total=self.last_step, completed=step)
+
+    def stop_progress(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def rewind(self, step: int) -> None:
+        """Drop rows of metrics.jsonl from this step on: a resumed run logs them again, each step once."""
+        self._metrics.seek(0)
+        rows = []
+        for line in self._metrics.read().splitlines():
+            # The last line may be half written where the process was killed.
+            if line.endswith("}") and json.loads(line)["step"] <= step:
+                rows.append(line)
+        self._metrics.close()
+        write_atomically(self.folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows))
+        self._metrics = (self.folder / "metrics.jsonl").open("a+", encoding="utf-8")
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """One row of metrics.jsonl; numbers that are not finite are written as null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._metrics.write(json.dumps(clean) + "\n")
+        self._metrics.flush()
+        numbers = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "step"}
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["step"])
+
+    def status(self, state: str, step: int, **more: Any) -> None:
+        """Replace status.json: state, step, time of the heartbeat."""
+        content = {"state": state, "step": step, "steps": self.last_step, "heartbeat": time.time(), **more}
+        write_atomically(self.folder / "status.json", json.dumps(content, indent=2))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 4 s, 12 min or 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("log.tensorboard needs the package tensorboard: pip install 'fastjepa[log]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _wandb(folder: Path, name: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("log.wandb needs the package wandb: pip install 'fastjepa[log]'") from None
+    return wandb.init(project="fastjepa", name=name, dir=str(folder), id=folder.name, resume="allow")

@@ -1,0 +1,262 @@
+"""The training loop: once in a while log, probe and save; then one training step."""
+
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastjepa import checkpoint, config, health, parallel
+from fastjepa.build import build_dataset, build_optimizer_pass
+from fastjepa.config import Settings
+from fastjepa.data.badfiles import BadFiles
+from fastjepa.data.loader import Batch, make_loader
+from fastjepa.data.source import Videos
+from fastjepa.evaluation import draw_pictures, run_probe, should_probe
+from fastjepa.exits import Exit
+from fastjepa.jepa import JEPA
+from fastjepa.log import RunLog, duration
+from fastjepa.masks import MaskCollator
+from fastjepa.optim import OptimizerPass
+from fastjepa.plan import Plan, peak_flops
+from fastjepa.probe import ProbeStopped
+from fastjepa.runfolder import RunFolder
+from fastjepa.signals import Interrupts
+from fastjepa.streams import Purpose, torch_seed
+
+SAVES_THAT_MAY_FAIL = 3
+BAD_STEPS_IN_A_ROW = 3
+
+
+@dataclass
+class Clock:
+    """Wall time since the last log line, and the part of it spent waiting for data."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    steps: int = 0
+
+
+@dataclass
+class Trainer:
+    """Everything that one run holds on to."""
+
+    settings: Settings
+    run: RunFolder
+    log: RunLog
+    device: torch.device
+    jepa: JEPA
+    masks: MaskCollator
+    videos: Videos
+    plan: Plan
+    bad_files: BadFiles
+    interrupts: Interrupts
+    workers: int
+
+    def __post_init__(self) -> None:
+        self.scaler = parallel.gradient_scaler(self.device, self.settings.optim.dtype)
+        self.update: OptimizerPass = build_optimizer_pass(self.settings, self.jepa, self.scaler)
+        self.clock = Clock()
+        self.failed_saves = 0
+        self.saved_step = -1
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint by name; live ones, so that loading writes into them."""
+        return {**self.jepa.state_dict(), **self.update.state()}
+
+    def restore(self) -> int:
+        """Continue from the newest intact checkpoint; returns the step to start with."""
+        found = checkpoint.newest(self.run.checkpoints, self.log.say)
+        if found is None:
+            self.log.rewind(0)
+            return 0
+        checkpoint.load(found, self.tensors())
+        if self.scaler is not None:
+            self.scaler.load_state_dict(found.trainer["scaler"])
+        self.saved_step = found.step
+        self.log.rewind(found.step)
+        self.log.say(f"resumed    from {found.folder}, step {found.step}")
+        return found.step
+
+    def save(self, step: int) -> bool:
+        """Commit a checkpoint. A failure is said and tried again at the next interval, three times."""
+        trainer: dict[str, Any] = {
+            "samples_seen": step * self.settings.optim.global_batch,
+            "settings": config.flat(self.settings),
+            "data": self.videos.fingerprint,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+        try:
+            checkpoint.save(
+                self.run.checkpoints, step, self.tensors(), trainer, self.settings.checkpoint.keep, self.log.say
+            )
+        except checkpoint.SaveFailed as error:
+            self.failed_saves += 1
+            self.log.say(f"warning: {error}; failed saves in a row: {self.failed_saves}")
+            return False
+        self.failed_saves, self.saved_step = 0, step
+        return True
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> Exit:
+        """Train to the last step, or until something ends the run; returns how it ended."""
+        s, log, last = self.settings, self.log, self.settings.last_step
+        first = self.restore()
+        if first >= last and self.run.status().get("state") == "done":
+            log.say(f"done       this run has its {last} steps: {self.run.path}")
+            return Exit.DONE
+        batches = self._batches(first, last)
+        log.start_progress(first)
+        log.status("training", first)
+        self.clock = Clock()
+        for step in range(first, last):
+            logging = (step + 1) % s.log.every == 0 or step + 1 == last
+            # ---- one training step
+            loss, measured = torch.zeros((), device=self.device), None
+            for part in range(self.plan.accumulation):
+                batch = self._next(batches)
+                if s.model.targets == "noised":
+                    torch.manual_seed(torch_seed(s.optim.seed, Purpose.NOISE, batch.slots[0]))
+                with parallel.autocast(self.device, s.optim.dtype):
+                    out = self.jepa(batch.clips, batch.masks_context, batch.masks_target)
+                    if logging and part + 1 == self.plan.accumulation:
+                        measured = health.measure(self.jepa.target_features(batch.clips), s.loss.exponent)
+                self.update.backward(out.loss / self.plan.accumulation)
+                loss += out.loss.detach() / self.plan.accumulation
+            norms = self.update.step(step, loss)
+            # ----
+            log.advance(step + 1)
+            self.clock.steps += 1
+            if measured is not None:
+                self._report(step + 1, loss, measured, norms.total)
+                if self.update.skipped_in_a_row.item() >= BAD_STEPS_IN_A_ROW:
+                    return self._fail(step + 1, Exit.NON_FINITE, "loss or gradients are not finite, step after step")
+            stopping = self.interrupts.received is not None
+            if (step + 1) % s.checkpoint.every == 0 or step + 1 == last or stopping:
+                saved = self.save(step + 1)
+                if self.failed_saves >= SAVES_THAT_MAY_FAIL or (not saved and (stopping or step + 1 == last)):
+                    return self._fail(step + 1, Exit.FAILED, "checkpoints cannot be written")
+            if stopping:
+                return self._leave(step + 1)
+            if s.eval.every and (step + 1) % s.eval.every == 0 and step + 1 < last:
+                if not self._probe(step + 1):
+                    return self._leave(step + 1)
+                self.clock = Clock()
+        log.stop_progress()
+        return self._finish(last)
+
+    def _batches(self, first: int, last: int) -> Iterator[Batch]:
+        s = self.settings
+        return iter(
+            make_loader(
+                build_dataset(s, self.videos),
+                self.masks,
+                first_step=first,
+                last_step=last,
+                global_batch=s.optim.global_batch,
+                batch_size=self.plan.batch_size,
+                workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.clock.waited += time.perf_counter() - began
+        for path, reason in self.bad_files.report(batch.bad):
+            self.log.say(f"bad file   {path}: {reason}; another video takes its place")
+        return batch.to(self.device)
+
+    def _report(self, step: int, loss: Tensor, measured: health.Health, grad_norm: Tensor) -> None:
+        s, plan, clock = self.settings, self.update.schedule, self.clock
+        parallel.synchronise(self.device)
+        seconds = time.perf_counter() - clock.started
+        clips = clock.steps * s.optim.global_batch / seconds
+        value, trivial = loss.item(), measured.trivial_loss.item()
+        row = {
+            "step": step,
+            "loss": value,
+            "loss_ratio": value / trivial if trivial > 0 else None,
+            "lr": plan.lr_at(step - 1),
+            "weight_decay": plan.weight_decay_at(step - 1),
+            "momentum": plan.momentum_at(step - 1),
+            "grad_norm": grad_norm.item(),
+            "rank": measured.rank.item(),
+            "skipped": int(self.update.skipped.item()),
+            "clips_per_s": clips,
+            "data_wait": clock.waited / seconds,
+            "memory_gb": _memory_gb(self.device),
+        }
+        peak = peak_flops(self.device)
+        if peak is not None:
+            row["mfu"] = clips * self.plan.flop_per_clip / peak
+        self.log.metrics(row)
+        left = (s.last_step - step) * seconds / clock.steps
+        ratio = "-" if row["loss_ratio"] is None else f"{row['loss_ratio']:.3f}"
+        mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        skipped = f"  {row['skipped']} skipped" if row["skipped"] else ""
+        self.log.say(
+            f"step {step}/{s.last_step}  loss {value:.4f} ({ratio} of trivial)  rank {row['rank']:.1f}  "
+            f"{clips:.4g} clips/s{mfu}  data wait {row['data_wait']:.0%}  {row['memory_gb']:.2g} GB{skipped}  "
+            f"{duration(left)} left"
+        )
+        self.log.status("training", step, loss=value, clips_per_s=clips, seconds_left=left)
+        self.clock = Clock()
+
+    # -- endings ------------------------------------------------------------------------------------------------------
+
+    def _probe(self, step: int) -> bool:
+        """Probe where there is something to probe; False where a signal ended it."""
+        wanted, why_not = should_probe(self.settings, self.videos)
+        if not wanted:
+            if why_not:
+                self.log.say(why_not)
+            return True
+        try:
+            run_probe(
+                self.settings, self.jepa, self.videos, self.log, step, lambda: self.interrupts.received is not None
+            )
+        except ProbeStopped:
+            if self.saved_step != step:
+                self.save(step)
+            return False
+        return True
+
+    def _finish(self, step: int) -> Exit:
+        self.log.status("evaluating", step)
+        if not self._probe(step):
+            return self._leave(step)
+        if self.settings.log.images:
+            draw_pictures(self.settings, self.videos, self.log)
+        if self.bad_files.reasons:
+            self.log.say(
+                f"bad files  {len(self.bad_files.reasons)} of {self.bad_files.total}, listed in {self.bad_files.path}"
+            )
+        self.log.status("done", step)
+        self.log.say(f"done       {step} steps: {self.run.path}")
+        return Exit.DONE
+
+    def _fail(self, step: int, code: Exit, reason: str) -> Exit:
+        self.log.stop_progress()
+        self.log.say(f"stopped    at step {step}: {reason}; the last checkpoint is of step {max(0, self.saved_step)}")
+        self.log.status("failed", step, reason=reason)
+        return code
+
+    def _leave(self, step: int) -> Exit:
+        self.log.stop_progress()
+        self.log.say(f"stopped    by {self.interrupts.received}, saved at step {step}; the same command continues")
+        self.log.status("stopped", step, reason=self.interrupts.received)
+        return Exit.SAVED_AFTER_SIGNAL
+
+
+def _memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

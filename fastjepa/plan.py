@@ -1,0 +1,149 @@
+"""Numbers that follow from the settings, before a run spends anything: tokens, work, memory, batch, schedule ends."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from fastjepa.build import build_schedule
+from fastjepa.config import Settings
+from fastjepa.jepa import JEPA
+from fastjepa.masks import MaskCollator, Ragged, TokenSet
+from fastjepa.models import VisionTransformer
+
+DRAWS = 32
+# bf16 tensor-core peak of one chip, dense, in FLOP/s: what MFU is counted against.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Derived numbers of a run. Tokens are means a clip; FLOP and bytes are a model's figures, not measurements."""
+
+    tokens: int
+    context: tuple[float, ...]
+    target: tuple[float, ...]
+    flop_per_clip: float
+    state_bytes: int
+    activation_bytes_per_clip: float
+    batch_size: int
+    accumulation: int
+
+
+def make_plan(s: Settings, jepa: JEPA, masks: MaskCollator, device: torch.device) -> Plan:
+    """Work out the derived numbers, and the batch size where it is `auto`."""
+    encoder = jepa.encoder
+    assert isinstance(encoder, VisionTransformer)
+    context, target = _mean_tokens(s, masks)
+    state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in jepa.parameters())
+    activations = _activation_bytes(s, encoder, context, target)
+    batch = _fitting(s, state, activations, device) if s.data.batch_size == "auto" else s.data.batch_size
+    return Plan(
+        encoder.num_patches,
+        context,
+        target,
+        _flop(s, encoder, context, target),
+        state,
+        activations,
+        batch,
+        s.optim.global_batch // batch,
+    )
+
+
+def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
+    """The plan in lines for a person."""
+    million = {n: sum(p.numel() for p in getattr(jepa, n).parameters()) / 1e6 for n in ("encoder", "predictor")}
+    schedule = build_schedule(s)
+    last = s.optim.steps - 1
+    sets = "; ".join(
+        f"set {i}: {c:.0f} context, {t:.0f} target" for i, (c, t) in enumerate(zip(plan.context, plan.target))
+    )
+    group = f"group of {s.group}" + (" (the whole batch)" if s.group < s.mask.group else "")
+    packed = s.runtime.execution == "packed"
+    execution = "packed (computed by the reference passes until it has its own)" if packed else "reference"
+    state, kept = plan.state_bytes / 1e9, plan.activation_bytes_per_clip * plan.batch_size / 1e9
+    lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last)))
+    decays = " -> ".join(f"{schedule.weight_decay_at(step):.3g}" for step in (0, last))
+    momenta = " -> ".join(f"{schedule.momentum_at(step):.5g}" for step in (0, last))
+    return [
+        f"model      {s.model.name}, {million['encoder']:.1f} M + predictor {million['predictor']:.1f} M parameters, "
+        f"targets: {s.model.targets}",
+        f"tokens     {plan.tokens} a clip; {sets}; truncation {s.mask.truncation}, {group}",
+        f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated, "
+        f"{s.optim.dtype}, execution {execution}",
+        f"work       {plan.flop_per_clip / 1e12:.3g} TFLOP a clip; memory by the model: "
+        f"{state:.2g} GB state + {kept:.2g} GB activations",
+        f"schedule   {s.optim.steps} steps, {s.optim.warmup_steps} of warm-up; lr {lrs}, weight decay {decays}, "
+        f"momentum {momenta}",
+    ]
+
+
+def _fitting(s: Settings, state: int, activations: float, device: torch.device) -> int:
+    """The largest divisor of the global batch, up to 64, whose activations fit into the memory that is free."""
+    room = max(0.0, 0.6 * (_memory(device) - state))
+    most = min(max(1, int(room // activations)), s.optim.global_batch, 64)
+    return max(b for b in range(1, most + 1) if s.optim.global_batch % b == 0)
+
+
+def _mean_tokens(s: Settings, masks: MaskCollator) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    group = s.group if s.mask.truncation != "none" else min(8, s.optim.global_batch)
+    sums = [[0.0] * len(s.mask.sets), [0.0] * len(s.mask.sets)]
+    draws = max(1, min(DRAWS, 256 // group))
+    for step in range(draws):
+        slots = range(step * s.optim.global_batch, step * s.optim.global_batch + group)
+        for side, sets in enumerate(masks.draw(step, slots)):
+            for number, token_set in enumerate(sets):
+                sums[side][number] += _tokens(token_set) / group / draws
+    return tuple(sums[0]), tuple(sums[1])
+
+
+def _tokens(token_set: TokenSet) -> int:
+    return sum(token_set.lengths) if isinstance(token_set, Ragged) else token_set.numel()
+
+
+def _flop(s: Settings, encoder: VisionTransformer, context: tuple[float, ...], target: tuple[float, ...]) -> float:
+    """FLOP of one clip, forward and backward, with the work that the mathematics needs (performance notes, section 2).
+
+    A multiply-add counts 2; backward twice the forward; kept patches embedded once a pass; the predictor's last layer
+    only for target rows.
+    """
+    width, depth = encoder.embed_dim, len(encoder.blocks)
+    block = sum(p.numel() for p in encoder.blocks[0].parameters() if p.ndim > 1)
+    narrow, layers = s.model.predictor_dim, s.model.predictor_depth
+    pixels = 3 * s.data.tubelet * s.data.patch**2
+    n = encoder.num_patches
+    small = 12 * narrow**2
+    target_pass = 2 * n * (pixels * width + depth * block) + depth * 4 * n * n * width
+    total = float(target_pass)
+    for c, t in zip(context, target):
+        total += 3 * depth * (2 * c * block + 4 * c * c * width) + 2 * 2 * c * pixels * width
+        rows = c + t
+        total += 3 * (layers - 1) * (2 * rows * small + 4 * rows * rows * narrow)
+        total += 3 * (2 * t * small + 2 * c * 2 * narrow**2 + 4 * t * rows * narrow)
+        total += 3 * 2 * (c + t) * width * narrow
+    return total
+
+
+def _activation_bytes(
+    s: Settings, encoder: VisionTransformer, context: tuple[float, ...], target: tuple[float, ...]
+) -> float:
+    """Bytes kept for the backward pass of one clip: about 34 values a token and channel in every block (eager)."""
+    size = 4 if s.optim.dtype == "float32" else 2
+    values = sum(context) * encoder.embed_dim * len(encoder.blocks)
+    values += (sum(context) + sum(target)) * s.model.predictor_dim * s.model.predictor_depth * 1.5
+    # The target pass keeps nothing, but its widest layer is alive for a moment.
+    return 34.0 * size * values + 12.0 * size * encoder.num_patches * encoder.embed_dim
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 peak of the device, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)

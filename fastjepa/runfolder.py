@@ -1,0 +1,154 @@
+"""The folder of one run: which one it is, what it holds, and that only one process works in it.
+
+runs/vith-3f9a21/            name - hash of the settings that change results and of the file list
+    config.yaml  command.txt  env.json  metrics.jsonl  train.log  status.json
+    bad_files.jsonl  checkpoints/  probe/  viz/
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastjepa import __version__, config, configfile
+from fastjepa.config import Settings
+
+
+class RunRefused(ValueError):
+    """The run cannot use this folder. The text is one sentence, or several lines of differences."""
+
+
+@dataclass
+class RunFolder:
+    """An open run folder. `notes` are lines for the console: what was found beside it and what differs."""
+
+    path: Path
+    notes: list[str]
+    lock: Any = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says, or nothing."""
+        path = self.path / "status.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def close(self) -> None:
+        """Let another process work here."""
+        self.lock.close()
+
+
+def open_run(settings: Settings, name: str, data: str) -> RunFolder:
+    """The folder that `settings.resume` asks for, locked, with its description written.
+
+    `data` is the fingerprint of the file list. Errors: RunRefused where a resume would change results, where the path
+    is no run, or where another process works there; OSError where the folder cannot be written.
+    """
+    root = Path(settings.log.folder).expanduser()
+    if settings.resume in ("auto", "never"):
+        folder, notes = _own_folder(root, name, settings, data)
+    else:
+        folder, notes = _named_folder(Path(settings.resume).expanduser(), settings, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(folder, notes, _lock(folder))
+    _describe(folder, settings, data)
+    return run
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old text or the new one."""
+    scratch = path.with_name(f".tmp-{path.name}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _own_folder(root: Path, name: str, settings: Settings, data: str) -> tuple[Path, list[str]]:
+    folder = root / f"{name}-{config.identity(settings, data)}"
+    notes = _siblings(root, name, folder, settings, data)
+    if settings.resume == "auto":
+        return folder, notes
+    number = 2
+    first = folder
+    while folder.exists():
+        folder = first.with_name(f"{first.name}-{number}")
+        number += 1
+    return folder, notes
+
+
+def _named_folder(folder: Path, settings: Settings, data: str) -> tuple[Path, list[str]]:
+    if not (folder / "config.yaml").is_file():
+        raise RunRefused(f"resume: expected auto, never or a run folder (with a config.yaml), given {folder}")
+    old, new = _stored(folder), config.flat(settings)
+    differences = config.changed(old, new, "fatal")
+    if differences:
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise RunRefused(f"resume: {folder} was made with other settings that change results:\n{lines}")
+    notes = [f"warning: changed since this run began: {line}" for line in config.changed(old, new, "warn")]
+    if _fingerprint(folder) not in (None, data):
+        notes.append("warning: the list of videos is not the one that this run began with")
+    return folder, notes
+
+
+def _siblings(root: Path, name: str, own: Path, settings: Settings, data: str) -> list[str]:
+    """What differs in other runs of the same name, and how to continue them."""
+    notes = []
+    for folder in sorted(root.glob(f"{name}-*")):
+        if folder == own or folder.name.startswith(f"{own.name}-") or not (folder / "config.yaml").is_file():
+            continue
+        differences = config.changed(_stored(folder), config.flat(settings), "fatal")
+        if not differences and _fingerprint(folder) != data:
+            differences = ["other videos"]
+        if differences:
+            shown = "; ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
+            notes.append(f"another run, {folder}, differs ({shown}); resume={shlex.quote(str(folder))} continues it")
+    return notes[-3:]
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    try:
+        return config.flat(configfile.load(folder / "config.yaml"))
+    except configfile.SettingsError as error:
+        raise RunRefused(f"{folder / 'config.yaml'} cannot be read: {error.mistakes[0]}") from None
+
+
+def _fingerprint(folder: Path) -> str | None:
+    path = folder / "env.json"
+    return json.loads(path.read_text()).get("data") if path.is_file() else None
+
+
+def _lock(folder: Path) -> Any:
+    handle = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise RunRefused(f"another process is working in {folder}") from None
+    return handle
+
+
+def _describe(folder: Path, settings: Settings, data: str) -> None:
+    write_atomically(folder / "config.yaml", configfile.dump(settings))
+    with (folder / "command.txt").open("a", encoding="utf-8") as out:
+        out.write(
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(['python', '-m', 'fastjepa.train', *sys.argv[1:]])}\n"
+        )
+    versions = {name: _version(name) for name in ("torch", "numpy", "av", "triton")}
+    env = {"fastjepa": __version__, "python": platform.python_version(), "system": platform.platform(), **versions}
+    write_atomically(folder / "env.json", json.dumps({**env, "data": data}, indent=2))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

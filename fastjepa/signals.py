@@ -1,0 +1,34 @@
+"""SIGINT, SIGTERM and SIGUSR1: the first asks the loop to save and leave, the second leaves at once."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+from fastjepa.exits import Exit
+
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupts:
+    """A context in which signals are noted instead of ending the process. `received` is the first one's name."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            # No clean-up: whoever asks twice wants the process gone. The last checkpoint is committed and untouched.
+            os._exit(Exit.SECOND_INTERRUPT)
+        self.received = signal.Signals(number).name

@@ -1,0 +1,18 @@
+"""`python -m fastjepa.train SETTINGS.yaml key=value ...`: pretrain a V-JEPA encoder."""
+
+import sys
+
+from fastjepa.configfile import from_command_line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code (see `fastjepa.exits`)."""
+    settings, name = from_command_line(sys.argv[1:] if arguments is None else arguments)
+    # Only now: importing torch takes seconds, and a mistake in the settings should not.
+    from fastjepa.start import start
+
+    return int(start(settings, name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

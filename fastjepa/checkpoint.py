@@ -14,20 +14,24 @@ executes no code: the tensors are safetensors, the rest is JSON.
 
 import json
 import os
+import re
 import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 FORMAT = 1
+# What parsing a damaged or a hostile file can raise; a RecursionError for brackets in brackets without end.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, SafetensorError)
 # A file is built in memory before it is written: small ones keep the peak low beside a model that fills the machine.
 FILE_BYTES = 1 << 30
 Say = Callable[[str], None]
@@ -59,7 +63,7 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[str, A
     scratch = root / f".tmp-step-{step:07d}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
+        _tidy(root)
         scratch.mkdir()
         writer = HuggingFaceStorageWriter(str(scratch), fqn_to_index_mapping=_files(tensors), save_distributed=True)
         with _single_process():
@@ -70,18 +74,17 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[str, A
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2))
         for path in [*scratch.iterdir(), scratch]:
             _fsync(path)
-        replaced = root / f".tmp-replaced-{step:07d}"
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
+        if os.path.lexists(final):
+            final.rename(root / f".tmp-replaced-{final.name}")
         scratch.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
         _point_latest(root, final.name)
         _fsync(root)
+        _tidy(root)
     except (OSError, CheckpointException) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            _tidy(root)
         raise SaveFailed(f"the checkpoint of step {step} could not be written to {root}: {_cause(error)}") from error
-    _prune(root, keep, say)
+    _prune(root, final, keep, say)
     return final
 
 
@@ -91,25 +94,27 @@ def newest(root: Path, say: Say) -> Found | None:
     Damaged ones are renamed to corrupt-... with one line of reason. Errors: CheckpointError where there are
     checkpoints but none is intact: a run is never silently started again from nothing.
     """
-    folders = _folders(root)
-    for folder in folders:
+    _put_back(root)
+    for folder in _folders(root):
         try:
             return verify(folder)
         except CheckpointError as error:
             aside = folder.with_name(f"corrupt-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             folder.rename(aside)
             say(f"warning: checkpoint {folder.name} is damaged ({error}); it was put aside as {aside.name}")
-    if folders:
-        raise CheckpointError(
-            f"none of the {len(folders)} checkpoints in {root} is intact; start anew with resume=never"
-        )
+    # Those put aside by an earlier start count too: trying again must not begin from nothing either.
+    damaged = len(list(root.glob("corrupt-step-*")))
+    if damaged:
+        raise CheckpointError(f"none of the {damaged} checkpoints in {root} is intact; start anew with resume=never")
     return None
 
 
 def verify(folder: Path) -> Found:
     """Check names, sizes and checksums of one checkpoint folder. Errors: CheckpointError."""
     try:
+        if (folder / "manifest.json").is_symlink() or not (folder / "manifest.json").is_file():
+            raise CheckpointError("it has no manifest.json")
         manifest = json.loads((folder / "manifest.json").read_text())
         present = {p.name for p in folder.iterdir()} - {"manifest.json"}
         if not isinstance(manifest, dict) or present != set(manifest) or "trainer.json" not in manifest:
@@ -126,7 +131,7 @@ def verify(folder: Path) -> Found:
         if trainer["format"] != FORMAT:
             raise CheckpointError(f"it has format {trainer['format']}, this version reads format {FORMAT}")
         return Found(folder, int(trainer["step"]), trainer)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
 
 
@@ -135,8 +140,11 @@ def load(found: Found, tensors: dict[str, Tensor]) -> None:
 
     Errors: CheckpointError with the differences; nothing is copied then.
     """
-    reader = HuggingFaceStorageReader(str(found.folder))
-    stored = reader.read_metadata().state_dict_metadata
+    try:
+        reader = HuggingFaceStorageReader(str(found.folder))
+        stored = reader.read_metadata().state_dict_metadata
+    except UNREADABLE as error:
+        raise CheckpointError(f"{found.folder} cannot be read: {type(error).__name__}: {error}") from error
     problems = [f"{name} is missing" for name in sorted(tensors.keys() - stored.keys())]
     problems += [f"{name} is not expected" for name in sorted(stored.keys() - tensors.keys())]
     for name in sorted(tensors.keys() & stored.keys()):
@@ -147,8 +155,11 @@ def load(found: Found, tensors: dict[str, Tensor]) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{found.folder} does not fit the model: {'; '.join(problems[:3])}{more}")
-    with _single_process():
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+    try:
+        with _single_process():
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise CheckpointError(f"{found.folder} cannot be read: {_cause(error)}") from error
 
 
 @contextmanager
@@ -171,24 +182,47 @@ def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _folders(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+    """What carries the name of a checkpoint, newest first."""
     if not root.is_dir():
         return []
-    names = [p for p in root.iterdir() if p.name.startswith("step-") and p.name[5:].isdigit() and p.is_dir()]
+    names = [p for p in root.iterdir() if re.fullmatch(r"step-[0-9]+", p.name)]
     return sorted(names, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def _prune(root: Path, keep: int, say: Say) -> None:
-    for folder in _folders(root)[keep:]:
+def _prune(root: Path, written: Path, keep: int, say: Say) -> None:
+    """Remove the oldest beyond `keep`, never the one just written: nothing is known of the others."""
+    for folder in [other for other in _folders(root) if other != written][keep - 1 :]:
         try:
-            shutil.rmtree(folder)
+            _remove(folder)
         except OSError as error:
             say(f"warning: the old checkpoint {folder.name} could not be removed: {error}")
 
 
+def _put_back(root: Path) -> None:
+    """Undo a save of the same step that was killed between its two renames."""
+    for aside in root.glob(".tmp-replaced-step-*"):
+        final = root / aside.name.removeprefix(".tmp-replaced-")
+        if not os.path.lexists(final):
+            aside.rename(final)
+
+
+def _tidy(root: Path) -> None:
+    """Take away what saves that did not finish have left, of whatever step."""
+    _put_back(root)
+    for path in root.glob(".tmp-*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file, a link, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _point_latest(root: Path, name: str) -> None:
     link = root / ".tmp-latest"
-    link.unlink(missing_ok=True)
     link.symlink_to(name)
     os.replace(link, root / "latest")
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from fastjepa.config import SECTIONS, MaskSet, Section, Settings, fields
+from fastjepa.config import SECTIONS, Mask, MaskSet, Section, Settings, fields
 from fastjepa.configchecks import cross_checks
 from fastjepa.expectation import expectation
 
@@ -88,19 +87,37 @@ def from_command_line(arguments: list[str]) -> tuple[Settings, str]:
 
 def _show(value: Any) -> str:
     if isinstance(value, Section):
-        return str(value.model_dump(mode="json"))
+        return "{" + ", ".join(f"{key}: {_show(inner)}" for key, inner in value) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(_show(v) for v in value) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _given(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _nearest(word: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    # The right name under the wrong head, or without one, comes before names that only look alike.
+    same = [key for key in valid if key.rpartition(".")[2] == word.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     return f", nearest valid key: {close[0]}" if close else ""
 
 
+def _place(places: dict[str, str], key: str, file: str) -> str:
+    """Where the value of a key came from: its own entry, or that of what holds it."""
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places.get(key, file)
+
+
 def _parse(text: str) -> Any:
-    return YAML(typ="safe", pure=True).load(text)
+    """Errors: YAMLError."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (ValueError, LookupError, RecursionError) as error:  # 2024-02-30, !!bool perhaps, a thousand brackets
+        raise YAMLError(f"a value cannot be read: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -134,7 +151,7 @@ def _read_with_base(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     sources = [(path, own)]
     if base is not None:
         if not isinstance(base, str):
-            raise SettingsError([f"{path}: base: expected the name of a YAML file, given {base!r}"])
+            raise SettingsError([f"{path}: base: expected the name of a YAML file, given {_given(base)}"])
         inherited = _read(path.parent / base)
         if "base" in inherited:
             raise SettingsError([f"{path.parent / base}: base: a base file cannot name a base of its own"])
@@ -162,25 +179,27 @@ def _override(values: dict[str, Any], places: dict[str, str], text: str) -> str 
     except YAMLError:
         return f"command line: {key}: not a valid YAML value: {raw!r}"
     head, *rest = key.split(".")
-    places[key] = places[".".join([head, *rest[:1]])] = "command line"
+    places[key] = "command line"
     if not rest:
         values[head] = value
         return None
+    places.setdefault(head, "command line")
     branch = values.setdefault(head, {})
-    if len(rest) > 1 and head == "mask" and rest[0] == "sets" and rest[1].isdigit():
-        return _override_mask_set(branch, int(rest[1]), rest[2:], value)
     if not isinstance(branch, dict):
         return f"command line: {key}: {head} is not a group of settings in the file"
+    if head == "mask" and rest[0] == "sets" and len(rest) > 1 and rest[1].isdecimal():
+        return _override_mask_set(branch, int(rest[1]), rest[2:], value)
     branch[".".join(rest)] = value
     return None
 
 
 def _override_mask_set(branch: dict[str, Any], number: int, rest: list[str], value: Any) -> str | None:
-    sets = branch.get("sets") or [s.model_dump(mode="json") for s in Settings().mask.sets]
-    branch["sets"] = sets = [dict(s) if isinstance(s, dict) else s for s in sets] if isinstance(sets, list) else sets
-    if not isinstance(sets, list) or number >= len(sets) or len(rest) != 1 or not isinstance(sets[number], dict):
+    sets = branch.get("sets", [s.model_dump(mode="json") for s in Settings().mask.sets])
+    if not isinstance(sets, list) or not sets:
+        return f"command line: mask.sets.{number}: mask.sets is not a list of mask sets in the file"
+    if number >= len(sets) or len(rest) != 1 or not isinstance(sets[number], dict):
         return f"command line: mask.sets.{number}: expected mask.sets.0.KEY to mask.sets.{len(sets) - 1}.KEY"
-    sets[number][rest[0]] = value
+    branch["sets"] = [{**s, rest[0]: value} if place == number else s for place, s in enumerate(sets)]
     return None
 
 
@@ -193,13 +212,14 @@ def _validate(values: dict[str, Any], places: dict[str, str], file: str) -> tupl
         where = places.get(str(head), file)
         if head in SECTIONS:
             if not isinstance(content, dict):
-                mistakes.append(f"{where}: {head}: expected a group of settings, given {content!r}")
+                mistakes.append(f"{where}: {head}: expected a group of settings, given {_given(content)}")
+                broken.update(key for key in keys if key.startswith(f"{head}."))
                 continue
-            valid[head], found = _validate_section(head, content, places, where, keys, broken)
+            valid[head], found = _validate_section(head, content, places, where, broken)
             mistakes += found
         elif head in Settings.model_fields:
             if not isinstance(content, str):
-                mistakes.append(f"{where}: {head}: expected text, given {content!r}")
+                mistakes.append(f"{where}: {head}: expected text, given {_given(content)}")
             else:
                 valid[head] = content
         else:
@@ -208,56 +228,54 @@ def _validate(values: dict[str, Any], places: dict[str, str], file: str) -> tupl
     for involved, sentence in cross_checks(settings):
         # A key that is wrong by itself was replaced by its default for this pass: say nothing about its combinations.
         if not broken.intersection(involved):
-            place = next((places[key] for key in involved if key in places), file)
-            mistakes.append(f"{place}: {sentence}")
+            key = next((key for key in involved if key in places), involved[0])
+            mistakes.append(f"{_place(places, key, file)}: {sentence}")
     return settings, mistakes
 
 
 def _validate_section(
-    head: str, content: dict[str, Any], places: dict[str, str], where: str, keys: list[str], broken: set[str]
+    head: str, content: dict[str, Any], places: dict[str, str], where: str, broken: set[str]
 ) -> tuple[Section, list[str]]:
-    """The section with its valid values (broken ones at their defaults) and a sentence for each broken one."""
+    """The section with its valid values (wrong ones at their defaults) and a sentence for each wrong one."""
     kind = SECTIONS[head]
-    mistakes = []
     try:
         return kind.model_validate(content), []
     except ValidationError as error:
-        seen = set()
-        for problem in error.errors():
-            location = problem["loc"]
-            named, field = _locate(kind, location)
-            key = f"{head}.{'.'.join(map(str, named))}"
-            if key in seen:
-                continue
-            seen.add(key)
-            broken.add(f"{head}.{location[0]}")
-            place = places.get(f"{head}.{location[0]}", where)
-            if field is None:
-                valid = (
-                    keys
-                    if len(named) == 1
-                    else [f"{head}.{'.'.join(map(str, named[:-1]))}.{k}" for k in MaskSet.model_fields]
-                )
-                mistakes.append(f"{place}: unknown key {key}{_nearest(key, valid)}")
-            else:
-                given = _given(content, named)
-                mistakes.append(f"{place}: {key}: expected {expectation(field)}, given {given}")
-    remaining = {key: value for key, value in content.items() if f"{head}.{key}" not in broken}
-    return kind.model_validate(remaining), mistakes
+        locations = [problem["loc"] for problem in error.errors()]
+    mistakes = []
+    for location in locations:
+        named, expected = _locate(kind, location)
+        key = ".".join(map(str, (head, *named)))
+        if key in broken:
+            continue
+        broken.add(key)
+        place = _place(places, key, where)
+        if expected is None:
+            siblings = [f"{key.rpartition('.')[0]}.{name}" for name in MaskSet.model_fields]
+            valid = [name for name, _ in fields()] if len(named) == 1 else siblings
+            mistakes.append(f"{place}: unknown key {key}{_nearest(key, valid)}")
+        else:
+            given: Any = content
+            for part in named:
+                given = given[part]
+            mistakes.append(f"{place}: {key}: expected {expected}, given {_given(given)}")
+    return kind.model_validate(_without(head, content, broken)), mistakes
 
 
-def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], FieldInfo | None]:
-    """(the part of an error's location that names a setting, its field or None where the key is unknown)."""
-    if location[0] not in kind.model_fields:
-        return location[:1], None
-    field = kind.model_fields[str(location[0])]
-    if location[0] == "sets" and len(location) >= 3 and isinstance(location[1], int):
-        inner = MaskSet.model_fields.get(str(location[2]))
-        return location[:3], inner
-    return location[:2] if location[0] == "sets" and len(location) == 2 else location[:1], field
+def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], str | None]:
+    """(the part of an error's location that names a setting, what it expects or None where the key is unknown)."""
+    inside = kind is Mask and location[0] == "sets" and len(location) > 1
+    if inside and len(location) == 2:
+        return location, "a group of settings"
+    named = location[:3] if inside else location[:1]
+    field = (MaskSet if inside else kind).model_fields.get(str(named[-1]))
+    return named, None if field is None else expectation(field)
 
 
-def _given(content: Any, named: tuple[int | str, ...]) -> str:
-    for part in named:
-        content = content[part]
-    return "null" if content is None else repr(content)
+def _without(head: str, content: dict[str, Any], broken: set[str]) -> dict[str, Any]:
+    """The values of a section without the wrong ones. A mask set keeps its number and its other values."""
+    kept = {key: value for key, value in content.items() if f"{head}.{key}" not in broken}
+    if isinstance(kept.get("sets"), list):
+        entries = [entry if isinstance(entry, dict) else {} for entry in kept["sets"]]
+        kept["sets"] = [_without(f"{head}.sets.{number}", entry, broken) for number, entry in enumerate(entries)]
+    return kept

@@ -35,6 +35,9 @@ def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, s
     shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop)
     results = probe.probe(jepa.target_encoder.eval(), untrained, videos, reader, shape, stopped)
     jepa.train(training)
+    if not results:
+        log.say("no probe: too few of the labelled videos can be read")
+        return
     probe.write(results, step, log.folder / "probe")
     for line in probe.table(results):
         log.say(line)

@@ -35,6 +35,8 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
     pattern = next((m.pattern for m in metadata if getattr(m, "pattern", None)), None)
     if annotation is str and pattern:
         return "auto, cpu, cuda or cuda:N"
+    if annotation is str and any(getattr(m, "min_length", None) for m in metadata):
+        return "text that is not empty"
     if annotation in (int, float):
         limits = [
             f"{word} {getattr(m, name)}"

@@ -29,12 +29,15 @@ def measure(targets: Tensor, exponent: float) -> Health:
 
 @torch.no_grad()
 def effective_rank(rows: Tensor) -> Tensor:
-    """exp(entropy) of the normalised singular values of centred rows [M, E]; 1 to E. Source: Roy and Vetterli 2007.
+    """exp(entropy) of the normalised singular values of centred rows [M, E]: 1 to E, NaN where rows are not finite.
 
-    At most 8192 rows, evenly spread, are used.
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007. At most 8192 rows, evenly spread, are used.
     """
-    rows = rows[:: max(1, len(rows) // MOST_ROWS)].float()
+    rows = rows[:: max(1, -(-len(rows) // MOST_ROWS))].float()
     rows = rows - rows.mean(dim=0)
-    energy = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0.0)
+    gram = rows.T @ rows
+    # Features that are not finite have no rank, and the solver refuses them: it gets a harmless matrix instead.
+    finite = torch.isfinite(gram).all()
+    energy = torch.linalg.eigvalsh(torch.where(finite, gram, torch.eye(len(gram), device=gram.device))).clamp_min(0.0)
     share = energy.sqrt() / energy.sqrt().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.exp(torch.special.entr(share).sum())
+    return torch.where(finite, torch.exp(torch.special.entr(share).sum()), torch.nan)

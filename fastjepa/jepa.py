@@ -58,8 +58,8 @@ class JEPA(nn.Module):
 
     @torch.no_grad()
     def target_features(self, clips: Tensor) -> Tensor:
-        """Target features of every token, normalised without affine in float32: [B, C, T, H, W] -> [B, N, E]."""
-        features = self.target_encoder(clips).float()
+        """Target features of every token, normalised without affine, at least float32: [B, C, T, H, W] -> [B, N, E]."""
+        features = _wide(self.target_encoder(clips))
         return F.layer_norm(features, features.shape[-1:], eps=1e-5)
 
     def forward(
@@ -90,9 +90,11 @@ class JEPA(nn.Module):
             draw = None if draws is None else draws[number]
             for prediction, target in self._pass(clips, targets, *pair, number, draw):
                 share = len(prediction) / len(clips)
-                error = error + share * self._error(prediction.float(), target)
+                error = error + share * self._error(_wide(prediction), target)
                 if self.reg_coeff:
-                    deviation.append((prediction.float().var(dim=1) + 1e-4).sqrt())
+                    # Unbiased, as published; a single token has no spread, and no division by zero either.
+                    variance = _wide(prediction).var(dim=1, correction=min(1, prediction.shape[1] - 1))
+                    deviation.append((variance + 1e-4).sqrt())
                 if collect:
                     kept.append((number, prediction.detach(), target))
             errors.append(error)
@@ -138,13 +140,19 @@ class JEPA(nn.Module):
             for target, online in zip(self.target_encoder.parameters(), self.encoder.parameters())
             if online.requires_grad or every_parameter
         ]
-        keep = torch.as_tensor(momentum, dtype=torch.float32, device=pairs[0][0].device)
+        # 1 - m in double precision: momenta come within 1e-5 of 1, where float32 would lose most of its digits.
+        move = (1.0 - torch.as_tensor(momentum, dtype=torch.float64, device=pairs[0][0].device)).float()
         # In slices, so that the temporary differences stay small beside a large encoder.
         for start in range(0, len(pairs), 32):
             targets, onlines = ([p[side] for p in pairs[start : start + 32]] for side in (0, 1))
             differences = torch._foreach_sub(onlines, targets)
-            torch._foreach_mul_(differences, 1.0 - keep)
+            torch._foreach_mul_(differences, move)
             torch._foreach_add_(targets, differences)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays, so that a float64 model is float64 throughout."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_set(kept: list[tuple[int, Tensor]], sets: Sequence[TokenSet]) -> list[Tensor]:

@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +21,7 @@ class RunLog:
 
     def __init__(self, folder: Path, settings: Log, name: str, last_step: int) -> None:
         self.folder, self.last_step = folder, last_step
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._text = (folder / "train.log").open("a", encoding="utf-8")
         self._metrics = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
         self._progress: Progress | None = None
@@ -36,15 +38,17 @@ class RunLog:
         self.stop_progress()
         for sink in (self._text, self._metrics, self._board):
             if sink is not None:
-                sink.close()
+                with self._full_disk_is_said():
+                    sink.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def say(self, text: str) -> None:
         """One line on the console and in train.log."""
         self.console.print(text, markup=False)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
-        self._text.flush()
+        with self._full_disk_is_said():
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            self._text.flush()
 
     def start_progress(self, step: int) -> None:
         """Show the bar, where the console is a terminal."""
@@ -66,12 +70,15 @@ class RunLog:
             self._progress.update(self._task, completed=step)
 
     def rewind(self, step: int) -> None:
-        """Drop rows of metrics.jsonl from this step on: a resumed run logs them again, each step once."""
+        """Drop rows of metrics.jsonl after this step: a resumed run logs them again, each step once."""
         self._metrics.seek(0)
         rows = []
         for line in self._metrics.read().splitlines():
-            # The last line may be half written where the process was killed.
-            if line.endswith("}") and json.loads(line)["step"] <= step:
+            try:
+                keep = json.loads(line)["step"] <= step
+            except ValueError:
+                keep = False  # half written where the process was killed
+            if keep:
                 rows.append(line)
         self._metrics.close()
         write_atomically(self.folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows))
@@ -80,8 +87,9 @@ class RunLog:
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl; numbers that are not finite are written as null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._metrics.write(json.dumps(clean) + "\n")
-        self._metrics.flush()
+        with self._full_disk_is_said():
+            self._metrics.write(json.dumps(clean) + "\n")
+            self._metrics.flush()
         numbers = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "step"}
         if self._board is not None:
             for key, value in numbers.items():
@@ -92,7 +100,16 @@ class RunLog:
     def status(self, state: str, step: int, **more: Any) -> None:
         """Replace status.json: state, step, time of the heartbeat."""
         content = {"state": state, "step": step, "steps": self.last_step, "heartbeat": time.time(), **more}
-        write_atomically(self.folder / "status.json", json.dumps(content, indent=2))
+        with self._full_disk_is_said():
+            write_atomically(self.folder / "status.json", json.dumps(content, indent=2))
+
+    @contextmanager
+    def _full_disk_is_said(self) -> Iterator[None]:
+        """A log that cannot be written is no reason to end a run of days; what is buffered follows with the next."""
+        try:
+            yield
+        except OSError as error:
+            self.console.print(f"warning: the log in {self.folder} cannot be written: {error}", markup=False)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

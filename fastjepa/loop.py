@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastjepa import checkpoint, config, health, parallel
 from fastjepa.build import build_dataset, build_optimizer_pass
 from fastjepa.config import Settings
 from fastjepa.data.badfiles import BadFiles
-from fastjepa.data.loader import Batch, make_loader
+from fastjepa.data.loader import Batch, make_loader, running
 from fastjepa.data.source import Videos
 from fastjepa.evaluation import draw_pictures, run_probe, should_probe
 from fastjepa.exits import Exit
@@ -29,6 +29,8 @@ from fastjepa.streams import Purpose, torch_seed
 
 SAVES_THAT_MAY_FAIL = 3
 BAD_STEPS_IN_A_ROW = 3
+# float16 finds its loss scale by overflowing: from 65536 down to 1 takes 16 steps that say nothing about the run.
+BAD_STEPS_IN_A_ROW_FLOAT16 = 20
 
 
 @dataclass
@@ -38,6 +40,15 @@ class Clock:
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     steps: int = 0
+
+
+@dataclass
+class StepDone:
+    """What a step leaves behind, 0-dim on the device; health on log steps only."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    health: health.Health | None
 
 
 @dataclass
@@ -59,6 +70,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.scaler = parallel.gradient_scaler(self.device, self.settings.optim.dtype)
         self.update: OptimizerPass = build_optimizer_pass(self.settings, self.jepa, self.scaler)
+        self.patience = BAD_STEPS_IN_A_ROW if self.scaler is None else BAD_STEPS_IN_A_ROW_FLOAT16
         self.clock = Clock()
         self.failed_saves = 0
         self.saved_step = -1
@@ -106,64 +118,82 @@ class Trainer:
 
     def train(self) -> Exit:
         """Train to the last step, or until something ends the run; returns how it ended."""
-        s, log, last = self.settings, self.log, self.settings.last_step
+        log, last = self.log, self.settings.last_step
         first = self.restore()
         if first >= last and self.run.status().get("state") == "done":
             log.say(f"done       this run has its {last} steps: {self.run.path}")
             return Exit.DONE
-        batches = self._batches(first, last)
-        log.start_progress(first)
         log.status("training", first)
+        log.start_progress(first)
+        with running(self._loader(first, last)) as batches:
+            ended = self._steps(first, last, batches)
+        log.stop_progress()
+        return self._finish(last) if ended is None else ended
+
+    def _steps(self, first: int, last: int, batches: Iterator[Batch]) -> Exit | None:
+        """The steps [first, last); returns how the run ended, or None where it came to its last step."""
+        s = self.settings
         self.clock = Clock()
         for step in range(first, last):
             logging = (step + 1) % s.log.every == 0 or step + 1 == last
-            # ---- one training step
-            loss, measured = torch.zeros((), device=self.device), None
-            for part in range(self.plan.accumulation):
-                batch = self._next(batches)
-                if s.model.targets == "noised":
-                    torch.manual_seed(torch_seed(s.optim.seed, Purpose.NOISE, batch.slots[0]))
-                with parallel.autocast(self.device, s.optim.dtype):
-                    out = self.jepa(batch.clips, batch.masks_context, batch.masks_target)
-                    if logging and part + 1 == self.plan.accumulation:
-                        measured = health.measure(self.jepa.target_features(batch.clips), s.loss.exponent)
-                self.update.backward(out.loss / self.plan.accumulation)
-                loss += out.loss.detach() / self.plan.accumulation
-            norms = self.update.step(step, loss)
-            # ----
-            log.advance(step + 1)
-            self.clock.steps += 1
-            if measured is not None:
-                self._report(step + 1, loss, measured, norms.total)
-                if self.update.skipped_in_a_row.item() >= BAD_STEPS_IN_A_ROW:
-                    return self._fail(step + 1, Exit.NON_FINITE, "loss or gradients are not finite, step after step")
+            done = self._step(step, batches, logging)
+            if done is not None:
+                self.log.advance(step + 1)
+                self.clock.steps += 1
+                if logging:
+                    self._report(step + 1, done)
+                    if self.update.skipped_in_a_row.item() >= BAD_STEPS_IN_A_ROW:
+                        return self._fail(
+                            step + 1, Exit.NON_FINITE, "loss or gradients are not finite, step after step"
+                        )
+            count = step if done is None else step + 1
             stopping = self.interrupts.received is not None
-            if (step + 1) % s.checkpoint.every == 0 or step + 1 == last or stopping:
-                saved = self.save(step + 1)
-                if self.failed_saves >= SAVES_THAT_MAY_FAIL or (not saved and (stopping or step + 1 == last)):
-                    return self._fail(step + 1, Exit.FAILED, "checkpoints cannot be written")
+            if count % s.checkpoint.every == 0 or count == last or stopping:
+                saved = count == self.saved_step or self.save(count)
+                if self.failed_saves >= SAVES_THAT_MAY_FAIL or (not saved and (stopping or count == last)):
+                    return self._fail(count, Exit.FAILED, "checkpoints cannot be written")
             if stopping:
-                return self._leave(step + 1)
-            if s.eval.every and (step + 1) % s.eval.every == 0 and step + 1 < last:
-                if not self._probe(step + 1):
-                    return self._leave(step + 1)
+                return self._leave(count)
+            if s.eval.every and count % s.eval.every == 0 and count < last:
+                if not self._probe(count):
+                    return self._leave(count)
                 self.clock = Clock()
-        log.stop_progress()
-        return self._finish(last)
+        return None
 
-    def _batches(self, first: int, last: int) -> Iterator[Batch]:
+    def _step(self, step: int, batches: Iterator[Batch], look: bool) -> StepDone | None:
+        """One training step; None where a signal came between its batches: nothing has changed then.
+
+        `look` measures the health of the last batch's target features, before they are updated.
+        """
+        s, parts = self.settings, self.plan.accumulation
+        loss, features = torch.zeros((), device=self.device), None
+        for part in range(parts):
+            if part and self.interrupts.received is not None:
+                self.update.optimizer.zero_grad(set_to_none=True)
+                return None
+            batch = self._next(batches)
+            if s.model.targets == "noised":
+                torch.manual_seed(torch_seed(s.optim.seed, Purpose.NOISE, batch.slots[0]))
+            with parallel.autocast(self.device, s.optim.dtype):
+                out = self.jepa(batch.clips, batch.masks_context, batch.masks_target)
+                if look and part + 1 == parts:
+                    features = self.jepa.target_features(batch.clips)
+            self.update.backward(out.loss / parts)
+            loss += out.loss.detach() / parts
+        measured = None if features is None else health.measure(features, s.loss.exponent)
+        return StepDone(loss, self.update.step(step, loss).total, measured)
+
+    def _loader(self, first: int, last: int) -> Iterable[Batch]:
         s = self.settings
-        return iter(
-            make_loader(
-                build_dataset(s, self.videos),
-                self.masks,
-                first_step=first,
-                last_step=last,
-                global_batch=s.optim.global_batch,
-                batch_size=self.plan.batch_size,
-                workers=self.workers,
-                pin_memory=self.device.type == "cuda",
-            )
+        return make_loader(
+            build_dataset(s, self.videos),
+            self.masks,
+            first_step=first,
+            last_step=last,
+            global_batch=s.optim.global_batch,
+            batch_size=self.plan.batch_size,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
         )
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
@@ -174,12 +204,13 @@ class Trainer:
             self.log.say(f"bad file   {path}: {reason}; another video takes its place")
         return batch.to(self.device)
 
-    def _report(self, step: int, loss: Tensor, measured: health.Health, grad_norm: Tensor) -> None:
+    def _report(self, step: int, done: StepDone) -> None:
+        assert done.health is not None, "a step is reported only after its health was measured"
         s, plan, clock = self.settings, self.update.schedule, self.clock
         parallel.synchronise(self.device)
         seconds = time.perf_counter() - clock.started
         clips = clock.steps * s.optim.global_batch / seconds
-        value, trivial = loss.item(), measured.trivial_loss.item()
+        value, trivial = done.loss.item(), done.health.trivial_loss.item()
         row = {
             "step": step,
             "loss": value,
@@ -187,8 +218,8 @@ class Trainer:
             "lr": plan.lr_at(step - 1),
             "weight_decay": plan.weight_decay_at(step - 1),
             "momentum": plan.momentum_at(step - 1),
-            "grad_norm": grad_norm.item(),
-            "rank": measured.rank.item(),
+            "grad_norm": done.grad_norm.item(),
+            "rank": done.health.rank.item(),
             "skipped": int(self.update.skipped.item()),
             "clips_per_s": clips,
             "data_wait": clock.waited / seconds,

@@ -131,7 +131,7 @@ class OptimizerPass:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         momentum = self.schedule.momentum_at(step)
-        self.jepa.update_target(momentum + bad * (1.0 - momentum), every_parameter=self.ema_positions)
+        self.jepa.update_target(momentum + bad.double() * (1.0 - momentum), every_parameter=self.ema_positions)
         self.skipped += bad
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
         return norms
@@ -146,7 +146,7 @@ class OptimizerPass:
         return StepNorms(norms[0], norms[1], total)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors of the optimizer by parameter name: moments, step counts, skipped steps, the loss scale of fp16.
+        """Tensors of the optimizer by parameter name: moments, step counts, skipped steps.
 
         The tensors are the live ones: writing into them restores the state. Moments that do not exist yet (before the
         first step) are made as zeros.

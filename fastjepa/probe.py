@@ -53,7 +53,8 @@ def probe(
 ) -> list[Accuracy]:
     """Linear accuracy on every task of `videos`. Encoders take [B, C, T, H, W] and give [B, N, E], on one device.
 
-    Unreadable videos are left out; `stopped` is asked between batches. Errors: ProbeStopped.
+    Unreadable videos are left out; `stopped` is asked between batches. Empty where too few can be read to learn from
+    two, to choose on one and to test on one. Errors: ProbeStopped.
     """
     device = next(trained.parameters()).device
     numbers, columns = [], ([], [], [])  # type: ignore[var-annotated]
@@ -65,9 +66,11 @@ def probe(
             columns, (*(_pooled(e, clips.to(device)) for e in (trained, untrained)), _pixels(clips))
         ):
             column.append(rows)
-    features = [torch.cat(column).double() for column in columns]
     place = {video: row for row, video in enumerate(numbers)}
     splits = {name: torch.tensor([place[v] for v in members if v in place]) for name, members in videos.splits.items()}
+    if len(splits["train"]) < 2 or not len(splits["validation"]) or not len(splits["test"]):
+        return []
+    features = [torch.cat(column).double() for column in columns]
     results = []
     for name, task in videos.tasks.items():
         labels = torch.from_numpy(task.labels)[torch.tensor(numbers)]

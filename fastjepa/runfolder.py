@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -40,8 +41,7 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """What status.json says, or nothing."""
-        path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return _json(self.path / "status.json")
 
     def close(self) -> None:
         """Let another process work here."""
@@ -102,10 +102,17 @@ def _named_folder(folder: Path, settings: Settings, data: str) -> tuple[Path, li
 def _siblings(root: Path, name: str, own: Path, settings: Settings, data: str) -> list[str]:
     """What differs in other runs of the same name, and how to continue them."""
     notes = []
-    for folder in sorted(root.glob(f"{name}-*")):
-        if folder == own or folder.name.startswith(f"{own.name}-") or not (folder / "config.yaml").is_file():
+    same_name = re.compile(rf"{re.escape(name)}-[0-9a-f]{{6}}(-[0-9]+)?")
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if not same_name.fullmatch(folder.name) or not (folder / "config.yaml").is_file():
             continue
-        differences = config.changed(_stored(folder), config.flat(settings), "fatal")
+        if folder == own or folder.name.startswith(f"{own.name}-"):
+            continue
+        try:
+            differences = config.changed(_stored(folder), config.flat(settings), "fatal")
+        except RunRefused as error:  # of another version, say: no reason to refuse this run
+            notes.append(f"another run: {error}")
+            continue
         if not differences and _fingerprint(folder) != data:
             differences = ["other videos"]
         if differences:
@@ -122,15 +129,25 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprint(folder: Path) -> str | None:
-    path = folder / "env.json"
-    return json.loads(path.read_text()).get("data") if path.is_file() else None
+    return _json(folder / "env.json").get("data")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file of the run folder says; nothing where it is absent, or damaged by a crash of the machine."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _lock(folder: Path) -> Any:
     handle = (folder / ".lock").open("w")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # A record lock: unlike flock's it is not inherited, so loader processes that outlive a killed run by some
+        # seconds do not keep the next one out.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         handle.close()
         raise RunRefused(f"another process is working in {folder}") from None
     return handle

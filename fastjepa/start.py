@@ -11,13 +11,13 @@ from fastjepa.build import build_jepa, build_masks
 from fastjepa.checkpoint import CheckpointError
 from fastjepa.config import Settings
 from fastjepa.data.badfiles import BadFiles, TooManyBadFiles
-from fastjepa.data.source import Videos, open_videos
+from fastjepa.data.source import open_videos
 from fastjepa.evaluation import should_probe
 from fastjepa.exits import Exit
 from fastjepa.log import RunLog
 from fastjepa.loop import Trainer
 from fastjepa.plan import describe, make_plan
-from fastjepa.runfolder import RunFolder, open_run
+from fastjepa.runfolder import open_run
 from fastjepa.signals import Interrupts
 
 
@@ -37,10 +37,14 @@ def start(settings: Settings, name: str) -> Exit:
     with log, Interrupts() as interrupts:
         workers = _workers(settings)
         plan = make_plan(settings, jepa, masks, device)
-        _introduce(
-            settings, run, log, videos, [f"device     {device} ({reason}), {workers} loader workers, decoder pyav"]
-        )
-        for line in describe(settings, plan, jepa):
+        decoder = "pyav (asked for)" if settings.data.decoder == "pyav" else "pyav (the only one so far)"
+        for line in (
+            f"run        {run.path}",
+            *run.notes,
+            f"data       {videos.description}; {len(videos.train)} for pretraining",
+            f"device     {device} ({reason}); {workers} loader workers; decoder {decoder}",
+            *describe(settings, plan, jepa),
+        ):
             log.say(line)
         bad_files = BadFiles(run.path / "bad_files.jsonl", len(videos.paths), settings.data.max_bad_fraction)
         try:
@@ -55,15 +59,6 @@ def start(settings: Settings, name: str) -> Exit:
             return Exit.WRONG_INPUT
         finally:
             run.close()
-
-
-def _introduce(settings: Settings, run: RunFolder, log: RunLog, videos: Videos, more: list[str]) -> None:
-    log.say(f"run        {run.path}")
-    for note in run.notes:
-        log.say(note)
-    log.say(f"data       {videos.description}; {len(videos.train)} for pretraining")
-    for line in more:
-        log.say(line)
 
 
 def _workers(settings: Settings) -> int:

@@ -10,6 +10,10 @@ ALWAYS_TOLERATED = 10
 class TooManyBadFiles(RuntimeError):
     """The quota of unreadable files is used up, or no file can be read at all. The text is one sentence."""
 
+    def __str__(self) -> str:
+        # The data loader of torch puts the traceback of its process in front of the sentence.
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].rstrip()
+
 
 class BadFiles:
     """The list of unreadable files of a run, kept in `bad_files.jsonl` (a line each: path, reason)."""
@@ -20,8 +24,11 @@ class BadFiles:
         self.allowed = max(ALWAYS_TOLERATED, int(total * max_fraction))
         self.reasons: dict[str, str] = {}
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):  # half written where the process was killed
+                path.write_text("".join(lines[:-1]), encoding="utf-8")
+                lines.pop()
+            for entry in map(json.loads, lines):
                 self.reasons[entry["path"]] = entry["reason"]
 
     def report(self, found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

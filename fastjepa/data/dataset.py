@@ -32,7 +32,9 @@ class Reader:
     def __init__(self, paths: list[str], least_frames: int, cache_bytes: int = 0) -> None:
         self.paths, self.least_frames = paths, least_frames
         self.cache_bytes = cache_bytes
-        self._infos: OrderedDict[int, VideoInfo | VideoError] = OrderedDict()
+        # Of a bad file the reason is kept, not the error: raised again and again, that would keep the clips of every
+        # function it passed through.
+        self._infos: OrderedDict[int, VideoInfo | str] = OrderedDict()
         self._decoded: dict[int, np.ndarray] = {}
         self._decoded_bytes = 0
 
@@ -43,18 +45,18 @@ class Reader:
             if len(self._infos) > INFOS_KEPT:
                 self._infos.popitem(last=False)
         known = self._infos[video]
-        if isinstance(known, VideoError):
-            raise known
+        if isinstance(known, str):
+            raise VideoError(known, self.paths[video])
         return known
 
-    def _probe(self, video: int) -> VideoInfo | VideoError:
+    def _probe(self, video: int) -> VideoInfo | str:
         try:
             info = probe(self.paths[video])
         except VideoError as error:
-            return error
+            return str(error)
         if info.frames < self.least_frames:
             frames = "1 frame" if info.frames == 1 else f"{info.frames} frames"
-            return VideoError(f"it has {frames}, fewer than one tubelet of {self.least_frames}", self.paths[video])
+            return f"it has {frames}, fewer than one tubelet of {self.least_frames}"
         return info
 
     def read(self, video: int, frames: np.ndarray) -> np.ndarray:

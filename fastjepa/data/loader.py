@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastjepa.data.dataset import ClipDataset, Sample
 from fastjepa.masks import MaskCollator, TokenSet
+
+# How long a worker goes on after SIGTERM: enough for the parent to save within a step.
+SECONDS_TO_SAVE = 30
 
 
 class Batch(NamedTuple):
@@ -89,7 +93,24 @@ def make_loader(
     )
 
 
+@contextmanager
+def running(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    """The batches of a loader, in order; its worker processes end with the block, however it is left."""
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        # torch ends workers when the iterator is collected, which an exception's traceback can put off for ever.
+        shut_down = getattr(iterator, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to the process group must not kill a worker before the parent has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """A signal to the process group must not kill a worker before the parent has saved.
+
+    SIGTERM only starts a timer, so that a worker that is told to end for good does.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_SAVE))

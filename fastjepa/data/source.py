@@ -76,7 +76,7 @@ def _folder(root: Path) -> Videos:
 def _list_file(path: Path) -> Videos:
     paths, labels = [], []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a byte order mark
     except UnicodeDecodeError:
         raise ValueError(
             f"data.path: {path} is neither a video ({' '.join(sorted(EXTENSIONS))}) nor a text list"
@@ -85,7 +85,7 @@ def _list_file(path: Path) -> Videos:
         if not line.strip() or line.startswith("#"):
             continue
         name, label = _split_line(line.strip())
-        if number == 1 and name.lower() == "path":
+        if number == 1 and name.lower() in ("path", "path label"):
             continue
         if not name:
             raise ValueError(f"data.path: {path} line {number}: expected a path and an optional label, given {line!r}")
@@ -97,15 +97,18 @@ def _list_file(path: Path) -> Videos:
 
 
 # A quoted or bare path, then optionally `::`, a comma, a tab or blanks and a label. A bare path may hold blanks, so
-# after blanks only a number counts as a label.
-_LINE = re.compile(r'^(?:"(?P<quoted>[^"]*)"|(?P<bare>.*?))(?:(?:::|,|\t)\s*(?P<word>[^,\t]*)|\s+(?P<number>-?\d+))?$')
+# after it and blanks only a number counts as a label.
+_LINE = re.compile(
+    r'^(?:"(?P<quoted>[^"]*)"|(?P<bare>.*?))'
+    r"(?:\s*(?:::|,|\t)\s*(?P<word>[^,\t]*)|\s+(?P<after>(?(quoted)[^,\t]+|-?\d+)))?$"
+)
 
 
 def _split_line(line: str) -> tuple[str, str | None]:
     match = _LINE.match(line)
     assert match is not None, "the bare alternative matches any line"
     name = match["quoted"] if match["quoted"] is not None else match["bare"]
-    return name.strip(), match["word"] or match["number"]
+    return name.strip(), match["word"] or match["after"]
 
 
 def _listed(paths: list[str], labels: list[str | None], root: Path, description: str) -> Videos:

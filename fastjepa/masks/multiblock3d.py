@@ -18,6 +18,9 @@ from fastjepa.streams import Purpose, stream
 Truncation = Literal["group", "none", "random"]
 Range = tuple[float, float]
 MAX_REDRAWS = 1000
+# Construction asks this many clips to find a context in this many draws: settings that pass do so with a chance of
+# more than 2 % a draw, so that a run never exhausts MAX_REDRAWS (odds of 2e-9 a clip).
+REHEARSED_CLIPS, REHEARSED_DRAWS = 20, 50
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -96,10 +99,12 @@ class MultiBlockMaskGenerator:
         """(context, target) token numbers, ascending int64, of the clip at this global slot, before any cutting."""
         return self._place(self.block_size(step), step, slot)
 
-    def _place(self, block: tuple[int, int, int], step: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+    def _place(
+        self, block: tuple[int, int, int], step: int, slot: int, draws: int = MAX_REDRAWS
+    ) -> tuple[np.ndarray, np.ndarray]:
         bt, bh, bw = block
         rng = stream(self.seed, Purpose.MASK, slot, step, self.set_number)
-        for _ in range(MAX_REDRAWS):
+        for _ in range(draws):
             free = np.ones(self.grid, dtype=bool)
             free[self.max_context_duration :] = False
             tops = rng.integers(0, self.height - bh + 1, size=self.npred)
@@ -112,7 +117,7 @@ class MultiBlockMaskGenerator:
                 return np.flatnonzero(kept), np.flatnonzero(~kept)
         raise RuntimeError(
             f"{self.npred} blocks of {bt}x{bh}x{bw} tokens left no context on a grid of "
-            f"{'x'.join(map(str, self.grid))} in {MAX_REDRAWS} draws: lower num_blocks or spatial_scale"
+            f"{'x'.join(map(str, self.grid))} in {draws} draws: lower num_blocks or spatial_scale"
         )
 
     def draw(self, step: int, slots: Sequence[int]) -> tuple[TokenSet, TokenSet]:
@@ -153,6 +158,8 @@ class MultiBlockMaskGenerator:
 
     def _refuse_the_impossible(self) -> None:
         grid = "x".join(map(str, self.grid))
+        if min(self.grid) < 1:
+            raise ValueError(f"a {grid} grid has no token to mask: the clip is smaller than one patch or tubelet")
         for name, (low, high) in (
             ("spatial_scale", self.spatial_scale),
             ("temporal_scale", self.temporal_scale),
@@ -174,17 +181,19 @@ class MultiBlockMaskGenerator:
             )
         most = int(area * self.spatial_scale[1])
         covers = max(flat, (self.height - 0.5) ** 2 / most) <= min(tall, most / (self.width - 0.5) ** 2)
-        if covers and int(self.duration * self.temporal_scale[1]) >= self.duration:
+        # A uniform never reaches 1, so blocks of varying duration are never as long as the clip.
+        longest = self.temporal_scale[0] + (1 - 2**-24) * (self.temporal_scale[1] - self.temporal_scale[0])
+        if covers and int(self.duration * longest) >= self.duration:
             raise ValueError(
                 f"a mask block can cover the whole {grid} token grid and leave no context: lower spatial_scale"
             )
-        # Many blocks may cover the grid together nearly always: rehearse the largest block before a run depends on it.
-        largest = max(
-            (self._block(self.temporal_scale[1], self.spatial_scale[1], a) for a in np.linspace(flat, tall, 17)),
-            key=lambda block: block[1] * block[2],
-        )
+        # Many blocks may cover the grid together nearly always: rehearse the largest ones before a run depends on it.
+        extents = {self._block(longest, self.spatial_scale[1], aspect) for aspect in np.geomspace(flat, tall, 65)}
+        largest = [e for e in extents if not any(o != e and all(a >= b for a, b in zip(o, e)) for o in extents)]
         try:
-            self._place(largest, step=0, slot=0)
+            for block in sorted(largest):
+                for slot in range(REHEARSED_CLIPS):
+                    self._place(block, 0, slot, REHEARSED_DRAWS)
         except RuntimeError as error:
             raise ValueError(str(error)) from None
 

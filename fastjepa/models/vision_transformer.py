@@ -5,6 +5,7 @@ B clips, C channels, T frames, H x W pixels; N = t*h*w tokens, K kept tokens, E 
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class VisionTransformer(nn.Module):
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.patch_size, self.tubelet_size, self.num_frames = patch_size, tubelet_size, num_frames
         self.is_video = num_frames > 1
+        if out_layers is not None and not all(0 <= layer < depth for layer in out_layers):
+            raise ValueError(f"out_layers must be block numbers from 0 to {depth - 1}, got {list(out_layers)}")
         self.out_layers = None if out_layers is None else sorted(out_layers)
         height, width = size_pair(img_size)
         self.grid: tuple[int, ...] = (height // patch_size, width // patch_size)
@@ -67,7 +70,7 @@ class VisionTransformer(nn.Module):
             self.patch_embed: nn.Module = PatchEmbed3D(patch_size, tubelet_size, in_chans, embed_dim)
         else:
             self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.num_patches = int(torch.tensor(self.grid).prod())
+        self.num_patches = prod(self.grid)
         self.pos_embed = nn.Parameter(position_table(embed_dim, self.grid, uniform_power), requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(

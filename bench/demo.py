@@ -1,0 +1,86 @@
+"""The demo over several seeds: what the README says of it comes from the file that this writes.
+
+    python bench/demo.py --seeds 0,1,2
+
+Runs `python -m fastjepa.train configs/demo.yaml` once a seed, from its first line to its last, and keeps the accuracies
+of the probe and the seconds of the whole command. `--pictures` copies the pictures of the first seed to docs/.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measure import Row, facts, slug, write_results
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_seed(seed: int, folder: Path, more: list[str]) -> tuple[float, Path]:
+    """(seconds of the whole command, its run folder)."""
+    command = [
+        sys.executable,
+        "-m",
+        "fastjepa.train",
+        "configs/demo.yaml",
+        f"optim.seed={seed}",
+        f"log.folder={folder}",
+    ]
+    started = time.perf_counter()
+    subprocess.run([*command, *more], cwd=ROOT, check=True)
+    seconds = time.perf_counter() - started
+    return seconds, max(folder.glob("demo-*"), key=lambda path: path.stat().st_mtime)
+
+
+def rows_of(seed: int, seconds: float, run: Path) -> list[Row]:
+    """Accuracies in percent, the last loss ratio, and the seconds of one run."""
+    parameters: dict[str, Any] = {"seed": seed}
+    probe = json.loads(max((run / "probe").glob("step-*.json")).read_text())
+    rows: list[Row] = [
+        {"name": f"{result['task']} {kind}", "value": 100 * result[kind], "unit": "%", "parameters": parameters}
+        for result in probe["results"]
+        for kind in ("trained", "untrained", "pixels", "chance")
+    ]
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    rows.append({"name": "loss ratio at the end", "value": last["loss_ratio"], "unit": "", "parameters": parameters})
+    rows.append({"name": "clips_per_s", "value": last["clips_per_s"], "unit": "clips/s", "parameters": parameters})
+    rows.append({"name": "whole command", "value": seconds, "unit": "s", "parameters": parameters})
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    """Run every seed and write one result file."""
+    parser = argparse.ArgumentParser(prog="demo.py", description="Run the demo over several seeds.")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="result folder")
+    parser.add_argument("--pictures", action="store_true", help="copy the pictures of the first seed to docs/")
+    parser.add_argument("settings", nargs="*", help="further key=value settings of the run")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    command = " ".join(["python bench/demo.py --seeds", options.seeds, *options.settings])
+    header = facts(device, command, quick=bool(options.settings))
+    path = options.out / f"demo-{slug(header['device'])}-{header['date'][:10]}.json"
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        for seed in seeds:
+            seconds, run = run_seed(seed, Path(scratch), options.settings)
+            rows += rows_of(seed, seconds, run)
+            write_results(path, header, rows, complete=seed == seeds[-1])
+            if options.pictures and seed == seeds[0]:
+                for name in ("loss", "masks"):
+                    shutil.copy(run / "viz" / f"{name}.png", ROOT / "docs" / f"demo-{name}.png")
+    print(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

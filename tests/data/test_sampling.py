@@ -1,0 +1,215 @@
+from math import log
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastjepa.data.sampling import CROP_TRIES, Box, ClipPlan, central_box, clip_frames, random_box
+
+SCALE, ASPECT = (0.3, 1.0), (0.75, 1.35)
+sides = st.integers(1, 3000)
+
+
+class Recorded:
+    """In place of a random generator: gives recorded numbers, and notes what was asked for."""
+
+    def __init__(self, *numbers):
+        self.numbers, self.asked = list(numbers), []
+
+    def integers(self, low, high):
+        self.asked.append([low, high])
+        return self.numbers.pop(0)
+
+    uniform = integers
+
+
+def plan(videos=range(7), seed=1, flip=True, scale=SCALE, aspect=ASPECT):
+    return ClipPlan(seed, np.array(videos), 4, 2, scale, aspect, flip)
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
+
+
+def test_frame_numbers_are_those_of_the_published_code(recorded):
+    info, tensors = recorded("10_frame_sampling")
+    plain = [c for c in info["calls"] if c["args"] == {"frames_per_clip": 16, "frame_step": 4, "num_clips": 1}]
+    assert len(plain) == 14
+    for call in plain:
+        rng = Recorded(*tensors[f"{call['prefix']}drawn"].tolist())
+        numbers = clip_frames(call["n"], 16, 4, rng)
+        assert numbers.dtype == np.int64
+        assert numbers.tolist() == tensors[f"{call['prefix']}indices"][0].tolist(), call
+        assert rng.asked == call["draw_ranges"]
+
+
+def test_the_first_clip_of_a_long_video_is_the_one_in_the_specification():
+    expected = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
+    assert clip_frames(65, 16, 4, Recorded(64)).tolist() == expected
+    assert clip_frames(1000, 16, 4, Recorded(700)).tolist() == [636 + number for number in expected]
+
+
+def test_a_video_of_exactly_one_window_is_read_like_a_shorter_one():
+    rng = Recorded()
+    assert clip_frames(64, 16, 4, rng).tolist() == [*(int(x) for x in np.linspace(0, 64, 16)[:-1]), 63]
+    assert rng.asked == []
+
+
+@given(st.integers(1, 2000), st.integers(2, 64), st.integers(1, 16), st.integers(0, 99))
+def test_frames_lie_inside_the_video_in_order(length, frames, stride, seed):
+    rng = np.random.default_rng(seed)
+    for numbers in (clip_frames(length, frames, stride, rng), clip_frames(length, frames, stride, None)):
+        assert numbers.shape == (frames,)
+        assert numbers.dtype == np.int64
+        assert numbers.min() >= 0
+        assert numbers.max() <= length - 1
+        assert (np.diff(numbers) >= 0).all()
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, [0] * 8), (3, [0, *[2] * 7]), (9, [0, 3, 6, *[8] * 5])])
+def test_a_short_video_is_spread_and_its_last_frame_repeated(length, expected):
+    assert clip_frames(length, 8, 2, None).tolist() == expected
+    assert clip_frames(length, 8, 2, Recorded()).tolist() == expected
+
+
+def test_without_a_generator_the_clip_is_the_middle_one():
+    numbers = clip_frames(164, 16, 4, None)
+    assert (numbers[0], numbers[-1]) == (50, 113)
+
+
+def test_every_window_of_a_video_can_be_drawn_except_the_last():
+    """The end of the window is drawn below the length, so the very last frame is never seen, as published."""
+    rng = np.random.default_rng(0)
+    clips = [clip_frames(12, 4, 2, rng) for _ in range(300)]
+    assert {int(clip[0]) for clip in clips} == {0, 1, 2, 3}
+    assert max(int(clip[-1]) for clip in clips) == 10
+
+
+# -- boxes ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300)
+@given(sides, sides, st.integers(0, 999))
+def test_a_box_lies_inside_the_frame_with_area_and_aspect_in_range(height, width, seed):
+    box = random_box(height, width, SCALE, ASPECT, np.random.default_rng(seed))
+    assert box.height >= 1
+    assert box.width >= 1
+    assert 0 <= box.top <= height - box.height
+    assert 0 <= box.left <= width - box.width
+    # Rounding moves a side by half a pixel at most.
+    low, high = (box.width - 0.5) / (box.height + 0.5), (box.width + 0.5) / (box.height - 0.5)
+    assert low <= ASPECT[1]
+    assert high >= ASPECT[0] or box.height == 1
+    if ASPECT[0] <= width / height <= ASPECT[1]:
+        assert (box.height + 0.5) * (box.width + 0.5) >= SCALE[0] * height * width
+
+
+def test_a_box_is_made_of_the_draws_in_the_published_order():
+    rng = Recorded(0.5, log(1.2), 7, 9)
+    area = 100 * 200 * 0.5
+    height, width = round((area / 1.2) ** 0.5), round((area * 1.2) ** 0.5)
+    assert random_box(100, 200, SCALE, ASPECT, rng) == Box(7, 9, height, width)
+    assert rng.asked == [[0.3, 1.0], [log(0.75), log(1.35)], [0, 100 - height + 1], [0, 200 - width + 1]]
+
+
+def test_a_draw_that_does_not_fit_is_repeated():
+    too_wide = [1.0, log(1.35)]
+    rng = Recorded(*too_wide, *too_wide, 0.25, 0.0, 1, 2)
+    assert random_box(100, 100, SCALE, ASPECT, rng) == Box(1, 2, 50, 50)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (100, 1000, Box(0, (1000 - 135) // 2, 100, 135)),
+        (1000, 75, Box(450, 0, 100, 75)),
+        (100, 120, Box(0, 0, 100, 120)),
+        (1, 1, Box(0, 0, 1, 1)),
+        (1, 9, Box(0, 4, 1, 1)),
+        (9, 1, Box(4, 0, 1, 1)),
+    ],
+)
+def test_after_ten_draws_that_do_not_fit_the_box_is_the_central_one_of_allowed_aspect(height, width, expected):
+    rng = Recorded(*([100.0, 0.0] * CROP_TRIES))
+    assert CROP_TRIES == 10
+    assert random_box(height, width, SCALE, ASPECT, rng) == expected
+    assert rng.numbers == []
+
+
+def test_boxes_reach_all_edges_and_spread_over_the_range_of_areas():
+    rng = np.random.default_rng(0)
+    boxes = [random_box(40, 40, SCALE, ASPECT, rng) for _ in range(500)]
+    assert {box.top == 0 for box in boxes} == {box.top + box.height == 40 for box in boxes} == {True, False}
+    assert {box.left == 0 for box in boxes} == {box.left + box.width == 40 for box in boxes} == {True, False}
+    areas = np.array([box.height * box.width / 1600 for box in boxes])
+    assert 0.28 < areas.min() < 0.33
+    assert areas.max() > 0.9
+    ratios = np.log([box.width / box.height for box in boxes])
+    assert ratios.min() < log(0.8)
+    assert ratios.max() > log(1.25)
+
+
+@given(sides, sides)
+def test_the_central_box_is_the_largest_square(height, width):
+    box = central_box(height, width)
+    assert box.height == box.width == min(height, width)
+    assert abs(2 * box.top + box.height - height) <= 1
+    assert abs(2 * box.left + box.width - width) <= 1
+    assert min(box.top, box.left) == 0
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_pass_takes_every_video_once_in_an_order_of_its_own():
+    videos = [3, 5, 8, 13, 21, 34, 55]
+    one = plan(videos)
+    passes = [tuple(one.video(slot) for slot in range(7 * n, 7 * n + 7)) for n in range(20)]
+    assert all(sorted(order) == videos for order in passes)
+    assert len(set(passes)) == 20
+
+
+def same(a, b):
+    return np.array_equal(a.frames, b.frames) and (a.box, a.flip) == (b.box, b.flip)
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=6), st.integers(0, 2**63 - 1))
+def test_every_draw_depends_on_seed_and_slot_alone(slots, seed):
+    used = plan(seed=seed)
+    for slot in slots:
+        fresh = plan(seed=seed)
+        assert used.video(slot) == fresh.video(slot)
+        assert same(used.clip(slot, 99, 48, 64), fresh.clip(slot, 99, 48, 64))
+        for attempt in (0, 1, 15):
+            assert used.replacement(slot, attempt) == fresh.replacement(slot, attempt)
+
+
+def test_seeds_and_slots_give_other_draws():
+    videos = range(100)
+    clips = [plan(videos, seed).clip(slot, 500, 480, 640) for seed in range(3) for slot in range(10)]
+    assert len({clip.frames.tobytes() for clip in clips}) > 25
+    assert len({clip.box for clip in clips}) > 25
+    assert {clip.flip for clip in clips} == {True, False}
+    orders = {tuple(plan(videos, seed).video(slot) for slot in range(100)) for seed in range(3)}
+    assert len(orders) == 3
+
+
+def test_replacements_come_from_the_train_videos_and_differ_by_slot_and_attempt():
+    videos = [3, 5, 8, 13, 21, 34, 55]
+    drawn = [plan(videos).replacement(slot, attempt) for slot in range(20) for attempt in range(16)]
+    assert set(drawn) == set(videos)
+    assert len({tuple(drawn[16 * slot : 16 * slot + 16]) for slot in range(20)}) == 20
+
+
+def test_half_of_the_clips_are_mirrored_or_none():
+    flips = [plan().clip(slot, 50, 40, 40).flip for slot in range(400)]
+    assert 150 < sum(flips) < 250
+    still = [plan(flip=False).clip(slot, 50, 40, 40) for slot in range(50)]
+    assert not any(clip.flip for clip in still)
+    for slot, clip in enumerate(still):  # the setting moves nothing else
+        assert same(clip, plan(flip=True).clip(slot, 50, 40, 40)) or plan(flip=True).clip(slot, 50, 40, 40).flip
+
+
+def test_a_plan_keeps_to_its_ranges():
+    whole = plan(scale=(1.0, 1.0), aspect=(1.0, 1.0))
+    assert all(whole.clip(slot, 50, 40, 40).box == Box(0, 0, 40, 40) for slot in range(20))

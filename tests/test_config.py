@@ -1,0 +1,287 @@
+"""Settings: what is accepted, what is refused, in which words, and what names a run."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from fastjepa import config, configfile
+from fastjepa.config import SECTIONS, Log, Mask, MaskSet, Model, Optim, Settings
+from fastjepa.configfile import dump, help_text, load
+from fastjepa.expectation import expectation
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SET_KEYS = [f"mask.sets.0.{key}" for key in MaskSet.model_fields]
+LEAVES = [key for key, _ in config.fields()] + SET_KEYS
+EVERY = [*config.fields(), *((f"mask.sets.0.{k}", f) for k, f in MaskSet.model_fields.items())]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Settings from a YAML text and overrides."""
+
+    def go(text="", *overrides):
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return load(tmp_path / "run.yaml", list(overrides))
+
+    return go
+
+
+def another(value, field):
+    """A valid value that differs."""
+    if isinstance(value, bool):
+        return not value
+    if get_origin(field.annotation) is Literal:
+        return next(v for v in get_args(field.annotation) if v != value)
+    if value is None or value == "auto":
+        return 8 if field.annotation is not str else "cpu" if "cpu" in expectation(field) else "somewhere"
+    if isinstance(value, int):
+        return 2 * value + 2
+    if isinstance(value, float):
+        return value / 2 or 0.5
+    if isinstance(value, tuple):
+        return value[:1] if isinstance(value[0], MaskSet) else (value[0] * 0.9, value[1])
+    return f"{value}2"
+
+
+def one_changed(key, field):
+    """Settings that differ from the defaults in one field."""
+    head, _, leaf = key.rpartition(".")
+    value = "none" if key == "eval.probe" else another(field.default, field)
+    return Settings(**({head: SECTIONS[head](**{leaf: value})} if head else {leaf: value}))
+
+
+HAS_A_CHOICE = [(key, field) for key, field in config.fields() if key != "mask.kind"]  # of which there is one so far
+
+# -- the schema -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_recipe_loads(path):
+    assert load(path) != Settings()
+
+
+def test_the_recipe_of_vit_huge_is_that_of_vit_large_with_another_encoder():
+    large = load(ROOT / "configs" / "vitl.yaml")
+    assert load(ROOT / "configs" / "vith.yaml") == large.model_copy(
+        update={"model": large.model.model_copy(update={"name": "vit_huge"})}
+    )
+
+
+@pytest.mark.parametrize(("key", "field"), EVERY, ids=LEAVES)
+def test_every_setting_has_a_class_a_help_words_for_its_type_and_a_valid_default(key, field):
+    assert config.resume_class(field) in ("fatal", "warn", "free")
+    assert field.description
+    assert expectation(field)
+    assert not field.is_required()
+    head, _, leaf = key.rpartition(".")
+    plain = YAML(typ="safe", pure=True).load(dump(Settings()))
+    for part in key.split("."):
+        plain = plain[int(part) if part.isdigit() else part]
+    content = {"sets": [{leaf: plain}]} if head.startswith("mask.sets") else {leaf: plain}
+    kind = SECTIONS.get(head.partition(".")[0], Settings)
+    assert kind.model_validate(content)
+
+
+def test_classes_are_those_of_the_design():
+    classes = {key: config.resume_class(field) for key, field in config.fields()}
+    for key in ("data.workers", "data.decoder", "data.batch_size", "data.max_bad_fraction", "resume"):
+        assert classes[key] == "free"
+    for key, kind in classes.items():
+        head = key.split(".")[0]
+        if head in ("runtime", "log", "checkpoint", "eval"):
+            assert kind == "free", key
+        if head in ("model", "mask", "loss", "optim"):
+            assert kind == "fatal", key
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().optim.lr = 1.0
+
+
+def test_a_group_larger_than_the_batch_becomes_the_batch(read):
+    settings = read("mask: {group: 24}\noptim: {global_batch: 16}")
+    assert (settings.mask.group, settings.group) == (24, 16)
+    assert read("optim: {global_batch: 48}").group == 24
+
+
+def test_stop_at_ends_a_run_early(read):
+    assert read("optim: {steps: 50, warmup_steps: 0}").last_step == 50
+    assert read("optim: {steps: 50, warmup_steps: 0}\nruntime: {stop_at: 20}").last_step == 20
+
+
+def test_help_lists_every_setting_with_its_default_and_its_words():
+    text = help_text()
+    for key, field in config.fields():
+        line = next(line for line in text.splitlines() if line.startswith(f"  {key} = "))
+        shown = YAML(typ="safe", pure=True).load(line.partition(" = ")[2])
+        assert shown == config.flat(Settings())[key], key
+        assert f"      {field.description}; expects {expectation(field)}\n" in f"{text}\n"
+    for key, field in MaskSet.model_fields.items():
+        assert f"        {key} = " in text
+        assert field.description in text
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_what_is_dumped_loads_as_the_same_settings(read, path):
+    settings = load(path)
+    assert read(dump(settings)) == settings
+    assert read(dump(Settings())) == Settings()
+
+
+text_that_yaml_may_take_for_something_else = st.sampled_from(
+    [
+        "null",
+        "~",
+        "1e-4",
+        "yes",
+        "a: b",
+        "# x",
+        "a #b",
+        "0o17",
+        "2024-01-02",
+        "<<",
+        "=",
+        "a\nb",
+        "- a",
+        "*a",
+        "&a",
+        "!x",
+    ]
+)
+
+
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(
+    text_that_yaml_may_take_for_something_else | st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
+    st.floats(min_value=0, allow_nan=False, allow_infinity=False),
+)
+def test_any_text_and_any_number_survive_dump_and_load(tmp_path_factory, text, number):
+    path = tmp_path_factory.getbasetemp() / "survivor.yaml"
+    settings = Settings(log=Log(folder=text), optim=Optim(lr=number))
+    path.write_text(dump(settings), encoding="utf-8")
+    assert load(path) == settings
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])
+def test_an_empty_file_is_all_defaults(read, text):
+    assert read(text) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("optim.lr=1e-4", "optim.lr", 1e-4),
+        ("optim.lr=3", "optim.lr", 3.0),
+        ("optim.global_batch=48", "optim.global_batch", 48),
+        ("optim.clip_grad=null", "optim.clip_grad", None),
+        ("data.scale=[0.5, 1]", "data.scale", [0.5, 1.0]),
+        ("data.flip=false", "data.flip", False),
+        ("data.batch_size=auto", "data.batch_size", "auto"),
+        ("data.path=synthetic://moving-shapes?videos=16&size=48", "data.path", "synthetic://moving-shapes?videos=16&size=48"),
+        ("data.path=/videos/a b=c.csv", "data.path", "/videos/a b=c.csv"),
+        ("log.folder='8'", "log.folder", "8"),
+        ("resume=never", "resume", "never"),
+    ],
+)  # fmt: skip
+def test_a_command_line_value_wins_over_the_file(read, override, key, value):
+    file = "optim: {lr: 0.5, global_batch: 24}\ndata: {flip: true}\nresume: auto"
+    assert config.flat(read(file, override))[key] == value
+    assert {k for k, v in config.flat(read(file)).items() if v != config.flat(read(file, override))[k]} <= {key}
+
+
+def test_one_value_of_one_mask_set_can_be_overridden(read):
+    file = "mask: {sets: [{num_blocks: 3, max_keep: 5}, {num_blocks: 4}]}"
+    assert read(file, "mask.sets.1.num_blocks=9").mask.sets == (
+        MaskSet(num_blocks=3, max_keep=5),
+        MaskSet(num_blocks=9),
+    )
+    assert read(file, "mask.sets.0.max_keep=null").mask.sets[0].max_keep is None
+    defaults = Mask().sets
+    changed = read("", "mask.sets.1.spatial_scale=[0.5, 0.6]").mask.sets
+    assert changed == (defaults[0], defaults[1].model_copy(update={"spatial_scale": (0.5, 0.6)}))
+
+
+def test_a_file_overrides_single_settings_of_its_base_which_lies_beside_it(tmp_path, monkeypatch):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "base.yaml").write_text("model: {name: vit_tiny, predictor_dim: 64}\nresume: never")
+    (folder / "own.yaml").write_text("base: base.yaml\nmodel: {predictor_dim: 32}\nloss: {exponent: 2.0}")
+    monkeypatch.chdir(tmp_path)
+    settings = load("recipes/own.yaml", ["model.predictor_depth=3"])
+    assert settings.model == Model(name="vit_tiny", predictor_dim=32, predictor_depth=3)
+    assert (settings.loss.exponent, settings.resume) == (2.0, "never")
+
+
+# -- what names a run -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "field"), HAS_A_CHOICE, ids=[key for key, _ in HAS_A_CHOICE])
+def test_the_identity_changes_with_fatal_settings_only(key, field):
+    before, after = config.identity(Settings(), "data"), config.identity(one_changed(key, field), "data")
+    assert (before != after) is (config.resume_class(field) == "fatal")
+
+
+def test_the_identity_is_six_digits_of_settings_and_data_and_ignores_written_defaults(read):
+    name = config.identity(Settings(), "data")
+    assert len(name) == 6
+    assert int(name, 16) >= 0
+    assert config.identity(Settings(), "other data") != name
+    assert config.identity(read(dump(Settings())), "data") == name
+    assert config.identity(read("optim: {lr: 625e-6, clip_grad: 10}"), "data") == name
+
+
+@pytest.mark.parametrize(("key", "field"), HAS_A_CHOICE, ids=[key for key, _ in HAS_A_CHOICE])
+def test_a_changed_setting_is_told_under_its_class_with_both_values(key, field):
+    old, new = config.flat(Settings()), config.flat(one_changed(key, field))
+    kind = config.resume_class(field)
+    assert config.changed(old, new, kind) == [f"{key}: {old[key]} -> {new[key]}"]
+    assert config.changed({k: v for k, v in old.items() if k != key}, new, kind) == [f"{key}: {old[key]} -> {new[key]}"]
+    for other in {"fatal", "warn", "free"} - {kind}:
+        assert config.changed(old, new, other) == []
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_wrong_settings_end_the_program_with_code_2_and_sentences_only(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("optim: {lr: -1}\nmodle: {}")
+    done = python("-m", "fastjepa.train", str(path), "data.frames=15")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        f"{path}: optim.lr: expected a number (at least 0), given -1",
+        f"{path}: unknown key modle, nearest valid key: model",
+        "command line: data.frames: expected a multiple of data.tubelet 2, given 15",
+    ]
+    done = python("-m", "fastjepa.train")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{configfile.USAGE}\n")
+
+
+def test_settings_are_read_and_help_is_given_without_importing_torch(tmp_path):
+    (tmp_path / "bad.yaml").write_text("optim: {lr: -1}")
+    lines = [
+        "import sys, fastjepa.train, fastjepa.configfile as c",
+        f"for arguments in (['configs/vith.yaml'], ['--help'], [{str(tmp_path / 'bad.yaml')!r}]):",
+        "    try: settings, name = c.from_command_line(arguments)",
+        "    except SystemExit as end: print('exit', end.code)",
+        "print(name, 'torch' in sys.modules)",
+    ]
+    done = python("-c", "\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{help_text()}\nexit 0\nexit 2\nvith False\n"

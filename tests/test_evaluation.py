@@ -1,0 +1,153 @@
+"""The probe and the pictures of a run: when they are made, what they leave behind, and what they must not touch."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastjepa import evaluation, probe
+from fastjepa.build import build_dataset, build_jepa, build_masks
+from fastjepa.config import Data, Eval, Log, Mask, MaskSet, Model, Settings
+from fastjepa.data.source import open_videos
+from fastjepa.evaluation import draw_pictures, run_probe, should_probe
+from fastjepa.log import RunLog
+from fastjepa.probe import Accuracy, ProbeStopped
+
+
+def settings(wanted: str = "auto") -> Settings:
+    return Settings(
+        model=Model(name="vit_nano", predictor_depth=1, predictor_dim=16),
+        mask=Mask(sets=(MaskSet(num_blocks=2, spatial_scale=(0.3, 0.3), temporal_scale=(0.5, 0.5)),), group=1),
+        data=Data(frames=4, stride=1, crop=32, patch=8),
+        eval=Eval(probe=wanted),
+    )
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return open_videos("synthetic://moving-shapes?videos=48&size=32&frames=6", 0)
+
+
+@pytest.fixture
+def run_log(tmp_path):
+    with RunLog(tmp_path, Log(), "tiny", 10) as log:
+        yield log
+
+
+def said(run_log: RunLog) -> list[str]:
+    return [line.split("  ", 1)[1] for line in (run_log.folder / "train.log").read_text().splitlines()]
+
+
+# Whether
+
+
+def test_labels_are_probed_unless_that_is_switched_off(videos):
+    assert should_probe(settings("auto"), videos) == (True, "")
+    assert should_probe(settings("linear"), videos) == (True, "")
+    assert should_probe(settings("none"), videos) == (False, "")
+
+
+def test_without_labels_auto_says_why_not_and_linear_is_refused(videos):
+    unlabelled = replace(videos, tasks={}, splits={})
+    wanted, why_not = should_probe(settings("auto"), unlabelled)
+    assert not wanted
+    assert "no labels" in why_not
+    with pytest.raises(ValueError, match=r"^eval\.probe: linear needs labels, and data\.path has none"):
+        should_probe(settings("linear"), unlabelled)
+    assert should_probe(settings("none"), unlabelled) == (False, "")
+
+
+# The probe
+
+
+RESULTS = [Accuracy("motion", 0.9, 0.25, 0.125, 0.1, 12)]
+
+
+def test_the_target_encoder_is_probed_beside_the_weights_that_the_run_began_with(videos, run_log, monkeypatch):
+    s = settings()
+    jepa = build_jepa(s)
+    start = {name: value.clone() for name, value in jepa.target_encoder.state_dict().items()}
+    with torch.no_grad():
+        for p in jepa.target_encoder.parameters():
+            p += 1
+    torch.manual_seed(5)
+    random_state = torch.get_rng_state()
+    calls = []
+
+    def watched(trained, untrained, videos_, reader, cut_out, stopped):
+        assert trained is jepa.target_encoder
+        assert not trained.training
+        assert not untrained.training
+        assert all(torch.equal(value, start[name]) for name, value in untrained.state_dict().items())
+        calls.append((videos_, reader.paths, cut_out, stopped()))
+        return RESULTS
+
+    monkeypatch.setattr(probe, "probe", watched)
+    jepa.train()
+    run_probe(s, jepa, videos, run_log, 30, lambda: False)
+    assert calls == [(videos, videos.paths, probe.Cut(4, 1, 32), False)]
+    assert jepa.training
+    assert jepa.target_encoder.training == jepa.encoder.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert said(run_log) == ["probing the features of step 30 ...", *probe.table(RESULTS)]
+    content = json.loads((run_log.folder / "probe" / "step-0000030.json").read_text())
+    assert content["results"][0]["trained"] == 0.9
+
+
+def test_a_probe_of_a_real_model_changes_nothing_in_it(videos, run_log, monkeypatch):
+    monkeypatch.setattr(probe, "_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
+    s = settings()
+    jepa = build_jepa(s)
+    before = {name: value.clone() for name, value in jepa.state_dict().items()}
+    run_probe(s, jepa, videos, run_log, 7, lambda: False)
+    assert all(torch.equal(value, before[name]) for name, value in jepa.state_dict().items())
+    results = json.loads((run_log.folder / "probe" / "step-0000007.json").read_text())["results"]
+    assert [r["task"] for r in results] == ["motion", "shape"]
+    assert all(r["trained"] == r["untrained"] for r in results)  # both have the first weights
+
+
+def test_too_few_readable_videos_are_a_line_and_no_result(videos, run_log):
+    lost = replace(videos, paths=["absent.mp4"] * 48)
+    run_probe(settings(), build_jepa(settings()), lost, run_log, 7, lambda: False)
+    assert said(run_log)[1:] == ["no probe: too few of the labelled videos can be read"]
+    assert not (run_log.folder / "probe").exists()
+
+
+def test_a_request_to_stop_ends_it_without_a_result(videos, run_log):
+    with pytest.raises(ProbeStopped):
+        run_probe(settings(), build_jepa(settings()), videos, run_log, 7, lambda: True)
+    assert not (run_log.folder / "probe").exists()
+
+
+# Pictures
+
+
+def test_both_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch):
+    s = settings()
+    drawn = []
+    mask_picture = evaluation.viz.mask_picture
+
+    def watched(*arguments):
+        drawn.append(arguments)
+        mask_picture(*arguments)
+
+    monkeypatch.setattr(evaluation.viz, "mask_picture", watched)
+    run_log.metrics({"step": 1, "loss": 0.5, "loss_ratio": float("nan"), "rank": 3.0})
+    draw_pictures(s, videos, run_log)
+    viz = run_log.folder / "viz"
+    assert sorted(p.name for p in viz.iterdir()) == ["loss.png", "masks.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in viz.iterdir())
+    assert said(run_log) == [f"pictures   {viz}: loss.png, masks.png"]
+    ((clip, context, target, tubelet, patch, _),) = drawn
+    assert torch.equal(clip, build_dataset(s, videos)[0].clip)
+    wanted = build_masks(s).draw(0, [0])
+    assert all(torch.equal(a, b) for have, want in zip((context, target), wanted) for a, b in zip(have, want))
+    assert (tubelet, patch) == (2, 8)
+
+
+def test_a_run_without_rows_has_no_loss_curve(videos, run_log):
+    draw_pictures(settings(), videos, run_log)
+    assert [p.name for p in (run_log.folder / "viz").iterdir()] == ["masks.png"]

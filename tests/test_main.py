@@ -1,0 +1,50 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastjepa import train
+from fastjepa.__main__ import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_plan_shows_the_published_numbers_without_building_the_model(capsys):
+    assert main(["plan", str(CONFIGS / "vitl.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "vit_large, 305.5 M" in out
+    assert "1568 a clip" in out
+    assert "lr 0.0002 -> 0.000625 -> 7.5e-05" in out
+    assert "momentum 0.998 -> 0.9996" in out
+
+
+def test_plan_refuses_impossible_masks_with_a_sentence(capsys):
+    assert main(["plan", str(CONFIGS / "vitl.yaml"), "mask.sets.1.spatial_scale=[1.0, 1.0]"]) == 2
+    assert "leave no context" in capsys.readouterr().err
+
+
+def test_info_names_versions_and_devices(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out
+    assert "cuda" in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"]])
+def test_an_unknown_verb_shows_the_usage(capsys, arguments):
+    assert main(arguments) == 2
+    assert "usage: python -m fastjepa" in capsys.readouterr().err
+
+
+def test_help_names_every_setting(capsys):
+    assert main(["--help"]) == 0
+    assert "optim.warmup_steps = 12000" in capsys.readouterr().out
+
+
+def test_train_verb_and_module_are_the_same(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "nothing.yaml"])
+    for run in (lambda: main(["train", "nothing.yaml"]), train.main):
+        with pytest.raises(SystemExit) as exit_:
+            run()
+        assert exit_.value.code == 2
+        assert "no such settings file" in capsys.readouterr().err

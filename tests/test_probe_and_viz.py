@@ -1,0 +1,348 @@
+"""The probe measures what features know and nothing else; the pictures show the masks that were drawn."""
+
+import json
+from dataclasses import replace
+
+import matplotlib.axes
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastjepa import probe, viz
+from fastjepa.data.dataset import Reader
+from fastjepa.data.sampling import central_box, clip_frames
+from fastjepa.data.source import open_videos
+from fastjepa.data.transforms import cut, normalise
+from fastjepa.masks import Ragged
+from fastjepa.probe import Accuracy, Cut, ProbeStopped, linear_accuracy
+
+CUT = Cut(frames=8, stride=1, crop=32)
+
+# Linear accuracy
+
+
+def split(train: int, validation: int, test: int) -> dict[str, torch.Tensor]:
+    parts = torch.arange(train + validation + test).split([train, validation, test])
+    return dict(zip(("train", "validation", "test"), parts))
+
+
+def clusters(number: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features around a centre for each of four classes, and the labels."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (number,), generator=rng)
+    centres = torch.randn(4, 10, generator=rng, dtype=torch.float64)
+    return centres[labels] + spread * torch.randn(number, 10, generator=rng, dtype=torch.float64), labels
+
+
+def test_separable_classes_are_told_apart():
+    features, labels = clusters(200, spread=0.1)
+    assert linear_accuracy(features, labels, split(100, 40, 60), 4) == 1.0
+
+
+def test_noise_is_at_chance():
+    _, labels = clusters(1000, spread=0.1)
+    noise = torch.randn(1000, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert 0.15 < linear_accuracy(noise, labels, split(300, 100, 600), 4) < 0.35
+
+
+def test_harder_classes_score_between():
+    features, labels = clusters(600, spread=2.0)
+    assert 0.4 < linear_accuracy(features, labels, split(300, 100, 200), 4) < 0.95
+
+
+def test_scale_offset_and_constant_features_do_not_matter():
+    features, labels = clusters(300, spread=1.5)
+    parts = split(150, 50, 100)
+    scaled = features * torch.logspace(-4, 4, 10, dtype=torch.float64) + 1000.0
+    constant = torch.full((300, 2), 3.7, dtype=torch.float64)
+    want = linear_accuracy(features, labels, parts, 4)
+    assert linear_accuracy(torch.cat([scaled, constant], dim=1), labels, parts, 4) == pytest.approx(want, abs=0.011)
+
+
+def test_labels_of_validation_and_test_teach_nothing():
+    """Features that name the class in the training split only are worth nothing."""
+    _, labels = clusters(400, spread=0.1)
+    parts = split(200, 50, 150)
+    features = torch.nn.functional.one_hot(labels, 4).double()
+    rng = torch.Generator().manual_seed(1)
+    features[200:] = features[200:][torch.randperm(200, generator=rng)]
+    assert linear_accuracy(features, labels, parts, 4) < 0.4
+
+
+def test_the_penalty_is_chosen_on_validation_and_reported_on_test(monkeypatch):
+    """Each penalty has its own fixed classifier, right on a given number of validation and test clips."""
+    right = {1e-4: (3, 10), 1e-3: (8, 4), 1e-2: (6, 9), 1e-1: (8, 7)}
+    labels = torch.cat([torch.arange(10) % 2, torch.ones(20, dtype=torch.int64)])
+    # A column a penalty; positive says class 1, which is right for every clip of validation and test.
+    features = torch.ones(30, 4, dtype=torch.float64)
+    for column, (validation, test) in enumerate(right.values()):
+        features[10 + validation : 20, column] = -1
+        features[20 + test :, column] = -1
+    features[:10] = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(5)[:, None]  # mean 0
+
+    def fixed(x, y, classes, penalty):
+        assert torch.equal(y, labels[:10])
+        weight = torch.zeros(4, 2, dtype=torch.float64)
+        weight[list(right).index(penalty), 1] = 1.0
+        return weight, torch.zeros(2, dtype=torch.float64)
+
+    monkeypatch.setattr(probe, "_softmax_regression", fixed)
+    assert list(right) == list(probe.PENALTIES)
+    assert linear_accuracy(features, labels, split(10, 10, 10), 2) == 0.4
+
+
+def test_a_larger_penalty_gives_smaller_weights():
+    features, labels = clusters(100, spread=1.0)
+    norms = [probe._softmax_regression(features, labels, 4, p)[0].norm().item() for p in probe.PENALTIES]
+    assert norms == sorted(norms, reverse=True)
+
+
+# The probe of an encoder
+
+
+class Stub(torch.nn.Module):
+    """An encoder whose features are a given function of the clips; remembers their shapes."""
+
+    def __init__(self, features) -> None:
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.zeros(()))
+        self.features, self.shapes = features, []
+
+    def forward(self, clips):
+        assert not torch.is_grad_enabled()
+        self.shapes.append(tuple(clips.shape))
+        return self.features(clips)
+
+
+def go_on() -> bool:
+    return False
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return open_videos("synthetic://moving-shapes?videos=48&size=48&frames=10", 0)
+
+
+@pytest.fixture(scope="module")
+def knowing(videos):
+    """Features that name motion and shape of a clip, known by its pixels; the tokens differ, their mean counts."""
+    known = {}
+    for numbers, clips in probe._clips(videos, Reader(videos.paths, 2), CUT):
+        known.update({clip.numpy().tobytes(): number for number, clip in zip(numbers, clips)})
+    assert len(known) == 48
+    names = np.concatenate([np.eye(len(t.classes))[t.labels] for t in videos.tasks.values()], axis=1)
+
+    def features(clips):
+        rows = torch.from_numpy(names[[known[clip.numpy().tobytes()] for clip in clips]]).float()
+        other = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+        return torch.stack([rows + other, rows - other], dim=1)
+
+    return features
+
+
+def ignorant(clips):
+    return torch.randn(len(clips), 2, 5, generator=torch.Generator().manual_seed(len(clips)))
+
+
+@pytest.fixture
+def few_pixels(monkeypatch):
+    """The baseline on pixels takes most of the time, and most tests do not look at it."""
+    monkeypatch.setattr(probe, "_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
+
+
+def test_features_that_know_beat_features_that_do_not(videos, knowing):
+    trained, untrained = Stub(knowing), Stub(ignorant)
+    results = probe.probe(trained, untrained, videos, Reader(videos.paths, 2), CUT, go_on)
+    assert [r.task for r in results] == ["motion", "shape"]
+    for r in results:
+        assert r.trained == 1.0
+        assert r.untrained < 0.6
+        assert r.pixels < 0.6
+        assert r.chance < 0.5
+        assert r.videos == 12
+    assert trained.shapes == untrained.shapes == [(16, 3, 8, 32, 32)] * 3
+
+
+def test_the_two_encoders_are_not_exchanged(videos, knowing, few_pixels):
+    results = probe.probe(Stub(ignorant), Stub(knowing), videos, Reader(videos.paths, 2), CUT, go_on)
+    assert all(r.untrained == 1.0 and r.trained < 0.6 for r in results)
+
+
+def test_the_clip_is_the_middle_of_the_video_and_the_centre_of_the_frame(videos):
+    reader = Reader(videos.paths, 2)
+    shape = Cut(frames=4, stride=2, crop=24)
+    numbers, clips = next(probe._clips(videos, reader, shape))
+    assert numbers == list(range(16))
+    frames = clip_frames(10, 4, 2, rng=None)
+    assert frames.tolist() == [1, 3, 6, 8]
+    assert torch.equal(clips[3], cut(reader.read(3, frames), central_box(48, 48), False, 24))
+
+
+def test_pixels_are_a_coarse_copy_of_the_clip():
+    clips = torch.arange(2 * 3.0).view(2, 3, 1, 1, 1).expand(2, 3, 8, 24, 24)
+    assert torch.equal(probe._pixels(clips), clips[:, :, :4, :12, :12].flatten(1))
+    assert probe._pixels(clips[:, :, :2]).shape == (2, 3 * 2 * 12 * 12)
+
+
+def test_unreadable_videos_are_left_out_and_the_others_keep_their_labels(videos, knowing, few_pixels, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    bad = {int(videos.splits["test"][0]), int(videos.splits["train"][3]), 0}
+    paths = [str(tmp_path / "bad.mp4") if n in bad else path for n, path in enumerate(videos.paths)]
+    encoder = Stub(knowing)
+    results = probe.probe(encoder, Stub(ignorant), replace(videos, paths=paths), Reader(paths, 2), CUT, go_on)
+    assert sum(shape[0] for shape in encoder.shapes) == 48 - len(bad)
+    tested = len(set(videos.splits["test"].tolist()) - bad)
+    assert tested < 12
+    assert [(r.trained, r.videos) for r in results] == [(1.0, tested)] * 2
+
+
+@pytest.mark.parametrize("lost", ["train", "validation", "test", "all"])
+def test_there_is_no_result_where_a_split_cannot_be_read(videos, knowing, few_pixels, lost):
+    bad = range(48) if lost == "all" else videos.splits[lost].tolist()
+    paths = ["absent.mp4" if n in bad else path for n, path in enumerate(videos.paths)]
+    assert probe.probe(Stub(knowing), Stub(ignorant), replace(videos, paths=paths), Reader(paths, 2), CUT, go_on) == []
+
+
+def test_a_request_to_stop_ends_the_probe_at_the_next_batch(videos, knowing):
+    encoder = Stub(knowing)
+    answers = iter([False, False, True])
+    with pytest.raises(ProbeStopped):
+        probe.probe(encoder, Stub(ignorant), videos, Reader(videos.paths, 2), CUT, lambda: next(answers))
+    assert len(encoder.shapes) == 2
+
+
+def test_chance_is_the_majority_class_of_train_on_test(videos, knowing, few_pixels):
+    labels = np.zeros(48, dtype=np.int64)
+    labels[videos.splits["train"][:20]] = 2
+    labels[videos.splits["test"][:5]] = 2
+    labels[videos.splits["test"][5:]] = 1  # the majority of test, which must not count
+    tasks = {"label": replace(videos.tasks["shape"], labels=labels)}
+    (result,) = probe.probe(
+        Stub(knowing), Stub(ignorant), replace(videos, tasks=tasks), Reader(videos.paths, 2), CUT, go_on
+    )
+    assert result.chance == pytest.approx(5 / 12)
+
+
+# What is reported
+
+
+RESULTS = [Accuracy("motion", 0.9, 0.25, 0.125, 0.1, 480), Accuracy("shape", 1.0, 0.3, 0.2, 1 / 6, 480)]
+
+
+def test_the_table_has_a_line_a_task_in_columns():
+    head, *lines = probe.table(RESULTS)
+    assert head.split() == ["linear", "probe", "trained", "untrained", "pixels", "chance", "test", "videos"]
+    assert [line.split() for line in lines] == [
+        ["motion", "90.0%", "25.0%", "12.5%", "10.0%", "480"],
+        ["shape", "100.0%", "30.0%", "20.0%", "16.7%", "480"],
+    ]
+    for word, value in (("untrained", "25.0%"), ("chance", "10.0%")):  # right-aligned under their heads
+        assert head.index(word) + len(word) == lines[0].index(value) + len(value)
+
+
+def test_the_results_are_kept_as_json(tmp_path):
+    probe.write(RESULTS, 3000, tmp_path / "run" / "probe")
+    content = json.loads((tmp_path / "run" / "probe" / "step-0003000.json").read_text())
+    assert (content["step"], content["probe"]) == (3000, "linear")
+    assert [Accuracy(**r) for r in content["results"]] == RESULTS
+
+
+# Pictures
+
+
+SLOTS, HEIGHT, WIDTH, PATCH, TUBELET = 2, 3, 4, 8, 2
+GRID = (SLOTS, HEIGHT, WIDTH)
+
+
+def token_sets(kind: str) -> tuple[list, list]:
+    """Context and target of two sets over two clips; only the first clip is drawn."""
+    tokens = torch.randperm(SLOTS * HEIGHT * WIDTH, generator=torch.Generator().manual_seed(0))
+    if kind == "dense":
+        return [tokens[:10].view(2, 5), tokens[4:20].view(2, 8)], [tokens[12:24].view(2, 6), tokens[:2].view(2, 1)]
+    context = [Ragged(tokens[:9], (3, 6)), Ragged(tokens[4:20], (8, 8))]
+    return context, [Ragged(tokens[12:], (7, 5)), Ragged(tokens[:4], (1, 3))]
+
+
+def first_clip(token_set) -> list[int]:
+    if isinstance(token_set, Ragged):
+        return token_set.index[: token_set.lengths[0]].tolist()
+    return token_set[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["dense", "ragged"])
+def test_the_grid_marks_the_tokens_of_the_first_clip(kind):
+    context, target = token_sets(kind)
+    for token_set in context + target:
+        grid = viz._grid(token_set, GRID)
+        assert grid.shape == GRID
+        assert {t * HEIGHT * WIDTH + h * WIDTH + w for t, h, w in np.argwhere(grid).tolist()} == set(
+            first_clip(token_set)
+        )
+
+
+@pytest.mark.parametrize("kind", ["dense", "ragged"])
+def test_the_picture_shows_kept_tokens_and_darkens_the_others(kind, tmp_path, monkeypatch):
+    drawn = []
+    imshow = matplotlib.axes.Axes.imshow
+
+    def watched(axes, image, **options):
+        drawn.append(image)
+        return imshow(axes, image, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", watched)
+    pixels = torch.rand(3, SLOTS * TUBELET, HEIGHT * PATCH, WIDTH * PATCH, generator=torch.Generator().manual_seed(0))
+    pixels = pixels / 2 + 0.5  # brighter than anything darkened
+    context, target = token_sets(kind)
+    path = tmp_path / "viz" / "masks.png"
+    viz.mask_picture(normalise(pixels * 255), context, target, TUBELET, PATCH, path)
+
+    everything = list(range(SLOTS * HEIGHT * WIDTH))
+    order = [everything] + [first_clip(s) for pair in zip(context, target) for s in pair]
+    assert len(drawn) == len(order) * SLOTS
+    for row, tokens in enumerate(order):
+        for slot in range(SLOTS):
+            image, frame = drawn[row * SLOTS + slot], pixels[:, slot * TUBELET].permute(1, 2, 0).numpy()
+            for cell in range(HEIGHT * WIDTH):
+                h, w = cell // WIDTH * PATCH, cell % WIDTH * PATCH
+                have, want = (x[h : h + PATCH, w : w + PATCH] for x in (image, frame))
+                if slot * HEIGHT * WIDTH + cell in tokens:
+                    assert np.allclose(have, want, atol=1e-5)
+                else:
+                    assert have.max() < 0.4
+                    assert np.ptp(have, axis=(0, 1)).max() == 0
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert 200 < picture.width < 2000
+        assert 400 < picture.height < 2000
+
+
+NULLS = {"loss": None, "loss_ratio": None, "rank": None}
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("rows", [1, 5, 0], ids=["one row", "some nulls", "only nulls"])
+def test_the_loss_curve_has_gaps_where_values_are_null(rows, tmp_path, monkeypatch):
+    lines = []
+    plot = matplotlib.axes.Axes.plot
+
+    def watched(axes, x, y, **options):
+        lines.append((list(x), list(y)))
+        return plot(axes, x, y, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", watched)
+    table = [{"step": 10 * n, "loss": n / 2, "loss_ratio": n / 3, "rank": n * 7.0} for n in range(1, rows + 1)]
+    if rows != 1:
+        table.insert(1, {"step": 15, **NULLS})
+    path = tmp_path / "viz" / "loss.png"
+    viz.loss_curve(table, path)
+    assert [x for x, _ in lines] == [[row["step"] for row in table]] * 3
+    for (_, y), key in zip(lines, NULLS):
+        assert [None if np.isnan(value) else value for value in y] == [row[key] for row in table]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert 600 < picture.width < 2000
+        assert 200 < picture.height < 1000
+        assert np.asarray(picture.convert("L")).std() > 10

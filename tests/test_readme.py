@@ -1,0 +1,74 @@
+"""The README keeps its word: commands work as written, code runs, figures come from result files."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastjepa.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_code_runs():
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_example_of_mistakes_prints_exactly_that():
+    (example,) = blocks("console")
+    command, _, wanted = example.removeprefix("$ python ").partition("\n")
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == wanted
+    assert done.returncode == 2
+
+
+def test_verbs_work_as_written(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
+    verbs = [shlex.split(line)[3:] for line in lines if line.startswith("python -m fastjepa ")]
+    assert [verb[0] for verb in verbs] == ["--help", "plan", "info"]
+    for verb in verbs:
+        assert main(verb) == 0
+        assert capsys.readouterr().out
+
+
+def test_recipes_and_pictures_that_are_named_exist():
+    for name in {*re.findall(r"configs/\w+\.yaml", README), *re.findall(r"\((docs/[^)]+)\)", README)}:
+        assert (ROOT / name).is_file(), name
+
+
+def test_every_committed_recipe_is_in_the_table():
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert f"| `configs/{path.name}` |" in README
+
+
+def test_figures_of_the_demo_come_from_its_result_file():
+    (path,) = sorted((ROOT / "bench" / "results").glob("demo-*.json"))
+    result = json.loads(path.read_text())
+    assert result["complete"]
+    assert not result["quick"]
+    assert path.name in README
+    seeds = sorted({row["parameters"]["seed"] for row in result["rows"]})
+    assert len(seeds) >= 3
+    for seed in seeds:
+        value = {row["name"]: row["value"] for row in result["rows"] if row["parameters"]["seed"] == seed}
+        cells = [f"{value[f'{task} {kind}']:.1f}" for task in ("motion", "shape") for kind in ("trained", "untrained")]
+        assert f"| {seed} | {' | '.join(cells)} | {value['whole command']:.0f} s |" in README
+        assert value["motion trained"] - value["motion untrained"] >= 10
+
+
+@pytest.mark.parametrize("fence", ["DEMO_OUTPUT", "DEMO_TABLE"])
+def test_nothing_is_left_to_be_filled_in(fence):
+    assert fence not in README

@@ -51,6 +51,7 @@ rows=()
 for stage in "$@"; do
     echo "== $stage"
     touch "$marker"
+    sleep 0.05 # file times move in ticks: a file of this stage must be newer than the marker
     started=$SECONDS
     code=0
     "run_$stage" || code=$?

@@ -149,7 +149,9 @@ class Runtime(Section):
         "auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one", "free"
     )
     execution: Literal["packed", "reference"] = setting(
-        "packed", "how the step is computed; reference is one pass a mask set, like the public code", "free"
+        "packed",
+        "how the step is computed: packed does only the work that is needed, reference runs like the public code",
+        "free",
     )
     threads: Count | None = setting(None, "CPU threads of the training process; null leaves it to torch", "free")
     deterministic: bool = setting(False, "deterministic kernels: bitwise repeatable on a GPU, slower", "free")

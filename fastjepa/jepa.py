@@ -3,7 +3,7 @@
 B clips, N tokens, M mask sets, Kc context and Kt target tokens, E encoder width. Source: arXiv 2404.08471, section 3.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.masks.tokens import TokenSet, apply_masks, split_runs
+from fastjepa.masks.tokens import TokenSet, apply_masks, gather_tokens, split_runs
+from fastjepa.models import VisionTransformer, VisionTransformerPredictor, packing
+from fastjepa.models.predictor import draw_of_run
 
 Execution = Literal["packed", "reference"]
 Draw = tuple[Tensor, Tensor]
@@ -34,7 +36,8 @@ class JEPA(nn.Module):
 
     The target encoder is a copy of `encoder` made here, without gradients. `loss_exp` q gives mean |p - t| ** q / q;
     `reg_coeff` weighs the variance regulariser. `execution` chooses how the same numbers are computed: "reference" runs
-    one pass a mask set, the way the public code does; "packed" runs the reference pass as well until its own exists.
+    one pass a mask set, the way the public code does, and takes any encoder and predictor with the same calls; "packed"
+    does the work that the mathematics needs and takes this library's networks (`fastjepa.models.packing`).
     """
 
     def __init__(
@@ -49,6 +52,9 @@ class JEPA(nn.Module):
         super().__init__()
         if execution not in ("packed", "reference"):
             raise ValueError(f"execution must be 'packed' or 'reference', got {execution!r}")
+        ours = isinstance(encoder, VisionTransformer) and isinstance(predictor, VisionTransformerPredictor)
+        if execution == "packed" and not ours:
+            raise ValueError("packed execution takes a VisionTransformer and its predictor: use execution='reference'")
         self.encoder = encoder
         self.predictor = predictor
         self.target_encoder = deepcopy(encoder).requires_grad_(False)
@@ -59,8 +65,7 @@ class JEPA(nn.Module):
     @torch.no_grad()
     def target_features(self, clips: Tensor) -> Tensor:
         """Target features of every token, normalised without affine, at least float32: [B, C, T, H, W] -> [B, N, E]."""
-        features = _wide(self.target_encoder(clips))
-        return F.layer_norm(features, features.shape[-1:], eps=1e-5)
+        return _normalised(self.target_encoder(clips))
 
     def forward(
         self,
@@ -83,50 +88,60 @@ class JEPA(nn.Module):
             )
         if draws is not None and len(draws) != len(masks_context):
             raise ValueError(f"draws come one a mask set, got {len(draws)} for {len(masks_context)} sets")
-        targets = self.target_features(clips)
-        errors, deviations, kept = [], [], []
-        for number, pair in enumerate(zip(masks_context, masks_target)):
-            error, deviation = clips.new_zeros(()), []
-            draw = None if draws is None else draws[number]
-            for prediction, target in self._pass(clips, targets, *pair, number, draw):
-                share = len(prediction) / len(clips)
-                error = error + share * self._error(_wide(prediction), target)
-                if self.reg_coeff:
-                    # Unbiased, as published; a single token has no spread, and no division by zero either.
-                    variance = _wide(prediction).var(dim=1, correction=min(1, prediction.shape[1] - 1))
-                    deviation.append((variance + 1e-4).sqrt())
-                if collect:
-                    kept.append((number, prediction.detach(), target))
-            errors.append(error)
-            if deviation:
-                deviations.append(torch.cat(deviation))
-        loss_jepa = torch.stack(errors).mean()
-        loss_reg = torch.relu(1.0 - torch.stack(deviations).mean(dim=0)).mean() if self.reg_coeff else None
-        loss = loss_jepa if loss_reg is None else loss_jepa + self.reg_coeff * loss_reg
+        run = self._packed if self.execution == "packed" else self._reference
+        predictions, targets = run(clips, masks_context, masks_target, draws)
+        sets = list(zip(predictions, targets, masks_target))
+        loss_jepa = torch.stack([self._error(p, t, token_set) for p, t, token_set in sets]).mean()
+        loss, loss_reg = loss_jepa, None
+        if self.reg_coeff:
+            spread = torch.stack([_spread(p, token_set) for p, _, token_set in sets]).mean(dim=0)
+            loss_reg = torch.relu(1.0 - spread).mean()
+            loss = loss_jepa + self.reg_coeff * loss_reg
         output = JEPAOutput(loss, loss_jepa, loss_reg)
         if collect:
-            output.predictions = _by_set([(n, p) for n, p, _ in kept], masks_target)
-            output.targets = _by_set([(n, t) for n, _, t in kept], masks_target)
+            output.predictions, output.targets = [p.detach() for p in predictions], targets
         return output
 
-    def _pass(
-        self, clips: Tensor, targets: Tensor, context: TokenSet, target: TokenSet, number: int, draw: Draw | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(prediction, target) of one mask set, as the public code runs it; one dense pass a run of equal lengths."""
-        first = 0
-        for rows, (kept, wanted) in split_runs([context, target]):
-            goal = apply_masks(targets[rows], wanted)
-            seen = self.encoder(clips[rows], kept)
-            timesteps, noise = (None, None) if draw is None else (draw[0][rows], draw[1][rows])
-            yield self.predictor(seen, goal, kept, wanted, mask_index=number, timesteps=timesteps, noise=noise), goal
-            first = rows.stop
-        assert first == len(clips), "mask sets must describe every clip of the batch"
+    def _reference(
+        self, clips: Tensor, context: Sequence[TokenSet], target: Sequence[TokenSet], draws: Sequence[Draw] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(predictions, targets) a mask set, the way the public code runs: every patch embedded in every pass."""
+        features = self.target_features(clips)
+        goals = [gather_tokens(features, token_set) for token_set in target]
+        predictions = []
+        for number, (c_set, t_set) in enumerate(zip(context, target)):
+            parts, start = [], 0
+            for rows, (kept, wanted) in split_runs([c_set, t_set]):
+                goal = apply_masks(features[rows], wanted)
+                seen = self.encoder(clips[rows], kept)
+                draw = (None, None) if draws is None else draw_of_run(draws[number], rows, start, wanted.shape)
+                parts.append(self.predictor(seen, goal, kept, wanted, number, *draw))
+                start += wanted.numel()
+            dense = isinstance(t_set, Tensor)
+            predictions.append(torch.cat(parts) if dense else torch.cat([part.flatten(0, 1) for part in parts]))
+        return predictions, goals
 
-    def _error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        difference = (prediction - target).abs()
+    def _packed(
+        self, clips: Tensor, context: Sequence[TokenSet], target: Sequence[TokenSet], draws: Sequence[Draw] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The same numbers: patches cut once, both sets in one encoder pass and in one predictor pass."""
+        encoder, target_encoder, predictor = self.encoder, self.target_encoder, self.predictor
+        assert isinstance(encoder, VisionTransformer) and isinstance(target_encoder, VisionTransformer)  # noqa: PT018
+        assert isinstance(predictor, VisionTransformerPredictor)
+        patches = packing.cut_patches(encoder, clips)
+        with torch.no_grad():
+            features = _normalised(packing.encode_all(target_encoder, patches))
+        goals = [gather_tokens(features, token_set) for token_set in target]
+        contexts = packing.encode_sets(encoder, patches, context)
+        return packing.predict_sets(predictor, contexts, goals, context, target, draws), goals
+
+    def _error(self, prediction: Tensor, target: Tensor, token_set: TokenSet) -> Tensor:
+        difference = (_wide(prediction) - target).abs()
         if self.loss_exp != 1.0:
             difference = difference**self.loss_exp
-        return difference.mean() / self.loss_exp
+        if isinstance(token_set, Tensor):
+            return difference.mean() / self.loss_exp
+        return (difference.mean(dim=-1) * token_set.weights().to(difference.dtype)).sum() / self.loss_exp
 
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor, *, every_parameter: bool = False) -> None:
@@ -155,10 +170,20 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _by_set(kept: list[tuple[int, Tensor]], sets: Sequence[TokenSet]) -> list[Tensor]:
-    collected = []
-    for number, token_set in enumerate(sets):
-        parts = [part for n, part in kept if n == number]
-        dense = isinstance(token_set, Tensor)
-        collected.append(torch.cat(parts) if dense else torch.cat([part.flatten(0, 1) for part in parts]))
-    return collected
+def _spread(prediction: Tensor, token_set: TokenSet) -> Tensor:
+    """Standard deviation over the target tokens of each clip and channel: [B, E].
+
+    Unbiased, as published; a single token has no spread, and no division by zero either.
+    """
+    runs = [prediction]
+    if not isinstance(token_set, Tensor):
+        shapes = [index.shape for _, index in token_set.runs()]
+        runs = [p.unflatten(0, tuple(s)) for p, s in zip(prediction.split([s.numel() for s in shapes]), shapes)]
+    deviations = [_wide(run).var(dim=1, correction=min(1, run.shape[1] - 1)).add(1e-4).sqrt() for run in runs]
+    return torch.cat(deviations)
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """Layer norm without affine, at least in float32."""
+    features = _wide(features)
+    return F.layer_norm(features, features.shape[-1:], eps=1e-5)

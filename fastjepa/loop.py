@@ -142,10 +142,8 @@ class Trainer:
                 self.clock.steps += 1
                 if logging:
                     self._report(step + 1, done)
-                    if self.update.skipped_in_a_row.item() >= BAD_STEPS_IN_A_ROW:
-                        return self._fail(
-                            step + 1, Exit.NON_FINITE, "loss or gradients are not finite, step after step"
-                        )
+                    if self.update.skipped_in_a_row.item() >= self.patience:
+                        return self._fail(step + 1, Exit.NON_FINITE, "loss or gradients are not finite again and again")
             count = step if done is None else step + 1
             stopping = self.interrupts.received is not None
             if count % s.checkpoint.every == 0 or count == last or stopping:

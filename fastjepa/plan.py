@@ -59,8 +59,6 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
         f"set {i}: {c:.0f} context, {t:.0f} target" for i, (c, t) in enumerate(zip(plan.context, plan.target))
     )
     group = f"group of {s.group}" + (" (the whole batch)" if s.group < s.mask.group else "")
-    packed = s.runtime.execution == "packed"
-    execution = "packed (computed by the reference passes until it has its own)" if packed else "reference"
     state, kept = plan.state_bytes / 1e9, plan.activation_bytes_per_clip * plan.batch_size / 1e9
     lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last)))
     decays = " -> ".join(f"{schedule.weight_decay_at(step):.3g}" for step in (0, last))
@@ -70,7 +68,7 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
         f"targets: {s.model.targets}",
         f"tokens     {plan.tokens} a clip; {sets}; truncation {s.mask.truncation}, {group}",
         f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated, "
-        f"{s.optim.dtype}, execution {execution}",
+        f"{s.optim.dtype}, execution {s.runtime.execution}",
         f"work       {plan.flop_per_clip / 1e12:.3g} TFLOP a clip; memory by the model: "
         f"{state:.2g} GB state + {kept:.2g} GB activations",
         f"schedule   {s.optim.steps} steps, {s.optim.warmup_steps} of warm-up; lr {lrs}, weight decay {decays}, "

@@ -187,6 +187,29 @@ def test_what_a_killed_save_of_another_step_left_is_taken_away(root):
     assert names(root) == ["latest", "step-0000001"]
 
 
+def test_everything_is_on_the_disk_before_it_gets_its_name(root, monkeypatch):
+    synced, named = set(), []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(handle):
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def watched_rename(path, target):
+        inodes = {p.stat().st_ino for p in [path, *path.iterdir()]}
+        assert len(inodes) > 5
+        assert inodes <= synced
+        named.append(target)
+        synced.clear()
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    folder = save(root, 1, tensors(1), {}, 3, quiet)
+    assert named == [folder]
+    assert root.stat().st_ino in synced
+
+
 # A crash or a full disk at every point of a save
 
 
@@ -285,6 +308,7 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new_one(tmp_path, two_steps,
         result = seed_found(root)
         assert result in allowed, f"crash at point {point}"
         seen.add(result)
+        assert scenario == "first" or (root / "latest" / "manifest.json").is_file()
         assert_next_save_works(root)
         if code == UNTOUCHED:
             break

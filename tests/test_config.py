@@ -248,6 +248,7 @@ def test_a_changed_setting_is_told_under_its_class_with_both_values(key, field):
     kind = config.resume_class(field)
     assert config.changed(old, new, kind) == [f"{key}: {old[key]} -> {new[key]}"]
     assert config.changed({k: v for k, v in old.items() if k != key}, new, kind) == [f"{key}: {old[key]} -> {new[key]}"]
+    assert config.changed({}, old, kind) == []  # a setting that the old run did not know had its default
     for other in {"fatal", "warn", "free"} - {kind}:
         assert config.changed(old, new, other) == []
 

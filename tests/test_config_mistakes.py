@@ -160,6 +160,12 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     [
         ("", "optim.lr", "command line: expected key=value, given 'optim.lr'"),
         ("", "=5", "command line: expected key=value, given '=5'"),
+        ("", "modle.name=vit_tiny", "command line: unknown key modle, nearest valid key: model"),
+        (
+            "",
+            "data.batch_size=36",
+            "command line: optim.global_batch: expected a multiple of data.batch_size 36, given",
+        ),
         ("", "optim.lr=[", "command line: optim.lr: not a valid YAML value: '['"),
         ("", "optim.lr=!!int x", "command line: optim.lr: not a valid YAML value: '!!int x'"),
         ("", "optim.steps=", "command line: optim.steps: expected a whole number (at least 1), given ''"),
@@ -261,6 +267,8 @@ def test_a_wrong_setting_brings_no_sentence_about_its_combinations(refuse, text)
     ("own", "sentence"),
     [
         ("base: 3", "run.yaml: base: expected the name of a YAML file, given 3"),
+        ("base: 0", "run.yaml: base: expected the name of a YAML file, given 0"),
+        ("base: mask.yaml", "mask.yaml: mask.sets.0.aspect_ratio: expected 0 < low <= high, given [2, 1]"),
         ("base: bose.yaml", "bose.yaml: no such settings file, nearest: base.yaml"),
         ("base: run.yaml", "run.yaml: base: a base file cannot name a base of its own"),
         ("base: base.yaml\noptim: {lr: 1.0}", "base.yaml: unknown key model.nam, nearest valid key: model.name"),
@@ -269,4 +277,5 @@ def test_a_wrong_setting_brings_no_sentence_about_its_combinations(refuse, text)
 )
 def test_a_mistake_around_a_base_names_the_right_file(refuse, tmp_path, own, sentence):
     (tmp_path / "base.yaml").write_text("model: {nam: vit_tiny}")
+    (tmp_path / "mask.yaml").write_text("mask: {sets: [{aspect_ratio: [2, 1]}]}")
     assert refuse(own) == [sentence]

@@ -72,17 +72,20 @@ def test_a_second_signal_ends_the_process_at_once(first, second):
     with subprocess.Popen(
         [sys.executable, "-c", PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
-        assert process.stdout.readline() == "None\n"
-        process.send_signal(first)
-        said = "None\n"
-        while said == "None\n":  # the signal may arrive a little after the next line
-            process.stdin.write("\n")
-            process.stdin.flush()
-            said = process.stdout.readline()
-        assert said == f"{first.name}\n"
-        process.send_signal(second)
-        assert process.wait() == Exit.SECOND_INTERRUPT == 130
-        assert process.stdout.read() == ""
+        try:
+            assert process.stdout.readline() == "None\n"
+            process.send_signal(first)
+            said = "None\n"
+            while said == "None\n":  # the signal may arrive a little after the next line
+                process.stdin.write("\n")
+                process.stdin.flush()
+                said = process.stdout.readline()
+            assert said == f"{first.name}\n"
+            process.send_signal(second)
+            assert process.wait(timeout=60) == Exit.SECOND_INTERRUPT == 130
+            assert process.stdout.read() == ""
+        finally:
+            process.kill()
 
 
 # Devices

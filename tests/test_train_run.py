@@ -388,3 +388,14 @@ def _copy_videos(folder: Path, good: int, bad: int) -> None:
         (folder / f"good{i}.mp4").write_bytes((source / name).read_bytes())
     for i in range(bad):
         (folder / f"bad{i}.mp4").write_bytes(b"not a video" * 100)
+
+
+def test_float16_may_overflow_while_it_looks_for_its_loss_scale(run, monkeypatch):
+    """Four skipped steps are how the scaler works, not a run that is not finite."""
+    import torch
+
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**25))
+    code, folder = run("optim.dtype=float16", "optim.clip_grad=null")
+    assert code == Exit.DONE
+    assert rows(folder)[-1]["skipped"] >= 3

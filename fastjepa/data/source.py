@@ -113,7 +113,7 @@ def _split_line(line: str) -> tuple[str, str | None]:
 
 def _listed(paths: list[str], labels: list[str | None], root: Path, description: str) -> Videos:
     names = [os.path.relpath(p, root) for p in paths]
-    fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    fingerprint = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
     every = np.arange(len(paths))
     tasks = {}
     if all(label is not None for label in labels) and len(set(labels)) > 1:

@@ -33,6 +33,12 @@ class Ragged:
         """The same set in page-locked memory (DataLoader calls this by name)."""
         return Ragged(self.index.pin_memory(), self.lengths)
 
+    def weights(self) -> Tensor:
+        """Weight of every row in the mean over clips of each clip's own mean: float64 [R], summing to 1."""
+        lengths = torch.tensor(self.lengths)
+        weights = 1.0 / (len(self.lengths) * lengths.clamp_min(1).double())
+        return torch.repeat_interleave(weights, lengths).to(self.index.device, non_blocking=True)
+
     def runs(self) -> Iterator[tuple[slice, Tensor]]:
         """Neighbouring clips of equal length: (rows of the batch, their [b, K] token numbers)."""
         return ((rows, dense) for rows, (dense,) in split_runs([self]))
@@ -83,6 +89,28 @@ def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor], concat: bool = True
     if len({k.shape[1] for k in kept}) > 1:
         raise ValueError(f"masks keep different numbers of tokens {[k.shape[1] for k in kept]}: use forward_sets")
     return torch.cat(kept)
+
+
+def flat_tokens(token_set: TokenSet) -> Tensor:
+    """Kept token numbers, clip after clip: int64 [R]."""
+    return token_set.index if isinstance(token_set, Ragged) else token_set.flatten()
+
+
+def flat_rows(token_set: TokenSet, tokens: int) -> Tensor:
+    """Row numbers of the kept tokens in a [B * tokens, ...] matrix: int64 [R]."""
+    if isinstance(token_set, Ragged):
+        lengths = torch.tensor(token_set.lengths)
+        first = torch.repeat_interleave(torch.arange(len(lengths)) * tokens, lengths)
+        return token_set.index + first.to(token_set.index.device, non_blocking=True)
+    first = torch.arange(len(token_set), device=token_set.device) * tokens
+    return (token_set + first.unsqueeze(1)).flatten()
+
+
+def gather_tokens(x: Tensor, token_set: TokenSet) -> Tensor:
+    """The kept tokens of x [B, N, D]: [B, K, D], or [R, D] rows where lengths differ."""
+    if isinstance(token_set, Tensor):
+        return _gather(x, token_set)
+    return x.flatten(0, 1).index_select(0, flat_rows(token_set, x.shape[1]))
 
 
 def _gather(x: Tensor, mask: Tensor) -> Tensor:

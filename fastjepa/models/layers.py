@@ -74,17 +74,28 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """[B, N, D] -> [B, N, D]; with `return_attention` also the softmax probabilities [B, H, N, N]."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        attention = None
-        if self.use_sdpa and not return_attention:
-            scale = None if self.sdpa_ignores_scale else self.scale
-            dropout = self.attn_drop.p if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-        else:
-            scale = self.head_dim**-0.5 if self.use_sdpa and self.sdpa_ignores_scale else self.scale
-            attention = self.attn_drop(torch.softmax(q @ k.transpose(-2, -1) * scale, dim=-1))
-            mixed = attention @ v
-        out = self.proj_drop(self.proj(rearrange(mixed, "b h n d -> b n (h d)")))
-        return out if attention is None or not return_attention else (out, attention)
+        if not return_attention:
+            return self._out(self.mix(q, k, v))
+        attention = self.attn_drop(self.probabilities(q, k))
+        return self._out(attention @ v), attention
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Values averaged by the attention of the queries: q [B, H, M, d], k and v [B, H, N, d] -> [B, H, M, d]."""
+        if not self.use_sdpa:
+            return self.attn_drop(self.probabilities(q, k)) @ v
+        dropout = self.attn_drop.p if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self._scale)
+
+    def probabilities(self, q: Tensor, k: Tensor) -> Tensor:
+        """The softmax of the scores, computed explicitly: [B, H, M, d] and [B, H, N, d] -> [B, H, M, N]."""
+        return torch.softmax(q @ k.transpose(-2, -1) * self._scale, dim=-1)
+
+    @property
+    def _scale(self) -> float:
+        return self.head_dim**-0.5 if self.use_sdpa and self.sdpa_ignores_scale else self.scale
+
+    def _out(self, mixed: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(rearrange(mixed, "b h n d -> b n (h d)")))
 
 
 class Block(nn.Module):

@@ -127,8 +127,7 @@ class VisionTransformerPredictor(nn.Module):
         positions = self.predictor_pos_embed.expand(len(ctxt), -1, -1)
         context = self.predictor_embed(ctxt) + apply_masks(positions, context_index)
         if self.mask_tokens is not None:
-            token = self.mask_tokens[mask_index % len(self.mask_tokens)]
-            targets = token.expand(*target_index.shape, -1)
+            targets = self.mask_token(mask_index).expand(*target_index.shape, -1)
         else:
             if tgt is None:
                 raise ValueError("a predictor without mask tokens needs target features")
@@ -138,6 +137,11 @@ class VisionTransformerPredictor(nn.Module):
         for block in self.predictor_blocks:
             x = block(x)
         return self.predictor_proj(self.predictor_norm(x[:, ctxt.shape[1] :]))
+
+    def mask_token(self, mask_index: int) -> Tensor:
+        """The learned token of a mask set, counted around: [1, 1, P]."""
+        assert self.mask_tokens is not None, "a noised predictor has no mask tokens"
+        return self.mask_tokens[mask_index % len(self.mask_tokens)]
 
     def diffuse(self, targets: Tensor, timesteps: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Normalise embedded targets [B, Kt, P] and mix them with noise: sqrt(a) y + sqrt(1 - a) e, one step a clip."""
@@ -156,6 +160,17 @@ def _single_mask(masks: Tensor | Sequence[Tensor]) -> Tensor:
     if len(masks) != 1:
         raise ValueError(f"the predictor pairs one context mask with one target mask, got a list of {len(masks)}")
     return masks[0]
+
+
+def draw_of_run(draw: tuple[Tensor, Tensor], rows: slice, start: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The part of a mask set's (timesteps [B], noise) that belongs to some of its clips.
+
+    `noise` is [B, Kt, P], or [R, P] where lengths differ; the clips are `rows` of the batch, their noise begins at row
+    `start` of R, and `shape` is their (number, Kt).
+    """
+    timesteps, noise = draw
+    part = noise[rows] if noise.ndim == 3 else noise[start : start + shape[0] * shape[1]].unflatten(0, tuple(shape))
+    return timesteps[rows], part
 
 
 def vit_predictor(**arguments: Any) -> VisionTransformerPredictor:

@@ -104,6 +104,10 @@ class VisionTransformer(nn.Module):
         """The [1, N, E] table `pos_embed` resampled to the token grid of the input `x`."""
         return interpolate_pos_embed(pos_embed, self.grid, self.token_grid(x))
 
+    def positions(self, grid: tuple[int, ...]) -> Tensor:
+        """The position table for a (t, h, w) or (h, w) token grid: [1, N, E]."""
+        return interpolate_pos_embed(self.pos_embed, self.grid, grid)
+
     def embed(self, x: Tensor) -> Tensor:
         """Every token of the input with its position added: [B, C, T, H, W] -> [B, N, E]."""
         tokens = self.patch_embed(x)

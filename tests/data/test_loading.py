@@ -101,12 +101,15 @@ def wanted(good, bad):
     return load([*good, *bad])
 
 
-def test_batches_hold_the_slots_in_order_with_clips_and_masks(wanted, good):
+def test_batches_hold_the_slots_in_order_with_clips_and_masks(wanted, good, bad):
+    again = make_dataset([*good, *bad])
     assert [batch.slots for batch in wanted] == [tuple(range(8 * step, 8 * step + 8)) for step in range(3)]
     for batch in wanted:
         assert batch.clips.shape == (8, 3, FRAMES, CROP, CROP)
         assert batch.clips.dtype == torch.float32
         assert all(s.shape[0] == 8 for s in (*batch.masks_context, *batch.masks_target))
+        assert batch.bad == [entry for slot in batch.slots for entry in again[slot].bad]
+    assert {path for batch in wanted for path, _ in batch.bad} == set(bad)
     masks = {json.dumps(masks) for _, masks in clips_by_slot(wanted).values()}
     assert len(masks) > 20  # positions are drawn for each clip
 

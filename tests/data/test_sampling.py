@@ -136,6 +136,12 @@ def test_after_ten_draws_that_do_not_fit_the_box_is_the_central_one_of_allowed_a
     assert rng.numbers == []
 
 
+@pytest.mark.parametrize(("height", "width", "aspect"), [(9, 1, (3.0, 4.0)), (1, 9, (0.1, 0.2))])
+def test_a_box_that_the_aspect_would_make_thinner_than_a_pixel_has_one(height, width, aspect):
+    box = random_box(height, width, SCALE, aspect, Recorded(*([100.0, 0.0] * CROP_TRIES)))
+    assert (box.height, box.width) == (1, 1)
+
+
 def test_boxes_reach_all_edges_and_spread_over_the_range_of_areas():
     rng = np.random.default_rng(0)
     boxes = [random_box(40, 40, SCALE, ASPECT, rng) for _ in range(500)]

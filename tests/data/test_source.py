@@ -199,6 +199,13 @@ def test_a_moved_folder_is_the_same_data_and_other_names_are_not(tmp_path):
     assert open_videos(str(tmp_path / "here"), 0).fingerprint != here
 
 
+def test_a_file_name_may_be_any_bytes(tmp_path):
+    touch(tmp_path, os.fsdecode(b"\xff.mp4"), "vidéo.mp4")
+    videos = open_videos(str(tmp_path), seed=0)
+    assert [os.path.basename(os.fsencode(path)) for path in videos.paths] == ["vidéo.mp4".encode(), b"\xff.mp4"]
+    assert len(videos.fingerprint) == 64
+
+
 def test_the_fingerprint_of_a_list_is_that_of_its_paths_in_their_order(listed):
     first = listed("a.mp4 1\nb.mp4 2")[0].fingerprint
     assert listed('"a.mp4",x\nb.mp4,y', name="moved.txt")[0].fingerprint == first

@@ -22,7 +22,7 @@ class RunLog:
     def __init__(self, folder: Path, settings: Log, name: str, last_step: int) -> None:
         self.folder, self.last_step = folder, last_step
         self.console = Console(highlight=False, soft_wrap=True, emoji=False)
-        self._text = (folder / "train.log").open("a", encoding="utf-8")
+        self._text = (folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace")
         self._metrics = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
         self._progress: Progress | None = None
         self._task: Any = None
@@ -45,6 +45,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """One line on the console and in train.log."""
+        # A file name may be any bytes; a console takes characters only.
+        text = text.encode(errors="backslashreplace").decode()
         self.console.print(text, markup=False)
         with self._full_disk_is_said():
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")

@@ -46,7 +46,7 @@ def start(settings: Settings, name: str) -> Exit:
             *describe(settings, plan, jepa),
         ):
             log.say(line)
-        bad_files = BadFiles(run.path / "bad_files.jsonl", len(videos.paths), settings.data.max_bad_fraction)
+        bad_files = BadFiles(run.path / "bad_files.jsonl", len(videos.paths), settings.data.max_bad_fraction, log.say)
         try:
             trainer = Trainer(settings, run, log, device, jepa, masks, videos, plan, bad_files, interrupts, workers)
             return trainer.train()

@@ -1,7 +1,8 @@
 """Videos that cannot be read: named once, counted against a quota, never silently left out."""
 
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ALWAYS_TOLERATED = 10
@@ -18,9 +19,10 @@ class TooManyBadFiles(RuntimeError):
 class BadFiles:
     """The list of unreadable files of a run, kept in `bad_files.jsonl` (a line each: path, reason)."""
 
-    def __init__(self, path: Path, total: int, max_fraction: float) -> None:
+    def __init__(self, path: Path, total: int, max_fraction: float, say: Callable[[str], None] = warnings.warn) -> None:
         self.path = path
         self.total = total
+        self.say = say
         self.allowed = max(ALWAYS_TOLERATED, int(total * max_fraction))
         self.reasons: dict[str, str] = {}
         if path.is_file():
@@ -34,11 +36,14 @@ class BadFiles:
     def report(self, found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Write down (path, reason) pairs not seen before and return them. Errors: TooManyBadFiles beyond the quota."""
         new = list({path: (path, reason) for path, reason in found if path not in self.reasons}.values())
+        self.reasons.update(new)
         if new:
-            with self.path.open("a", encoding="utf-8") as out:
-                for path, reason in new:
-                    self.reasons[path] = reason
-                    out.write(json.dumps({"path": path, "reason": reason}) + "\n")
+            lines = "".join(json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in new)
+            try:
+                with self.path.open("a", encoding="utf-8") as out:
+                    out.write(lines)
+            except OSError as error:  # a full disk: they are still named on the console and counted
+                self.say(f"warning: {self.path} cannot be written: {error}")
         if len(self.reasons) > self.allowed:
             raise TooManyBadFiles(
                 f"{len(self.reasons)} of {self.total} files cannot be read, more than the {self.allowed} that "

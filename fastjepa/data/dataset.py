@@ -1,6 +1,6 @@
 """Slots to clips: decode, cut, and replace what cannot be read."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -94,8 +94,10 @@ class ClipDataset(Dataset[Sample]):
                 bad.append((self.reader.paths[video], str(error)))
                 continue
             return Sample(cut(frames, draw.box, draw.flip, self.crop), slot, bad)
+        reasons = Counter(reason for _, reason in bad).most_common(3)
+        shown = "; ".join(f"{count} times: {reason}" for reason, count in reasons)
         raise TooManyBadFiles(
-            f"none of the {len(self.plan.videos)} files can be read; the last: {bad[-1][0]}: {bad[-1][1]}"
+            f"none of the {len(self.plan.videos)} files can be read, {bad[-1][0]} among them ({shown})"
         )
 
     def _candidates(self, slot: int) -> Iterator[int]:

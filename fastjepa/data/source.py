@@ -64,13 +64,23 @@ def open_videos(path: str, seed: int, progress: Callable[[int, int], None] | Non
 
 
 def _folder(root: Path) -> Videos:
-    paths = []
-    for folder, folders, files in os.walk(root):
+    paths: list[str] = []
+    entered: set[str] = set()
+    # Linked folders are followed, each once, so that a circle of links ends; one that cannot be read is an error.
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
+        if (real := os.path.realpath(folder)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
         folders.sort()
         paths += [os.path.join(folder, name) for name in sorted(files) if Path(name).suffix.lower() in EXTENSIONS]
     if not paths:
         raise ValueError(f"data.path: no video file under {root} (looked for {' '.join(sorted(EXTENSIONS))})")
     return _listed(paths, [None] * len(paths), root, f"{len(paths)} videos under {root}")
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"data.path: {error.filename} cannot be read: {error.strerror}")
 
 
 def _list_file(path: Path) -> Videos:
@@ -116,7 +126,10 @@ def _listed(paths: list[str], labels: list[str | None], root: Path, description:
     fingerprint = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
     every = np.arange(len(paths))
     tasks = {}
-    if all(label is not None for label in labels) and len(set(labels)) > 1:
+    labelled = sum(label is not None for label in labels)
+    if 0 < labelled < len(labels):
+        description += f" (only {labelled} have labels: they are not used)"
+    elif labelled and len(set(labels)) > 1:
         classes = sorted({str(label) for label in labels}, key=lambda text: (len(text), text))
         tasks["label"] = Task(np.array([classes.index(str(label)) for label in labels]), tuple(classes))
     # Pretraining never reads labels, so it may see every video; the probe splits them for itself.

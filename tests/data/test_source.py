@@ -58,7 +58,11 @@ def test_a_folder_is_searched_recursively_and_only_for_videos(tmp_path):
 def test_the_order_of_a_folder_is_that_of_its_names(tmp_path, monkeypatch):
     touch(tmp_path, *(f"{folder}/{name}.mp4" for folder in "ba" for name in "312"))
     listing = os.walk
-    monkeypatch.setattr(os, "walk", lambda top: ((f, d.sort(reverse=True) or d, n[::-1]) for f, d, n in listing(top)))
+
+    def backwards(top, **more):
+        return ((f, d.sort(reverse=True) or d, n[::-1]) for f, d, n in listing(top, **more))
+
+    monkeypatch.setattr(os, "walk", backwards)
     names = [os.path.relpath(path, tmp_path) for path in open_videos(str(tmp_path), seed=0).paths]
     assert names == [f"{folder}/{name}.mp4" for folder in "ab" for name in "123"]
 
@@ -247,3 +251,20 @@ def test_the_moving_shapes_come_with_labels_and_a_split_that_pretraining_keeps_t
 def test_a_wrong_address_of_embedded_videos_is_refused():
     with pytest.raises(ValueError, match="unknown parameter 'vidoes', the nearest is 'videos'"):
         open_videos("synthetic://moving-shapes?vidoes=3", seed=0)
+
+
+def test_linked_folders_are_followed_once_and_circles_end(tmp_path):
+    root, elsewhere = tmp_path / "videos", tmp_path / "elsewhere"
+    touch(root, "a.mp4")
+    touch(elsewhere, "b.mp4")
+    (root / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    videos = open_videos(str(root), seed=0)
+    assert [os.path.basename(path) for path in videos.paths] == ["a.mp4", "b.mp4"]
+
+
+def test_labels_on_some_lines_only_are_said_to_be_unused(tmp_path):
+    (tmp_path / "list.txt").write_text("a.mp4 1\nb.mp4\nc.mp4 2\n")
+    videos = open_videos(str(tmp_path / "list.txt"), seed=0)
+    assert videos.tasks == {}
+    assert "only 2 have labels: they are not used" in videos.description

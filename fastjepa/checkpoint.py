@@ -41,6 +41,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used. The text is one sentence."""
 
 
+class NotDamaged(CheckpointError):
+    """A checkpoint cannot be used, but nothing says that it is damaged: it stays where it is and the run stops."""
+
+
 class SaveFailed(OSError):
     """A checkpoint could not be written; the ones before it are untouched. The text is one sentence."""
 
@@ -92,12 +96,15 @@ def newest(root: Path, say: Say) -> Found | None:
     """The newest intact checkpoint, or None where there has never been one.
 
     Damaged ones are renamed to corrupt-... with one line of reason. Errors: CheckpointError where there are
-    checkpoints but none is intact: a run is never silently started again from nothing.
+    checkpoints but none is intact: a run is never silently started again from nothing. NotDamaged where the newest
+    one has another format or cannot be read at the moment.
     """
     _put_back(root)
     for folder in _folders(root):
         try:
             return verify(folder)
+        except NotDamaged:
+            raise
         except CheckpointError as error:
             aside = folder.with_name(f"corrupt-{folder.name}")
             _remove(aside)
@@ -129,8 +136,12 @@ def verify(folder: Path) -> Found:
                 raise CheckpointError(f"{name} does not have the checksum of its manifest")
         trainer = json.loads((folder / "trainer.json").read_text())
         if trainer["format"] != FORMAT:
-            raise CheckpointError(f"it has format {trainer['format']}, this version reads format {FORMAT}")
+            raise NotDamaged(f"{folder} has format {trainer['format']}, this version reads format {FORMAT}")
         return Found(folder, int(trainer["step"]), trainer)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{type(error).__name__}: {error}") from error
+    except OSError as error:  # a disk that does not answer, a permission: it may be well again tomorrow
+        raise NotDamaged(f"{folder} cannot be read: {error}") from error
     except UNREADABLE as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
 

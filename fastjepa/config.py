@@ -1,7 +1,7 @@
 """Every setting of a run: type, default, help, limits and what a changed value means for a resume.
 
-`model mask data loss optim compat` change results; `runtime log checkpoint eval` change speed and what is kept. A YAML
-file holds what differs from the defaults (`fastjepa.configfile` reads it). Nothing here imports torch.
+`model mask data loss optim init compat` change results; `runtime log checkpoint eval` change speed and what is kept. A
+YAML file holds what differs from the defaults (`fastjepa.configfile` reads it). Nothing here imports torch.
 """
 
 import hashlib
@@ -141,6 +141,18 @@ class Optim(Section):
     seed: int = setting(0, "seed of weights, clips and masks", ge=0, lt=2**63)
 
 
+class Init(Section):
+    """Where the weights of a new run come from."""
+
+    # `from` is a keyword of Python: the settings spell it so, the code reads `settings.init.from_`.
+    from_: Annotated[str, Field(min_length=1)] | None = setting(
+        None,
+        "weights that a new run starts from: a first-generation V-JEPA checkpoint (.pth.tar), or a run of fastjepa "
+        "(its folder, or one checkpoint in it); null draws them",
+        alias="from",
+    )
+
+
 class Runtime(Section):
     """How the run is executed. Nothing here changes what is computed beyond rounding."""
 
@@ -195,7 +207,7 @@ class Compat(Section):
     reinit: bool = setting(False, "draw all linear weights again after construction, which undoes the block rescale")
     ema_positions: bool = setting(False, "average the fixed position tables of the target encoder too")
     ipe_scale: float = setting(
-        1.0, "schedules are planned for this many times optim.steps and cut off at its end", gt=0
+        1.0, "schedules are planned for this many times optim.steps and cut off at its end", ge=1
     )
     sdpa_ignores_scale: bool = setting(False, "fused attention ignores model.qk_scale")
 
@@ -208,6 +220,7 @@ class Settings(Section):
     data: Data = Data()
     loss: Loss = Loss()
     optim: Optim = Optim()
+    init: Init = Init()
     runtime: Runtime = Runtime()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
@@ -235,11 +248,16 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
+def by_key(kind: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section by the names that a settings file uses."""
+    return {field.alias or name: field for name, field in kind.model_fields.items()}
+
+
 def fields() -> Iterator[tuple[str, FieldInfo]]:
     """Every setting as (dotted key, field), in the order of the help."""
     for name, field in Settings.model_fields.items():
         if name in SECTIONS:
-            yield from ((f"{name}.{key}", inner) for key, inner in SECTIONS[name].model_fields.items())
+            yield from ((f"{name}.{key}", inner) for key, inner in by_key(SECTIONS[name]).items())
         else:
             yield name, field
 
@@ -253,7 +271,7 @@ def resume_class(field: FieldInfo) -> Resume:
 
 def flat(settings: Settings) -> dict[str, Any]:
     """Dotted key -> plain value (lists, numbers, strings), for comparison and JSON."""
-    dump = settings.model_dump(mode="json")
+    dump = settings.model_dump(mode="json", by_alias=True)
     return {key: dump[key.split(".")[0]][key.split(".")[1]] if "." in key else dump[key] for key, _ in fields()}
 
 

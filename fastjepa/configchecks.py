@@ -9,10 +9,28 @@ Mistake = tuple[tuple[str, ...], str]
 
 def cross_checks(s: Settings) -> Iterator[Mistake]:
     """Every contradiction between settings that are valid one by one."""
+    yield from _networks(s)
     yield from _clips(s)
     yield from _batches(s)
     yield from _schedule(s)
     yield from _ranges(s)
+
+
+# Heads of the named encoders, which the predictor shares unless it is given its own.
+HEADS = {
+    "vit_nano": 2, "vit_tiny": 3, "vit_small": 6, "vit_base": 12,
+    "vit_large": 16, "vit_huge": 16, "vit_giant": 16, "vit_gigantic": 16,
+}  # fmt: skip
+
+
+def _networks(s: Settings) -> Iterator[Mistake]:
+    heads = s.model.predictor_heads or HEADS[s.model.name]
+    if s.model.predictor_dim % heads:
+        whose = "model.predictor_heads" if s.model.predictor_heads else f"the {s.model.name} heads"
+        yield (
+            ("model.predictor_dim", "model.predictor_heads", "model.name"),
+            f"model.predictor_dim: expected a multiple of {whose} {heads}, given {s.model.predictor_dim}",
+        )
 
 
 def _clips(s: Settings) -> Iterator[Mistake]:

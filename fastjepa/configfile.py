@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from fastjepa.config import SECTIONS, Mask, MaskSet, Section, Settings, fields
+from fastjepa.config import SECTIONS, Mask, MaskSet, Section, Settings, by_key, fields
 from fastjepa.configchecks import cross_checks
 from fastjepa.expectation import expectation
 
@@ -53,7 +53,7 @@ def dump(settings: Settings) -> str:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = io.StringIO()
-    yaml.dump(settings.model_dump(mode="json"), text)
+    yaml.dump(settings.model_dump(mode="json", by_alias=True), text)
     return text.getvalue()
 
 
@@ -268,7 +268,7 @@ def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[tuple
     if inside and len(location) == 2:
         return location, "a group of settings"
     named = location[:3] if inside else location[:1]
-    field = (MaskSet if inside else kind).model_fields.get(str(named[-1]))
+    field = by_key(MaskSet if inside else kind).get(str(named[-1]))
     return named, None if field is None else expectation(field)
 
 

@@ -7,6 +7,7 @@ import torch
 from fastjepa import probe, viz
 from fastjepa.build import build_dataset, build_jepa, build_masks
 from fastjepa.config import Settings
+from fastjepa.data.dataset import Reader
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog, read_metrics
@@ -31,7 +32,7 @@ def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, s
     random_state = torch.get_rng_state()
     untrained = build_jepa(s).target_encoder.to(device).eval()
     torch.set_rng_state(random_state)
-    reader = build_dataset(s, videos).reader
+    reader = Reader(videos.paths, s.data.tubelet)  # without a cache: every video is read once
     shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop)
     results = probe.probe(jepa.target_encoder.eval(), untrained, videos, reader, shape, stopped)
     jepa.train(training)

@@ -24,7 +24,10 @@ class Health:
 def measure(targets: Tensor, exponent: float) -> Health:
     """Health of normalised target features float32 [B, N, E]."""
     spread = (targets - targets.mean(dim=0)).abs()
-    return Health((spread**exponent).mean() / exponent, effective_rank(targets.flatten(0, 1)))
+    # The mean of B clips lies nearer to each of them than the mean of all clips does: variances shrink by (B - 1) / B.
+    clips = len(targets)
+    correction = (clips / max(1, clips - 1)) ** (exponent / 2)
+    return Health(correction * (spread**exponent).mean() / exponent, effective_rank(targets.flatten(0, 1)))
 
 
 @torch.no_grad()

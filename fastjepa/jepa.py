@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.masks.tokens import TokenSet, apply_masks, gather_tokens, split_runs
+from fastjepa.masks.tokens import Ragged, TokenSet, apply_masks, gather_tokens, split_runs
 from fastjepa.models import VisionTransformer, VisionTransformerPredictor, packing
 from fastjepa.models.predictor import draw_of_run
 
@@ -80,7 +80,7 @@ class JEPA(nn.Module):
         `clips` float [B, C, T, H, W], normalised. `masks_context` and `masks_target`: M mask sets each, [B, K] int64 or
         `Ragged`. `draws` hands in (timesteps [B], noise [B, Kt, P]) a mask set for the noised predictor. `collect`
         keeps predictions and targets: [B, Kt, E] a set, or [R, E] rows where lengths differ.
-        Errors: ValueError where the numbers of mask sets differ.
+        Errors: ValueError where the numbers of mask sets, or of their clips, differ.
         """
         if len(masks_context) != len(masks_target) or not masks_context:
             raise ValueError(
@@ -88,6 +88,10 @@ class JEPA(nn.Module):
             )
         if draws is not None and len(draws) != len(masks_context):
             raise ValueError(f"draws come one a mask set, got {len(draws)} for {len(masks_context)} sets")
+        for token_set in (*masks_context, *masks_target):
+            described = len(token_set.lengths if isinstance(token_set, Ragged) else token_set)
+            if described != len(clips):
+                raise ValueError(f"a mask set describes {described} clips, the batch has {len(clips)}")
         run = self._packed if self.execution == "packed" else self._reference
         predictions, targets = run(clips, masks_context, masks_target, draws)
         sets = list(zip(predictions, targets, masks_target))

@@ -52,6 +52,12 @@ class RunLog:
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
             self._text.flush()
 
+    def note(self, text: str) -> None:
+        """Into train.log only."""
+        with self._full_disk_is_said():
+            self._text.write(f"{text}\n")
+            self._text.flush()
+
     def start_progress(self, step: int) -> None:
         """Show the bar, where the console is a terminal."""
         if self.console.is_terminal:

@@ -123,6 +123,9 @@ class Trainer:
         if first >= last and self.run.status().get("state") == "done":
             log.say(f"done       this run has its {last} steps: {self.run.path}")
             return Exit.DONE
+        if first > last:
+            log.say(f"done       this run is at step {first} already, beyond runtime.stop_at {last}: {self.run.path}")
+            return Exit.DONE
         log.status("training", first)
         log.start_progress(first)
         with running(self._loader(first, last)) as batches:

@@ -40,6 +40,8 @@ def _device(name: str) -> tuple[torch.device, str]:
             raise ValueError(f"runtime.device: expected a device of this machine, given {name}: no GPU found")
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"runtime.device: this machine has {torch.cuda.device_count()} GPUs, given {name}")
+        # set_device takes no "cuda" without a number.
+        device = torch.device("cuda", device.index or 0)
         return device, f"asked for: {torch.cuda.get_device_name(device)}"
     return device, f"asked for: {torch.get_num_threads()} threads"
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -30,14 +31,20 @@ class Plan:
     accumulation: int
 
 
-def make_plan(s: Settings, jepa: JEPA, masks: MaskCollator, device: torch.device) -> Plan:
-    """Work out the derived numbers, and the batch size where it is `auto`."""
+def make_plan(s: Settings, jepa: JEPA, masks: MaskCollator, device: torch.device, before: int | None = None) -> Plan:
+    """Work out the derived numbers, and the batch size where it is `auto`.
+
+    `before` is what `auto` came to when the run began: another size would round differently and end the bitwise resume.
+    """
     encoder = jepa.encoder
     assert isinstance(encoder, VisionTransformer)
     context, target = _mean_tokens(s, masks)
     state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in jepa.parameters())
     activations = _activation_bytes(s, encoder, context, target)
-    batch = _fitting(s, state, activations, device) if s.data.batch_size == "auto" else s.data.batch_size
+    batch = s.data.batch_size
+    if batch == "auto":
+        usable = before is not None and s.optim.global_batch % before == 0
+        batch = before if before is not None and usable else _fitting(s, state, activations, device)
     return Plan(
         encoder.num_patches,
         context,
@@ -66,7 +73,7 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     return [
         f"model      {s.model.name}, {million['encoder']:.1f} M + predictor {million['predictor']:.1f} M parameters, "
         f"targets: {s.model.targets}",
-        f"tokens     {plan.tokens} a clip; {sets}; truncation {s.mask.truncation}, {group}",
+        f"tokens     {plan.tokens} a clip; {sets}; {s.mask.kind} masks, truncation {s.mask.truncation}, {group}",
         f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated, "
         f"{s.optim.dtype}, execution {s.runtime.execution}",
         f"work       {plan.flop_per_clip / 1e12:.3g} TFLOP a clip; memory by the model: "
@@ -77,7 +84,7 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
 
 
 def _fitting(s: Settings, state: int, activations: float, device: torch.device) -> int:
-    """The largest divisor of the global batch, up to 64, whose activations fit into the memory that is free."""
+    """The largest divisor of the global batch, up to 64, whose activations fit beside the state."""
     room = max(0.0, 0.6 * (_memory(device) - state))
     most = min(max(1, int(room // activations)), s.optim.global_batch, 64)
     return max(b for b in range(1, most + 1) if s.optim.global_batch % b == 0)
@@ -100,7 +107,7 @@ def _tokens(token_set: TokenSet) -> int:
 
 
 def _flop(s: Settings, encoder: VisionTransformer, context: tuple[float, ...], target: tuple[float, ...]) -> float:
-    """FLOP of one clip, forward and backward, with the work that the mathematics needs (performance notes, section 2).
+    """FLOP of one clip, forward and backward, with the work that the mathematics needs.
 
     A multiply-add counts 2; backward twice the forward; kept patches embedded once a pass; the predictor's last layer
     only for target rows.
@@ -135,8 +142,12 @@ def _activation_bytes(
 
 def _memory(device: torch.device) -> float:
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+        return float(torch.cuda.mem_get_info(device)[1])
+    available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, float(text))
+    return available
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -43,6 +43,16 @@ class RunFolder:
         """What status.json says, or nothing."""
         return _json(self.path / "status.json")
 
+    def batch_size(self) -> int | None:
+        """The clips of one forward pass that `auto` came to when the run began."""
+        known = _json(self.path / "env.json").get("batch_size")
+        return known if isinstance(known, int) and known > 0 else None
+
+    def remember_batch_size(self, size: int) -> None:
+        """Keep it for a resume."""
+        path = self.path / "env.json"
+        write_atomically(path, json.dumps({**_json(path), "batch_size": size}, indent=2))
+
     def close(self) -> None:
         """Let another process work here."""
         self.lock.close()
@@ -61,6 +71,9 @@ def open_run(settings: Settings, name: str, data: str) -> RunFolder:
         folder, notes = _named_folder(Path(settings.resume).expanduser(), settings, data)
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder, notes, _lock(folder))
+    if settings.resume == "auto" and (folder / "config.yaml").is_file():
+        # Fatal settings are the same, or the name were another; unless a default has changed since.
+        run.notes += _differences(folder, settings, data)
     _describe(folder, settings, data)
     return run
 
@@ -68,7 +81,10 @@ def open_run(settings: Settings, name: str, data: str) -> RunFolder:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a reader sees the old text or the new one."""
     scratch = path.with_name(f".tmp-{path.name}")
-    scratch.write_text(text, encoding="utf-8")
+    with scratch.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     os.replace(scratch, path)
 
 
@@ -88,6 +104,11 @@ def _own_folder(root: Path, name: str, settings: Settings, data: str) -> tuple[P
 def _named_folder(folder: Path, settings: Settings, data: str) -> tuple[Path, list[str]]:
     if not (folder / "config.yaml").is_file():
         raise RunRefused(f"resume: expected auto, never or a run folder (with a config.yaml), given {folder}")
+    return folder, _differences(folder, settings, data)
+
+
+def _differences(folder: Path, settings: Settings, data: str) -> list[str]:
+    """What has changed since this run began, as warnings. Errors: RunRefused where it changes results."""
     old, new = _stored(folder), config.flat(settings)
     differences = config.changed(old, new, "fatal")
     if differences:
@@ -96,7 +117,7 @@ def _named_folder(folder: Path, settings: Settings, data: str) -> tuple[Path, li
     notes = [f"warning: changed since this run began: {line}" for line in config.changed(old, new, "warn")]
     if _fingerprint(folder) not in (None, data):
         notes.append("warning: the list of videos is not the one that this run began with")
-    return folder, notes
+    return notes
 
 
 def _siblings(root: Path, name: str, own: Path, settings: Settings, data: str) -> list[str]:
@@ -155,13 +176,12 @@ def _lock(folder: Path) -> Any:
 
 def _describe(folder: Path, settings: Settings, data: str) -> None:
     write_atomically(folder / "config.yaml", configfile.dump(settings))
+    module = "fastjepa" if Path(sys.argv[0]).name == "__main__.py" else "fastjepa.train"
     with (folder / "command.txt").open("a", encoding="utf-8") as out:
-        out.write(
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(['python', '-m', 'fastjepa.train', *sys.argv[1:]])}\n"
-        )
+        out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(['python', '-m', module, *sys.argv[1:]])}\n")
     versions = {name: _version(name) for name in ("torch", "numpy", "av", "triton")}
     env = {"fastjepa": __version__, "python": platform.python_version(), "system": platform.platform(), **versions}
-    write_atomically(folder / "env.json", json.dumps({**env, "data": data}, indent=2))
+    write_atomically(folder / "env.json", json.dumps({**_json(folder / "env.json"), **env, "data": data}, indent=2))
 
 
 def _version(name: str) -> str | None:

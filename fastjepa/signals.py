@@ -7,6 +7,8 @@ from typing import Any
 
 from fastjepa.exits import Exit
 
+# A progress bar hides it.
+SHOW_CURSOR = b"\x1b[?25h"
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -30,5 +32,8 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             # No clean-up: whoever asks twice wants the process gone. The last checkpoint is committed and untouched.
+            os.write(2, SHOW_CURSOR if os.isatty(2) else b"")
             os._exit(Exit.SECOND_INTERRUPT)
         self.received = signal.Signals(number).name
+        # Unbuffered: a handler may run in the middle of a print.
+        os.write(2, f"{self.received}: saving and leaving; once more leaves at once\n".encode())

@@ -1,12 +1,15 @@
 """From settings to a running loop: everything that can be refused is refused here, before any work."""
 
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
-from fastjepa import parallel
+from fastjepa import config, parallel
 from fastjepa.build import build_jepa, build_masks
 from fastjepa.checkpoint import CheckpointError
 from fastjepa.config import Settings
@@ -14,6 +17,8 @@ from fastjepa.data.badfiles import BadFiles, TooManyBadFiles
 from fastjepa.data.source import open_videos
 from fastjepa.evaluation import should_probe
 from fastjepa.exits import Exit
+from fastjepa.interop import WeightsRefused, load_weights, read_weights
+from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog
 from fastjepa.loop import Trainer
 from fastjepa.plan import describe, make_plan
@@ -26,9 +31,10 @@ def start(settings: Settings, name: str) -> Exit:
     try:
         device, reason = parallel.set_up(settings.runtime)
         masks = build_masks(settings)
+        jepa = build_jepa(settings).to(device)
         videos = open_videos(settings.data.path, settings.optim.seed, _progress())
         should_probe(settings, videos)
-        jepa = build_jepa(settings).to(device)
+        weights = _initial_weights(settings, name, videos.fingerprint, jepa)
         run = open_run(settings, name, videos.fingerprint)
         log = RunLog(run.path, settings.log, run.path.name, settings.last_step)
     except (ValueError, OSError) as error:
@@ -36,18 +42,21 @@ def start(settings: Settings, name: str) -> Exit:
         return Exit.WRONG_INPUT
     with log, Interrupts() as interrupts:
         workers = _workers(settings)
-        plan = make_plan(settings, jepa, masks, device)
+        plan = make_plan(settings, jepa, masks, device, run.batch_size())
+        run.remember_batch_size(plan.batch_size)
         decoder = "pyav (asked for)" if settings.data.decoder == "pyav" else "pyav (the only one so far)"
         for line in (
             f"run        {run.path}",
             *run.notes,
+            *weights,
             f"data       {videos.description}; {len(videos.train)} for pretraining",
             f"device     {device} ({reason}); {workers} loader workers; decoder {decoder}",
             *describe(settings, plan, jepa),
         ):
             log.say(line)
-        bad_files = BadFiles(run.path / "bad_files.jsonl", len(videos.paths), settings.data.max_bad_fraction, log.say)
         try:
+            listed = run.path / "bad_files.jsonl"
+            bad_files = BadFiles(listed, len(videos.paths), settings.data.max_bad_fraction, log.say)
             trainer = Trainer(settings, run, log, device, jepa, masks, videos, plan, bad_files, interrupts, workers)
             return trainer.train()
         except TooManyBadFiles as error:
@@ -56,15 +65,56 @@ def start(settings: Settings, name: str) -> Exit:
             return Exit.TOO_MANY_BAD_FILES
         except CheckpointError as error:
             log.say(f"stopped    {error}")
+            log.status("failed", 0, reason=str(error))
             return Exit.WRONG_INPUT
+        except (OSError, RuntimeError, MemoryError) as error:
+            # A loader process that died, memory that is used up, a disk that is gone: one sentence for the person at
+            # the console, and where it came from in train.log.
+            log.note(traceback.format_exc())
+            first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+            log.say(f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues")
+            log.status("failed", 0, reason=first_line)
+            return Exit.FAILED
         finally:
             run.close()
 
 
+def _initial_weights(settings: Settings, name: str, data: str, jepa: JEPA) -> list[str]:
+    """Put the weights of `init.from` into a new run; lines that say what went where.
+
+    A run that has checkpoints goes on from them: the file is not read again, and need not exist any more. Errors:
+    ValueError where the weights cannot be read or do not fit.
+    """
+    source = settings.init.from_
+    if source is None:
+        return []
+    if _has_checkpoints(settings, name, data):
+        return [f"weights    began as those of {source} (init.from); this run goes on from its own"]
+    try:
+        return load_weights(jepa, read_weights(source))
+    except WeightsRefused as error:
+        raise ValueError(f"init.from: {error}") from None
+
+
+def _has_checkpoints(settings: Settings, name: str, data: str) -> bool:
+    """Whether the folder that this run will take has checkpoints, be they damaged: it never starts anew then."""
+    if settings.resume == "never":
+        return False
+    own = Path(settings.log.folder) / f"{name}-{config.identity(settings, data)}"
+    folder = (own if settings.resume == "auto" else Path(settings.resume)).expanduser() / "checkpoints"
+    kept = re.compile(r"(corrupt-|\.tmp-replaced-)?step-[0-9]+")
+    return folder.is_dir() and any(kept.fullmatch(path.name) for path in folder.iterdir())
+
+
 def _workers(settings: Settings) -> int:
     if settings.data.workers == "auto":
-        return max(1, min(8, (os.cpu_count() or 1) - 1))
+        return max(1, min(8, _processors() - 1))
     return settings.data.workers
+
+
+def _processors() -> int:
+    """Processors that this process may use, which is not always all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -3,6 +3,7 @@
 import sys
 
 from fastjepa.configfile import from_command_line
+from fastjepa.exits import Exit
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -11,7 +12,10 @@ def main(arguments: list[str] | None = None) -> int:
     # Only now: importing torch takes seconds, and a mistake in the settings should not.
     from fastjepa.start import start
 
-    return int(start(settings, name))
+    try:
+        return int(start(settings, name))
+    except KeyboardInterrupt:  # before the loop, which saves and leaves by itself, there is nothing to save
+        return int(Exit.SECOND_INTERRUPT)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastjepa.data.transforms import MEAN, STD
 from fastjepa.masks import TokenSet, split_runs
 
-matplotlib.use("Agg")  # before any figure: a run has no display
 CONTEXT, TARGET, GREY = "#1f77b4", "#d62728", "#8c8c8c"
 
 
@@ -54,7 +53,7 @@ def mask_picture(
     for (title, kept, colour), line in zip(rows, axes):
         for slot, ax in enumerate(line):
             shown = np.kron(kept[slot], np.ones((patch, patch)))[..., None]
-            tint = np.array(matplotlib.colors.to_rgb(colour))
+            tint = np.array(to_rgb(colour))
             ax.imshow(frames[slot] * shown + (1 - shown) * (0.12 + 0.18 * tint), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(title, color=colour, fontsize=9)

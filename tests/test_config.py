@@ -41,6 +41,8 @@ def another(value, field):
     if get_origin(field.annotation) is Literal:
         return next(v for v in get_args(field.annotation) if v != value)
     if value is None or value == "auto":
+        if "text" in expectation(field):
+            return "weights.pt"
         return 8 if field.annotation is not str else "cpu" if "cpu" in expectation(field) else "somewhere"
     if isinstance(value, int):
         return 2 * value + 2
@@ -54,7 +56,8 @@ def another(value, field):
 def one_changed(key, field):
     """Settings that differ from the defaults in one field."""
     head, _, leaf = key.rpartition(".")
-    value = "none" if key == "eval.probe" else another(field.default, field)
+    values = {"eval.probe": "none", "compat.ipe_scale": 1.5}
+    value = values[key] if key in values else another(field.default, field)
     return Settings(**({head: SECTIONS[head](**{leaf: value})} if head else {leaf: value}))
 
 
@@ -98,7 +101,7 @@ def test_classes_are_those_of_the_design():
         head = key.split(".")[0]
         if head in ("runtime", "log", "checkpoint", "eval"):
             assert kind == "free", key
-        if head in ("model", "mask", "loss", "optim"):
+        if head in ("model", "mask", "loss", "optim", "init"):
             assert kind == "fatal", key
 
 
@@ -217,10 +220,10 @@ def test_a_file_overrides_single_settings_of_its_base_which_lies_beside_it(tmp_p
     folder = tmp_path / "recipes"
     folder.mkdir()
     (folder / "base.yaml").write_text("model: {name: vit_tiny, predictor_dim: 64}\nresume: never")
-    (folder / "own.yaml").write_text("base: base.yaml\nmodel: {predictor_dim: 32}\nloss: {exponent: 2.0}")
+    (folder / "own.yaml").write_text("base: base.yaml\nmodel: {predictor_dim: 36}\nloss: {exponent: 2.0}")
     monkeypatch.chdir(tmp_path)
     settings = load("recipes/own.yaml", ["model.predictor_depth=3"])
-    assert settings.model == Model(name="vit_tiny", predictor_dim=32, predictor_depth=3)
+    assert settings.model == Model(name="vit_tiny", predictor_dim=36, predictor_depth=3)
     assert (settings.loss.exponent, settings.resume) == (2.0, "never")
 
 

@@ -52,9 +52,9 @@ def yaml_of(key, value):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 # The only leaves that take a text of any kind, null, or 2.5.
-TEXT = {"data.path", "log.folder", "resume"}
+TEXT = {"data.path", "init.from", "log.folder", "resume"}
 NULL = {"model.predictor_heads", "model.qk_scale", "optim.clip_grad", "runtime.stop_at", "runtime.threads"}
-NULL |= {"mask.sets.0.max_keep"}
+NULL |= {"mask.sets.0.max_keep", "init.from"}
 LARGE = {
     f"optim.{key}" for key in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "clip_grad", "eps")
 }

@@ -264,7 +264,7 @@ def test_wrong_numbers_of_sets_and_draws_are_refused():
         jepa(batch, [], [])
     with pytest.raises(ValueError, match="draws come one a mask set, got 1 for 2 sets"):
         jepa(batch, context, target, draws=[(torch.zeros(2), torch.zeros(2))])
-    with pytest.raises(ValueError, match="different numbers of clips"):
+    with pytest.raises(ValueError, match="a mask set describes 1 clips, the batch has 2"):
         jepa(batch, [context[0][:1]], [target[0]])
     with pytest.raises(ValueError, match="execution must be 'packed' or 'reference', got 'fast'"):
         make("fast")

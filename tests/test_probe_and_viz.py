@@ -131,7 +131,7 @@ def videos(tmp_path_factory):
 def knowing(videos):
     """Features that name motion and shape of a clip, known by its pixels; the tokens differ, their mean counts."""
     known = {}
-    for numbers, clips in probe._clips(videos, Reader(videos.paths, 2), CUT):
+    for numbers, clips in probe._clips(np.arange(len(videos.paths)), Reader(videos.paths, 2), CUT):
         known.update({clip.numpy().tobytes(): number for number, clip in zip(numbers, clips)})
     assert len(known) == 48
     names = np.concatenate([np.eye(len(t.classes))[t.labels] for t in videos.tasks.values()], axis=1)
@@ -175,7 +175,7 @@ def test_the_two_encoders_are_not_exchanged(videos, knowing, few_pixels):
 def test_the_clip_is_the_middle_of_the_video_and_the_centre_of_the_frame(videos):
     reader = Reader(videos.paths, 2)
     shape = Cut(frames=4, stride=2, crop=24)
-    numbers, clips = next(probe._clips(videos, reader, shape))
+    numbers, clips = next(probe._clips(np.arange(len(videos.paths)), reader, shape))
     assert numbers == list(range(16))
     frames = clip_frames(10, 4, 2, rng=None)
     assert frames.tolist() == [1, 3, 6, 8]

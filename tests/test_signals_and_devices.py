@@ -143,7 +143,7 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_why(no_gpu):
     ("name", "device", "reason"),
     [
         ("auto", "cuda:1", "NVIDIA Pretend"),
-        ("cuda", "cuda", "asked for: NVIDIA Pretend"),
+        ("cuda", "cuda:0", "asked for: NVIDIA Pretend"),
         ("cuda:1", "cuda:1", "asked for: NVIDIA Pretend"),
     ],
 )

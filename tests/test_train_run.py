@@ -15,60 +15,7 @@ from fastjepa import checkpoint, configfile
 from fastjepa.exits import Exit
 from fastjepa.start import start
 
-SETTINGS = """
-model: {name: vit_nano, predictor_depth: 1, predictor_dim: 16, init_std: 0.04}
-mask:
-  sets:
-    - {num_blocks: 3, spatial_scale: [0.3, 0.3], temporal_scale: [0.5, 0.5]}
-    - {num_blocks: 2, spatial_scale: [0.6, 0.6], temporal_scale: [0.5, 0.5]}
-  truncation: random
-  group: 4
-data:
-  path: synthetic://moving-shapes?videos=48&size=48&frames=8
-  frames: 4
-  stride: 1
-  crop: 32
-  patch: 8
-  batch_size: 4
-  workers: 0
-optim:
-  steps: 10
-  warmup_steps: 2
-  global_batch: 4
-  lr: 1e-3
-  clip_grad: 10.0
-  dtype: float32
-runtime: {threads: 1, device: cpu}
-log: {every: 1, images: false}
-checkpoint: {every: 3, keep: 2}
-eval: {probe: none}
-"""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def recipe(tmp_path, cache, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    path = tmp_path / "tiny.yaml"
-    path.write_text(SETTINGS)
-    return path
-
-
-@pytest.fixture
-def run(recipe, tmp_path):
-    """Train in this process; returns (exit code, run folder)."""
-
-    def go(*overrides, folder="runs"):
-        settings = configfile.load(recipe, [f"log.folder={tmp_path / folder}", *overrides])
-        code = start(settings, "tiny")
-        folders = sorted((tmp_path / folder).glob("tiny-*"), key=lambda p: p.stat().st_mtime)
-        return code, folders[-1] if folders else None
-
-    return go
+ROOT = Path(__file__).parents[1]
 
 
 def rows(folder: Path) -> list[dict]:
@@ -399,3 +346,67 @@ def test_float16_may_overflow_while_it_looks_for_its_loss_scale(run, monkeypatch
     code, folder = run("optim.dtype=float16", "optim.clip_grad=null")
     assert code == Exit.DONE
     assert rows(folder)[-1]["skipped"] >= 3
+
+
+def test_a_signal_to_the_whole_group_ends_no_worker_before_the_save(run, recipe, tmp_path, monkeypatch):
+    """SLURM and systemd signal every process: a worker that died of it would end the save half-way."""
+    _, whole = run(folder="whole")
+    folder = tmp_path / "stopped"
+    slow = "import time, fastjepa.checkpoint as c, fastjepa.data.loader as l; l.SECONDS_TO_SAVE = 1; save = c.save\n"
+    slow += (
+        "c.save = lambda *a: (time.sleep(3), save(*a))[1]\nfrom fastjepa.train import main; raise SystemExit(main())"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        slow,
+        str(recipe),
+        f"log.folder={folder}",
+        "data.workers=2",
+        "checkpoint.every=1000",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
+    )
+    wait_for_rows(process, folder, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == Exit.SAVED_AFTER_SIGNAL, output
+    run(folder="stopped")
+    assert losses(next(folder.glob("tiny-*"))) == losses(whole)
+
+
+def test_stop_at_before_the_resumed_step_changes_nothing(run, capsys):
+    _, folder = run("runtime.stop_at=7")
+    before = (folder / "metrics.jsonl").read_bytes()
+    (folder / "status.json").unlink()
+    capsys.readouterr()
+    code, _ = run("runtime.stop_at=4")
+    assert code == Exit.DONE
+    assert "at step 7 already" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert not (folder / "probe").exists()
+
+
+def test_an_automatic_batch_size_is_kept_for_the_resume(run, monkeypatch):
+    from fastjepa import plan
+
+    _, whole = run("data.batch_size=auto", folder="whole")
+    run("data.batch_size=auto", "runtime.stop_at=4", folder="parts")
+    monkeypatch.setattr(plan, "_memory", lambda device: 0.0)  # a machine with less room would choose 1
+    _, parts = run("data.batch_size=auto", folder="parts")
+    assert losses(parts) == losses(whole)
+
+
+def test_a_failure_that_nobody_expects_is_one_sentence_with_details_in_the_log(run, monkeypatch, capsys):
+    from fastjepa.jepa import JEPA
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA out of memory\nand many lines")
+
+    monkeypatch.setattr(JEPA, "forward", fail)
+    code, folder = run()
+    assert code == Exit.FAILED
+    assert "failed     CUDA out of memory (details in" in capsys.readouterr().out
+    assert "Traceback" in (folder / "train.log").read_text()
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"

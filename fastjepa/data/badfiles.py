@@ -30,8 +30,12 @@ class BadFiles:
             if lines and not lines[-1].endswith("\n"):  # half written where the process was killed
                 path.write_text("".join(lines[:-1]), encoding="utf-8")
                 lines.pop()
-            for entry in map(json.loads, lines):
-                self.reasons[entry["path"]] = entry["reason"]
+            for number, line in enumerate(lines, start=1):
+                try:
+                    entry = json.loads(line)
+                    self.reasons[entry["path"]] = entry["reason"]
+                except (ValueError, KeyError, TypeError) as error:
+                    self.say(f"warning: {path} line {number} is not an entry of it and is skipped: {error}")
 
     def report(self, found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Write down (path, reason) pairs not seen before and return them. Errors: TooManyBadFiles beyond the quota."""

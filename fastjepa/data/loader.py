@@ -1,5 +1,6 @@
 """Batches in order, from any position, with any number of worker processes."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from fastjepa.data.dataset import ClipDataset, Sample
 from fastjepa.masks import MaskCollator, TokenSet
 
-# How long a worker goes on after SIGTERM: enough for the parent to save within a step.
+# How often a worker that got SIGTERM looks whether its parent is still finishing its step and saving.
 SECONDS_TO_SAVE = 30
 
 
@@ -109,8 +110,17 @@ def running(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
 def _leave_signals_to_the_parent(worker: int) -> None:
     """A signal to the process group must not kill a worker before the parent has saved.
 
-    SIGTERM only starts a timer, so that a worker that is told to end for good does.
+    SIGTERM only starts a timer, so that a worker that is told to end for good does: once its parent is gone, or after
+    ten minutes, which is longer than any save.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    parent, waits = os.getppid(), iter(range(20))
+
+    def end_or_wait(*_: object) -> None:
+        if os.getppid() != parent or next(waits, None) is None:
+            os._exit(0)
+        signal.alarm(SECONDS_TO_SAVE)
+
+    signal.signal(signal.SIGALRM, end_or_wait)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_SAVE))

@@ -15,7 +15,7 @@ from fastjepa.streams import Purpose, stream
 
 EXTENSIONS = frozenset(
     f".{name}"
-    for name in "3gp asf avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv y4m".split()  # noqa: SIM905
+    for name in "3gp asf avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv".split()  # noqa: SIM905
 )
 SYNTHETIC = "synthetic://"
 

@@ -1,4 +1,4 @@
-"""Initial weights of encoder and predictor (spec of the published code, with its defects as switches)."""
+"""Initial weights of encoder and predictor as published, with the defects of the public code as switches."""
 
 from collections.abc import Iterable
 

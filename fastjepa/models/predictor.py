@@ -25,7 +25,7 @@ def signal_left(noise: Noise) -> Tensor:
     """[1000] float32 products of (1 - beta): the share of the signal's variance left after each noise step.
 
     `published` uses betas from 0.5 to 1 and reaches exactly 0 after a few steps, so that most draws are pure noise
-    (spec of the published code); `linear` uses the usual 1e-4 to 0.02 (DDPM, arXiv 2006.11239, section 4).
+    (the public code's schedule); `linear` uses the usual 1e-4 to 0.02 (DDPM, arXiv 2006.11239, section 4).
     """
     # float32 steps, as the public code forms them: its table is part of the parity numbers.
     if noise == "published":

@@ -1,0 +1,190 @@
+"""Do weights fit a model: what their shapes tell, which settings to change, and the report of what went where."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastjepa.jepa import JEPA
+from fastjepa.models import VisionTransformer, VisionTransformerPredictor
+from fastjepa.models.vision_transformer import SIZES
+
+NETWORKS = ("encoder", "predictor", "target_encoder")
+Networks = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a checkpoint tell of its networks; None where the entry is absent or of another form.
+
+    The number of heads is not among them: queries, keys and values of all heads lie in one matrix. `tubelet` is None
+    for an encoder of images.
+    """
+
+    width: int | None
+    depth: int
+    hidden: int | None
+    patch: int | None
+    tubelet: int | None
+    tokens: int | None
+    predictor_dim: int | None
+    predictor_depth: int
+    mask_tokens: int
+
+    @property
+    def name(self) -> str:
+        """The named size with this width, depth and MLP, or "no named size"."""
+        for name, size in SIZES.items():
+            hidden = int(size["embed_dim"] * size["mlp_ratio"])
+            if (size["embed_dim"], size["depth"], hidden) == (self.width, self.depth, self.hidden):
+                return name
+        return "no named size"
+
+
+def architecture(networks: Networks) -> Architecture:
+    """Constructor arguments from the shapes of bare state dicts of `encoder` and `predictor`."""
+    encoder, predictor = networks["encoder"], networks["predictor"]
+    position, patch = _shape(encoder, "pos_embed", 3), _shape(encoder, "patch_embed.proj.weight", 5)
+    image = _shape(encoder, "patch_embed.proj.weight", 4)
+    mlp, embed = _shape(encoder, "blocks.0.mlp.fc1.weight", 2), _shape(predictor, "predictor_embed.weight", 2)
+    return Architecture(
+        width=position[2] if position else None,
+        depth=_count(encoder, r"blocks\.(\d+)\..*"),
+        hidden=mlp[0] if mlp else None,
+        patch=patch[4] if patch else image[3] if image else None,
+        tubelet=patch[2] if patch else None,
+        tokens=position[1] if position else None,
+        predictor_dim=embed[0] if embed else None,
+        predictor_depth=_count(predictor, r"predictor_blocks\.(\d+)\..*"),
+        mask_tokens=_count(predictor, r"mask_tokens\.(\d+)"),
+    )
+
+
+def state_of(jepa: JEPA) -> dict[str, dict[str, Tensor]]:
+    """The live tensors of the three networks under their own keys."""
+    return {name: getattr(jepa, name).state_dict() for name in NETWORKS}
+
+
+def heads_of(jepa: JEPA) -> tuple[int, int]:
+    """(encoder, predictor) attention heads. Errors: ValueError for networks that are not this library's."""
+    encoder, predictor = _networks(jepa)
+    return encoder.num_heads, predictor.predictor_blocks[0].attn.num_heads  # type: ignore[union-attr, return-value]
+
+
+def _networks(jepa: JEPA) -> tuple[VisionTransformer, VisionTransformerPredictor]:
+    encoder, predictor = jepa.encoder, jepa.predictor
+    if not isinstance(encoder, VisionTransformer) or not isinstance(predictor, VisionTransformerPredictor):
+        raise ValueError("weights are loaded into a VisionTransformer and its predictor, not into other networks")
+    return encoder, predictor
+
+
+def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | None) -> Iterator[str]:
+    """A sentence for every setting that the file contradicts; `heads` (encoder, predictor) are None if not known."""
+    encoder, _ = _networks(jepa)
+    file, model, own = architecture(networks), architecture(state_of(jepa)), heads_of(jepa)
+    if (file.width, file.depth, file.hidden) != (model.width, model.depth, model.hidden):
+        yield f"model.name: the file has {_named(file)}, the settings {_named(model)}"
+    elif heads is not None and heads[0] != own[0]:
+        yield f"model.name: the file was trained with {heads[0]} heads, the settings have {own[0]}"
+    if file.patch is not None and file.tubelet is None:
+        yield "data.frames: the file holds an encoder of images, the settings make one of clips"
+        return
+    for key, given, expected, unit in (
+        ("data.patch", file.patch, model.patch, "patches of {} pixels"),
+        ("data.tubelet", file.tubelet, model.tubelet, "tubelets of {} frames"),
+        ("model.predictor_dim", file.predictor_dim, model.predictor_dim, "a predictor {} wide"),
+        ("model.predictor_depth", file.predictor_depth, model.predictor_depth, "a predictor {} blocks deep"),
+    ):
+        if given != expected:
+            yield f"{key}: the file has {unit.format(given)}, the settings {expected}"
+    yield from _clip_to_change(encoder, file)
+    if heads is not None and heads[1] != own[1]:
+        yield f"model.predictor_heads: the file was trained with {heads[1]}, the settings have {own[1]}"
+    if bool(file.mask_tokens) != bool(model.mask_tokens):
+        kind = "mask_tokens" if file.mask_tokens else "noised"
+        yield f"model.targets: the file's predictor has {file.mask_tokens} mask tokens: it needs model.targets={kind}"
+    elif file.mask_tokens != model.mask_tokens:
+        given, expected = file.mask_tokens, model.mask_tokens
+        yield f"mask.sets: the file has {given} mask tokens, one a mask set, and the settings have {expected} sets"
+
+
+def _clip_to_change(encoder: VisionTransformer, file: Architecture) -> Iterator[str]:
+    """The sentence for another size of clip, as far as patch and tubelet do not explain the number of tokens."""
+    if file.tokens is None or not file.patch or not file.tubelet:
+        return
+    frames, crop = encoder.num_frames, encoder.grid[-1] * encoder.patch_size
+    planes = frames // file.tubelet
+    if file.tokens == planes * (crop // file.patch) ** 2:
+        return
+    side = math.isqrt(file.tokens // planes) if planes and file.tokens % planes == 0 else 0
+    fits = f"data.crop={side * file.patch} fits" if planes * side**2 == file.tokens else "another data.frames is needed"
+    yield (
+        f"data.crop: the file has positions for {file.tokens} tokens a clip, the settings make {encoder.num_patches}; "
+        f"with {frames} frames, {fits}"
+    )
+
+
+def _named(a: Architecture) -> str:
+    return f"an encoder {a.width} wide, {a.depth} blocks deep, with MLPs {a.hidden} wide ({a.name})"
+
+
+def differences(jepa: JEPA, networks: Networks) -> Iterator[str]:
+    """A line for every key that is missing, not expected, of another shape or not finite."""
+    for network, expected in state_of(jepa).items():
+        given = networks[network]
+        for key, tensor in expected.items():
+            if key not in given:
+                yield f"{network}.{key}: missing, expected {list(tensor.shape)}"
+            elif given[key].shape != tensor.shape:
+                yield f"{network}.{key}: expected {list(tensor.shape)}, given {list(given[key].shape)}"
+            elif not given[key].isfinite().all():
+                yield f"{network}.{key}: its values are not finite"
+        for key, tensor in given.items():
+            if key not in expected:
+                yield f"{network}.{key[:100]}: not expected, given {list(tensor.shape)}"
+
+
+def loaded_lines(networks: Networks) -> list[str]:
+    """What was loaded into what, with shapes: numbered blocks as one, weight and bias side by side."""
+    lines = []
+    shapes = {name: {key: list(tensor.shape) for key, tensor in state.items()} for name, state in networks.items()}
+    for name, state in networks.items():
+        values = sum(tensor.numel() for tensor in state.values()) / 1e6
+        line = f"{name} into {name}: all of its {len(state)} entries, {values:.4g} M values"
+        if name == "target_encoder" and shapes[name] == shapes["encoder"]:
+            lines.append(f"{line}, shapes as in encoder")
+        else:
+            lines += [line, *(f"  {folded}" for folded in _folded(shapes[name]))]
+    return lines
+
+
+def _folded(shapes: Mapping[str, list[int]]) -> list[str]:
+    numbers: dict[str, list[int]] = {}
+    parts: dict[str, list[str]] = {}
+    for key, shape in shapes.items():
+        layer, dot, kind = key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "")
+        found = re.search(r"\.(\d+)(?=\.|$)", layer)
+        pattern = layer
+        if found:
+            pattern = f"{layer[: found.start(1)]}*{layer[found.end(1) :]}"
+            numbers.setdefault(pattern, []).append(int(found[1]))
+        part = f"{dot}{kind} {shape}"
+        if part not in parts.setdefault(pattern, []):
+            parts[pattern].append(part)
+    return [f"{p.replace('*', _span(numbers.get(p, [])))}{', '.join(found)}" for p, found in parts.items()]
+
+
+def _span(numbers: list[int]) -> str:
+    return "-".join(str(n) for n in sorted({min(numbers), max(numbers)})) if numbers else ""
+
+
+def _shape(state: Mapping[str, Tensor], key: str, ndim: int) -> torch.Size | None:
+    tensor = state.get(key)
+    return None if tensor is None or tensor.ndim != ndim else tensor.shape
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    return len({found.group(1) for key in state if (found := re.fullmatch(pattern, key))})

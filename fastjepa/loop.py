@@ -20,12 +20,12 @@ from fastjepa.exits import Exit
 from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog, duration
 from fastjepa.masks import MaskCollator
+from fastjepa.noise import noise_draws
 from fastjepa.optim import OptimizerPass
 from fastjepa.plan import Plan, peak_flops
 from fastjepa.probe import ProbeStopped
 from fastjepa.runfolder import RunFolder
 from fastjepa.signals import Interrupts
-from fastjepa.streams import Purpose, torch_seed
 
 SAVES_THAT_MAY_FAIL = 3
 BAD_STEPS_IN_A_ROW = 3
@@ -173,10 +173,12 @@ class Trainer:
                 self.update.optimizer.zero_grad(set_to_none=True)
                 return None
             batch = self._next(batches)
+            draws = None
             if s.model.targets == "noised":
-                torch.manual_seed(torch_seed(s.optim.seed, Purpose.NOISE, batch.slots[0]))
+                width = s.model.predictor_dim
+                draws = noise_draws(s.optim.seed, batch.slots, batch.masks_target, width, self.device)
             with parallel.autocast(self.device, s.optim.dtype):
-                out = self.jepa(batch.clips, batch.masks_context, batch.masks_target)
+                out = self.jepa(batch.clips, batch.masks_context, batch.masks_target, draws)
                 if look and part + 1 == parts:
                     features = self.jepa.target_features(batch.clips)
             self.update.backward(out.loss / parts)

@@ -147,10 +147,12 @@ def test_the_console_says_which_decoder_and_why(run, capsys):
     assert "decoder pyav (asked for)" in capsys.readouterr().out
 
 
-def test_accumulation_changes_nothing_but_rounding(run):
-    _, whole = run(folder="whole")
-    _, halves = run("data.batch_size=2", folder="halves")
-    _, singles = run("data.batch_size=1", folder="singles")
+@pytest.mark.parametrize("targets", ["mask_tokens", "noised"])
+def test_accumulation_changes_nothing_but_rounding(run, targets):
+    settings = (f"model.targets={targets}", "model.noise=linear")
+    _, whole = run(*settings, folder="whole")
+    _, halves = run(*settings, "data.batch_size=2", folder="halves")
+    _, singles = run(*settings, "data.batch_size=1", folder="singles")
     for one, two, three in zip(rows(whole), rows(halves), rows(singles)):
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-5)
         assert one["loss"] == pytest.approx(three["loss"], rel=2e-5)
@@ -410,3 +412,12 @@ def test_a_failure_that_nobody_expects_is_one_sentence_with_details_in_the_log(r
     assert "failed     CUDA out of memory (details in" in capsys.readouterr().out
     assert "Traceback" in (folder / "train.log").read_text()
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("truncation", ["group", "random", "none"])
+def test_both_executions_take_the_same_noise_and_give_the_same_losses(run, truncation):
+    settings = ("model.targets=noised", "model.noise=linear", f"mask.truncation={truncation}", "mask.group=2")
+    _, packed = run(*settings, "runtime.stop_at=4", folder="packed")
+    _, reference = run(*settings, "runtime.stop_at=4", "runtime.execution=reference", folder="reference")
+    for one, other in zip(rows(packed), rows(reference), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)

@@ -48,3 +48,11 @@ def test_train_verb_and_module_are_the_same(capsys, monkeypatch):
             run()
         assert exit_.value.code == 2
         assert "no such settings file" in capsys.readouterr().err
+
+
+def test_the_384_recipe_has_the_published_batch_and_tokens(capsys):
+    assert main(["plan", str(CONFIGS / "vith_384.yaml"), "data.batch_size=10"]) == 0
+    out = capsys.readouterr().out
+    assert "4608 a clip" in out
+    assert "group of 10" in out
+    assert "2400 clips a step = 10 x 240" in out

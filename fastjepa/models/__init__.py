@@ -1,6 +1,7 @@
 """The networks. They know nothing of machines, data or logs."""
 
-from fastjepa.models.layers import MLP, Attention, Block
+from fastjepa.models.attentive_pooler import AttentiveClassifier, AttentivePooler
+from fastjepa.models.layers import MLP, Attention, Block, CrossAttention, CrossAttentionBlock
 from fastjepa.models.patch_embed import PatchEmbed, PatchEmbed3D
 from fastjepa.models.predictor import VisionTransformerPredictor, vit_predictor
 from fastjepa.models.vision_transformer import (
@@ -19,7 +20,11 @@ from fastjepa.models.vision_transformer import (
 __all__ = [
     "MLP",
     "Attention",
+    "AttentiveClassifier",
+    "AttentivePooler",
     "Block",
+    "CrossAttention",
+    "CrossAttentionBlock",
     "PatchEmbed",
     "PatchEmbed3D",
     "VisionTransformer",

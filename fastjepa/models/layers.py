@@ -139,3 +139,62 @@ class Block(nn.Module):
             return self.attn(self.norm1(x), return_attention=True)[1]
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+class CrossAttention(nn.Module):
+    """Queries attend to tokens: q [B, M, D], x [B, N, D] -> [B, M, D], without an output projection.
+
+    The published checkpoints of the first generation carry a projection that their forward pass never applies;
+    `unused_proj=True` makes that parameter, so that they load strictly. Source: V-JEPA (arXiv 2404.08471).
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int = 12, qkv_bias: bool = False, use_sdpa: bool = True, unused_proj: bool = False
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got dim {dim} and num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.use_sdpa = use_sdpa
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, dim * 2, bias=qkv_bias)
+        if unused_proj:
+            self.proj = nn.Linear(dim, dim)
+
+    def forward(self, q: Tensor, x: Tensor) -> Tensor:
+        """Queries [B, M, D] and tokens [B, N, D] -> [B, M, D]."""
+        queries = rearrange(self.q(q), "b m (h d) -> b h m d", h=self.num_heads)
+        k, v = rearrange(self.kv(x), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
+        if self.use_sdpa:
+            mixed = F.scaled_dot_product_attention(queries, k, v)
+        else:
+            mixed = torch.softmax(queries @ k.transpose(-2, -1) * queries.shape[-1] ** -0.5, dim=-1) @ v
+        return rearrange(mixed, "b h m d -> b m (h d)")
+
+
+class CrossAttentionBlock(nn.Module):
+    """Queries read normalised tokens, then pass an MLP: q [B, M, D], x [B, N, D] -> [B, M, D].
+
+    The queries themselves are not normalised before they attend, as published. Source: V-JEPA (arXiv 2404.08471).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        unused_proj: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.xattn = CrossAttention(dim, num_heads=num_heads, qkv_bias=qkv_bias, unused_proj=unused_proj)
+        self.norm2 = norm_layer(dim)
+        self.mlp = MLP(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer)
+
+    def forward(self, q: Tensor, x: Tensor) -> Tensor:
+        """Queries [B, M, D] and tokens [B, N, D] -> [B, M, D]."""
+        q = q + self.xattn(q, self.norm1(x))
+        return q + self.mlp(self.norm2(q))

@@ -96,7 +96,7 @@ def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | 
         ("data.patch", file.patch, model.patch, "patches of {} pixels"),
         ("data.tubelet", file.tubelet, model.tubelet, "tubelets of {} frames"),
         ("model.predictor_dim", file.predictor_dim, model.predictor_dim, "a predictor {} wide"),
-        ("model.predictor_depth", file.predictor_depth, model.predictor_depth, "a predictor {} blocks deep"),
+        ("model.predictor_depth", file.predictor_depth, model.predictor_depth, "a predictor of {} blocks"),
     ):
         if given != expected:
             yield f"{key}: the file has {unit.format(given)}, the settings {expected}"
@@ -150,14 +150,13 @@ def differences(jepa: JEPA, networks: Networks) -> Iterator[str]:
 def loaded_lines(networks: Networks) -> list[str]:
     """What was loaded into what, with shapes: numbered blocks as one, weight and bias side by side."""
     lines = []
-    shapes = {name: {key: list(tensor.shape) for key, tensor in state.items()} for name, state in networks.items()}
     for name, state in networks.items():
         values = sum(tensor.numel() for tensor in state.values()) / 1e6
         line = f"{name} into {name}: all of its {len(state)} entries, {values:.4g} M values"
-        if name == "target_encoder" and shapes[name] == shapes["encoder"]:
+        if name == "target_encoder":
             lines.append(f"{line}, shapes as in encoder")
         else:
-            lines += [line, *(f"  {folded}" for folded in _folded(shapes[name]))]
+            lines += [line, *(f"  {folded}" for folded in _folded({key: list(t.shape) for key, t in state.items()}))]
     return lines
 
 

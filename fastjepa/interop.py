@@ -222,9 +222,7 @@ def load_weights(jepa: JEPA, weights: Weights) -> list[str]:
         shown = [*wrong, *unlike[:SHOWN_DIFFERENCES], *([f"and {more} more"] if more > 0 else [])]
         raise WeightsRefused("\n  ".join([f"{weights.path} does not fit the settings:", *shown]))
     live = state_of(jepa)
-    pairs = [
-        (key, live[name][key], tensor) for name, state in weights.networks.items() for key, tensor in state.items()
-    ]
+    pairs = [(key, ours, weights.networks[name][key]) for name, state in live.items() for key, ours in state.items()]
     drift = max((ours.cpu() - tensor).abs().max().item() for key, ours, tensor in pairs if key.endswith("pos_embed"))
     for _, ours, tensor in pairs:
         ours.copy_(tensor)
@@ -338,7 +336,7 @@ def _report(jepa: JEPA, weights: Weights, drift: float) -> list[str]:
     far = f"up to {drift:.2g} from the settings': is model.uniform_power right?"
     lines = [
         f"{weights.path}, {weights.description}",
-        *loaded_lines(weights.networks),
+        *loaded_lines(state_of(jepa)),
         f"position tables are the file's, {near if drift < SAME_TABLE else far}",
         f"heads: {heads[0]} in the encoder, {heads[1]} in the predictor, {source}",
         f"ignored: {'; '.join(weights.ignored) or 'nothing'}",

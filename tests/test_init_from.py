@@ -171,9 +171,10 @@ def test_a_resumed_run_does_not_read_the_file_again(run, file, capsys):
 def test_a_resume_by_its_path_does_not_read_the_file_again(run, file):
     _, folder = run(f"init.from={file}", "runtime.stop_at=2")
     file.unlink()
-    code, _ = run(f"init.from={file}", f"resume={folder}")
+    moved = folder.rename(folder.with_name("moved"))
+    code, _ = run(f"init.from={file}", f"resume={moved}")
     assert code == Exit.DONE
-    assert len(losses(folder)) == 6
+    assert len(losses(moved)) == 6
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_reads_it_again(run, file, source):
@@ -191,13 +192,19 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_from_the_file(ru
     _, folder = run(f"init.from={file}")
     for shard in (folder / "checkpoints").glob("step-*/shard-*"):
         shard.write_bytes(shard.read_bytes()[:-1])
+    file.unlink()
     for _ in range(2):  # the second time they are put aside already
         capsys.readouterr()
         code, _ = run(f"init.from={file}")
         assert code == Exit.WRONG_INPUT
         assert "is intact; start anew with resume=never" in capsys.readouterr().out
-    code, anew = run(f"init.from={file}", "resume=never")
+
+
+def test_a_run_of_its_own_reads_the_file_again(run, file, source):
+    _, folder = run(f"init.from={file}", *NO_MOVEMENT)
+    code, anew = run(f"init.from={file}", *NO_MOVEMENT, "resume=never")
     assert (code, anew.name) == (Exit.DONE, f"{folder.name}-2")
+    assert_equal(weights_of(anew), source.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["absent", "damaged", "of another size"])

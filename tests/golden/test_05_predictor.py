@@ -30,7 +30,12 @@ def test_mask_tokens_are_chosen_by_the_number_of_the_mask_set_which_wraps(case, 
     golden = case(name)
     model, t = predictor(golden), golden.tensors
     masks = t["in.mask_ctxt"], t["in.mask_tgt"]
-    for prefix, index, lists in (("index0.", 0, False), ("index1.", 1, False), ("wrap.", 3, True)):
+    for prefix, index, lists in (
+        ("index0.", 0, False),
+        ("index1.", 1, False),
+        ("wrap.", 3, True),
+        ("index0.", 2, False),
+    ):
         given = [[mask] for mask in masks] if lists else masks
         golden.assert_max(model(t["in.ctxt"], None, *given, mask_index=index), f"{prefix}out.y", "out")
 

@@ -59,11 +59,21 @@ def build_masks(s: Settings) -> MaskCollator:
 
 
 def build_dataset(s: Settings, videos: Videos) -> ClipDataset:
-    """The clip of every slot."""
+    """The clips of every video slot."""
     d = s.data
-    reader = Reader(videos.paths, d.tubelet, int(d.cache_gb * 1e9))
-    plan = ClipPlan(s.optim.seed, videos.train, d.frames, d.stride, d.scale, d.aspect, d.flip)
-    return ClipDataset(reader, plan, d.crop)
+    reader = Reader(videos.paths, d.tubelet, int(d.cache_gb * 1e9), need_rate=d.duration is not None)
+    plan = ClipPlan(
+        s.optim.seed,
+        videos.train,
+        d.frames,
+        d.stride,
+        d.scale,
+        d.aspect,
+        d.flip,
+        clips_per_video=d.clips_per_video,
+        duration=d.duration,
+    )
+    return ClipDataset(reader, plan, d.crop, filter_short=d.filter_short)
 
 
 def build_schedule(s: Settings) -> Schedule:

@@ -79,7 +79,11 @@ class Mask(Section):
     truncation: Literal["group", "random", "none"] = setting(
         "group", "clips of a group keep equally many tokens: the first ones (published), a random subset, or all"
     )
-    group: Count = setting(24, "clips that share a length; 24 is the published batch of one GPU, at any batch size")
+    group: Count = setting(
+        24,
+        "clips that share a length; 24 is the published batch of one GPU, at any batch size "
+        "(counted in videos where data.clips_per_video is above 1)",
+    )
 
 
 class Data(Section):
@@ -93,6 +97,15 @@ class Data(Section):
     )
     frames: Annotated[int, Field(ge=2)] = setting(16, "frames of a clip")
     stride: Count = setting(4, "source frames from one frame of a clip to the next")
+    duration: float | None = setting(
+        None, "seconds that a clip spans at any frame rate, in place of data.stride; null goes by the stride", gt=0
+    )
+    clips_per_video: Count = setting(
+        1, "clips of one video in a step, from as many segments of it; they share their masks, as published"
+    )
+    filter_short: bool = setting(
+        False, "replace videos of fewer frames than a clip spans, instead of repeating their last frame"
+    )
     crop: Count = setting(224, "height and width of a clip in pixels")
     tubelet: Count = setting(2, "frames of a token")
     patch: Count = setting(16, "height and width of a token in pixels")
@@ -232,8 +245,13 @@ class Settings(Section):
 
     @property
     def group(self) -> int:
-        """The truncation group in force: a group larger than the batch becomes the batch."""
-        return min(self.mask.group, self.optim.global_batch)
+        """The truncation group in force, in videos: a group larger than the batch becomes the batch."""
+        return min(self.mask.group, max(1, self.videos_per_step))
+
+    @property
+    def videos_per_step(self) -> int:
+        """Videos of one optimizer step, each of which gives data.clips_per_video clips."""
+        return self.optim.global_batch // self.data.clips_per_video
 
     @property
     def last_step(self) -> int:

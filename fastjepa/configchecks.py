@@ -50,19 +50,32 @@ def _clips(s: Settings) -> Iterator[Mistake]:
             ("data.crop", "data.patch"),
             f"data.crop: expected a multiple of data.patch {d.patch}, given {d.crop}",
         )
+    stride = type(d)().stride
+    if d.duration is not None and d.stride != stride:
+        yield (
+            ("data.stride", "data.duration"),
+            f"data.stride: expected its default {stride} beside data.duration, which takes its place, given {d.stride}",
+        )
 
 
 def _batches(s: Settings) -> Iterator[Mistake]:
-    total, size = s.optim.global_batch, s.data.batch_size
+    total, size, clips = s.optim.global_batch, s.data.batch_size, s.data.clips_per_video
+    for key, number in (("optim.global_batch", total), ("data.batch_size", size)):
+        if isinstance(number, int) and number % clips:
+            yield (
+                (key, "data.clips_per_video"),
+                f"{key}: expected a multiple of data.clips_per_video {clips}, given {number}",
+            )
     if isinstance(size, int) and total % size:
         yield (
             ("optim.global_batch", "data.batch_size"),
             f"optim.global_batch: expected a multiple of data.batch_size {size}, given {total}",
         )
-    if s.mask.truncation != "none" and total % s.group:
+    if s.mask.truncation != "none" and total % clips == 0 and s.videos_per_step % s.group:
+        times = "" if clips == 1 else f" x data.clips_per_video {clips}"
         yield (
-            ("optim.global_batch", "mask.group"),
-            f"optim.global_batch: expected a multiple of mask.group {s.mask.group}, given {total}",
+            ("optim.global_batch", "mask.group", "data.clips_per_video"),
+            f"optim.global_batch: expected a multiple of mask.group {s.mask.group}{times}, given {total}",
         )
 
 

@@ -32,8 +32,9 @@ def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, s
     random_state = torch.get_rng_state()
     untrained = build_jepa(s).target_encoder.to(device).eval()
     torch.set_rng_state(random_state)
-    reader = Reader(videos.paths, s.data.tubelet)  # without a cache: every video is read once
-    shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop)
+    need_rate = s.data.duration is not None
+    reader = Reader(videos.paths, s.data.tubelet, need_rate=need_rate)  # without a cache: every video is read once
+    shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop, s.data.duration)
     results = probe.probe(jepa.target_encoder.eval(), untrained, videos, reader, shape, stopped)
     jepa.train(training)
     if not results:

@@ -28,6 +28,7 @@ from fastjepa.runfolder import RunFolder
 from fastjepa.signals import Interrupts
 
 SAVES_THAT_MAY_FAIL = 3
+SHORT_FILES_NAMED = 10
 BAD_STEPS_IN_A_ROW = 3
 # float16 finds its loss scale by overflowing: from 65536 down to 1 takes 16 steps that say nothing about the run.
 BAD_STEPS_IN_A_ROW_FLOAT16 = 20
@@ -74,6 +75,8 @@ class Trainer:
         self.clock = Clock()
         self.failed_saves = 0
         self.saved_step = -1
+        # Listed like bad files, but any number of them is fine.
+        self.short_files = BadFiles(self.run.path / "short_files.jsonl", self.bad_files.total, None, self.log.say)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -205,6 +208,12 @@ class Trainer:
         self.clock.waited += time.perf_counter() - began
         for path, reason in self.bad_files.report(batch.bad):
             self.log.say(f"bad file   {path}: {reason}; another video takes its place")
+        known = len(self.short_files.reasons)
+        for number, (path, reason) in enumerate(self.short_files.report(batch.short), start=known + 1):
+            # A collection may have thousands of them.
+            if number <= SHORT_FILES_NAMED:
+                more = f"; further ones are listed in {self.short_files.path}" if number == SHORT_FILES_NAMED else ""
+                self.log.say(f"short file {path}: {reason}; another video takes its place{more}")
         return batch.to(self.device)
 
     def _report(self, step: int, done: StepDone) -> None:
@@ -273,6 +282,9 @@ class Trainer:
             self.log.say(
                 f"bad files  {len(self.bad_files.reasons)} of {self.bad_files.total}, listed in {self.bad_files.path}"
             )
+        if self.short_files.reasons:
+            short = self.short_files
+            self.log.say(f"short      {len(short.reasons)} of {short.total} videos replaced, listed in {short.path}")
         self.log.status("done", step)
         self.log.say(f"done       {step} steps: {self.run.path}")
         return Exit.DONE

@@ -43,7 +43,7 @@ def make_plan(s: Settings, jepa: JEPA, masks: MaskCollator, device: torch.device
     activations = _activation_bytes(s, encoder, context, target)
     batch = s.data.batch_size
     if batch == "auto":
-        usable = before is not None and s.optim.global_batch % before == 0
+        usable = before and s.optim.global_batch % before == 0 and before % s.data.clips_per_video == 0
         batch = before if before is not None and usable else _fitting(s, state, activations, device)
     return Plan(
         encoder.num_patches,
@@ -65,7 +65,8 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     sets = "; ".join(
         f"set {i}: {c:.0f} context, {t:.0f} target" for i, (c, t) in enumerate(zip(plan.context, plan.target))
     )
-    group = f"group of {s.group}" + (" (the whole batch)" if s.group < s.mask.group else "")
+    videos = s.data.clips_per_video > 1
+    group = f"group of {s.group}" + " videos" * videos + (" (the whole batch)" if s.group < s.mask.group else "")
     state, kept = plan.state_bytes / 1e9, plan.activation_bytes_per_clip * plan.batch_size / 1e9
     lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last)))
     decays = " -> ".join(f"{schedule.weight_decay_at(step):.3g}" for step in (0, last))
@@ -74,6 +75,7 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
         f"model      {s.model.name}, {million['encoder']:.1f} M + predictor {million['predictor']:.1f} M parameters, "
         f"targets: {s.model.targets}",
         f"tokens     {plan.tokens} a clip; {sets}; {s.mask.kind} masks, truncation {s.mask.truncation}, {group}",
+        f"clips      {_clips(s)}",
         f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated, "
         f"{s.optim.dtype}, execution {s.runtime.execution}",
         f"work       {plan.flop_per_clip / 1e12:.3g} TFLOP a clip; memory by the model: "
@@ -84,18 +86,31 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
 
 
 def _fitting(s: Settings, state: int, activations: float, device: torch.device) -> int:
-    """The largest divisor of the global batch, up to 64, whose activations fit beside the state."""
+    """The largest divisor of the global batch, up to 64, in whole videos, whose activations fit beside the state."""
     room = max(0.0, 0.6 * (_memory(device) - state))
-    most = min(max(1, int(room // activations)), s.optim.global_batch, 64)
-    return max(b for b in range(1, most + 1) if s.optim.global_batch % b == 0)
+    clips = s.data.clips_per_video
+    most = max(1, min(int(room // activations), s.optim.global_batch, 64) // clips)
+    return clips * max(videos for videos in range(1, most + 1) if s.videos_per_step % videos == 0)
+
+
+def _clips(s: Settings) -> str:
+    d = s.data
+    pace = f"at stride {d.stride}" if d.duration is None else f"over {d.duration:g} s at any frame rate"
+    parts = [f"{d.frames} frames of {d.crop} px {pace}"]
+    if d.clips_per_video > 1:
+        parts.append(f"{d.clips_per_video} of each video with the same masks ({s.videos_per_step} videos a step)")
+    if d.filter_short:
+        parts.append("shorter videos are replaced")
+    return "; ".join(parts)
 
 
 def _mean_tokens(s: Settings, masks: MaskCollator) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    group = s.group if s.mask.truncation != "none" else min(8, s.optim.global_batch)
+    # In videos: their clips share masks, so the mean over videos is the mean over clips.
+    group = s.group if s.mask.truncation != "none" else min(8, s.videos_per_step)
     sums = [[0.0] * len(s.mask.sets), [0.0] * len(s.mask.sets)]
     draws = max(1, min(DRAWS, 256 // group))
     for step in range(draws):
-        slots = range(step * s.optim.global_batch, step * s.optim.global_batch + group)
+        slots = range(step * s.videos_per_step, step * s.videos_per_step + group)
         for side, sets in enumerate(masks.draw(step, slots)):
             for number, token_set in enumerate(sets):
                 sums[side][number] += _tokens(token_set) / group / draws

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastjepa.data.dataset import Reader
 from fastjepa.data.decode import VideoError
-from fastjepa.data.sampling import central_box, clip_frames
+from fastjepa.data.sampling import central_box, clip_frames, clip_stride
 from fastjepa.data.source import Videos
 from fastjepa.data.transforms import cut
 
@@ -44,11 +44,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a clip is cut out for evaluation: frames and stride, side in pixels."""
+    """How a clip is cut out for evaluation: frames and stride, side in pixels, seconds that take the stride's place."""
 
     frames: int
     stride: int
     crop: int
+    duration: float | None = None
 
 
 def probe(
@@ -143,7 +144,8 @@ def _clips(videos: np.ndarray, reader: Reader, cut_out: Cut) -> Iterator[tuple[l
     for video in sorted(videos.tolist()):
         try:
             info = reader.info(video)
-            frames = reader.read(video, clip_frames(info.frames, cut_out.frames, cut_out.stride, rng=None))
+            stride = clip_stride(cut_out.frames, cut_out.stride, cut_out.duration, info.rate)
+            frames = reader.read(video, clip_frames(info.frames, cut_out.frames, stride, rng=None))
         except VideoError:
             continue  # named in bad_files.jsonl when pretraining meets it; a probe of the rest is still a probe
         numbers.append(video)

@@ -114,6 +114,7 @@ def test_a_group_larger_than_the_batch_becomes_the_batch(read):
     settings = read("mask: {group: 24}\noptim: {global_batch: 16}")
     assert (settings.mask.group, settings.group) == (24, 16)
     assert read("optim: {global_batch: 48}").group == 24
+    assert read("optim: {global_batch: 48}\ndata: {clips_per_video: 4}").group == 12  # videos
 
 
 def test_stop_at_ends_a_run_early(read):

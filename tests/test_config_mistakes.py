@@ -54,11 +54,11 @@ def yaml_of(key, value):
 # The only leaves that take a text of any kind, null, or 2.5.
 TEXT = {"data.path", "init.from", "log.folder", "resume"}
 NULL = {"model.predictor_heads", "model.qk_scale", "optim.clip_grad", "runtime.stop_at", "runtime.threads"}
-NULL |= {"mask.sets.0.max_keep", "init.from"}
+NULL |= {"mask.sets.0.max_keep", "init.from", "data.duration"}
 LARGE = {
     f"optim.{key}" for key in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "clip_grad", "eps")
 }
-LARGE |= {"model.qk_scale", "data.cache_gb", "loss.exponent", "loss.reg_coeff", "compat.ipe_scale"}
+LARGE |= {"model.qk_scale", "data.cache_gb", "data.duration", "loss.exponent", "loss.reg_coeff", "compat.ipe_scale"}
 BOOL = {key for key, field in config.fields() if isinstance(field.default, bool)}
 VALUES = {
     "null": NULL,
@@ -228,6 +228,17 @@ eval: 3
         ("optim: {steps: 100, warmup_steps: 101}", "optim.warmup_steps: expected at most optim.steps 100, given 101"),
         ("optim: {global_batch: 48}\ndata: {batch_size: 36}", "optim.global_batch: expected a multiple of data.batch_"),
         ("optim: {global_batch: 30}", "optim.global_batch: expected a multiple of mask.group 24, given 30"),
+        ("data: {clips_per_video: 5}", "optim.global_batch: expected a multiple of data.clips_per_video 5, given 3072"),
+        ("data: {clips_per_video: 4096}", "optim.global_batch: expected a multiple of data.clips_per_video 4096"),
+        ("data: {clips_per_video: 2, batch_size: 3}", "data.batch_size: expected a multiple of data.clips_per_video 2"),
+        (
+            "data: {clips_per_video: 2}\noptim: {global_batch: 72}",
+            "optim.global_batch: expected a multiple of mask.group 24 x data.clips_per_video 2, given 72",
+        ),
+        (
+            "data: {duration: 2.0, stride: 2}",
+            "data.stride: expected its default 4 beside data.duration, which takes its place, given 2",
+        ),
         ("data: {frames: 15}", "data.frames: expected a multiple of data.tubelet 2, given 15"),
         ("data: {frames: 4, tubelet: 8}", "data.frames: expected at least one tubelet of 8 frames, given 4"),
         ("data: {crop: 100}", "data.crop: expected a multiple of data.patch 16, given 100"),
@@ -252,6 +263,9 @@ def test_what_is_no_contradiction_is_accepted(read):
     read("optim: {global_batch: 30}\nmask: {truncation: none}")
     read("optim: {global_batch: 6}\ndata: {batch_size: 3, aspect: [0.5, 3.0], scale: [1.0, 1.0]}")
     read("data: {frames: 8, tubelet: 8}\noptim: {betas: [0, 0]}")
+    read("data: {clips_per_video: 2, batch_size: 6}\noptim: {global_batch: 72}\nmask: {group: 12}")
+    read("data: {clips_per_video: 5, batch_size: 5}\noptim: {global_batch: 30}\nmask: {truncation: none}")
+    read("data: {duration: 2.0, stride: 4}")
     assert not list(cross_checks(Settings()))
 
 

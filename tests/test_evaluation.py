@@ -97,6 +97,17 @@ def test_the_target_encoder_is_probed_beside_the_weights_that_the_run_began_with
     assert content["results"][0]["trained"] == 0.9
 
 
+def test_the_probe_cuts_clips_of_the_duration_of_the_run(videos, run_log, monkeypatch):
+    s = settings()
+    s = s.model_copy(update={"data": s.data.model_copy(update={"stride": 4, "duration": 0.5})})
+    calls = []
+    monkeypatch.setattr(probe, "probe", lambda a, b, c, reader, cut_out, d: calls.append((reader, cut_out)) or RESULTS)
+    run_probe(s, build_jepa(s), videos, run_log, 30, lambda: False)
+    ((reader, cut_out),) = calls
+    assert cut_out == probe.Cut(4, 4, 32, duration=0.5)
+    assert reader.need_rate
+
+
 def test_a_probe_of_a_real_model_changes_nothing_in_it(videos, run_log, monkeypatch):
     monkeypatch.setattr(probe, "_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
     s = settings()
@@ -125,8 +136,10 @@ def test_a_request_to_stop_ends_it_without_a_result(videos, run_log):
 # Pictures
 
 
-def test_both_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch):
+@pytest.mark.parametrize("clips", [1, 2])
+def test_both_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch, clips):
     s = settings()
+    s = s.model_copy(update={"data": s.data.model_copy(update={"clips_per_video": clips})})
     drawn = []
     mask_picture = evaluation.viz.mask_picture
 

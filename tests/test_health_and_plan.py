@@ -117,11 +117,11 @@ def test_work_of_a_clip_is_the_published_minimum(name, teraflop):
     assert (plan.batch_size, plan.accumulation) == (24, 128)
 
 
-def small(batch_size="auto", global_batch=16, **mask):
+def small(batch_size="auto", global_batch=16, clips=1, **mask):
     return Settings(
         model=Model(name="vit_nano", predictor_depth=2, predictor_dim=48),
         mask=Mask(sets=(MaskSet(spatial_scale=(0.3, 0.3)),), **mask),
-        data=Data(frames=4, crop=32, patch=8, batch_size=batch_size),
+        data=Data(frames=4, crop=32, patch=8, batch_size=batch_size, clips_per_video=clips),
         optim=Optim(global_batch=global_batch, steps=100, warmup_steps=10, start_lr=1e-4, lr=1e-3),
     )
 
@@ -156,6 +156,52 @@ def test_an_automatic_batch_divides_the_global_batch_and_grows_with_the_memory(m
     largest = {1: 1, 12: 12, 96: 48, 97: 1, 100: 50}[global_batch]
     assert plan.batch_size == (1 if memory == 0 else largest if memory == 10**12 else plan.batch_size)
     assert plan.batch_size == 1 or plan.batch_size * plan.activation_bytes_per_clip < memory
+
+
+@pytest.mark.parametrize("memory", [0, 10**8, 10**9, 10**12])
+@pytest.mark.parametrize(("global_batch", "clips", "largest"), [(12, 3, 12), (96, 2, 48), (100, 4, 20), (144, 72, 72)])
+def test_an_automatic_batch_holds_whole_videos(monkeypatch, memory, global_batch, clips, largest):
+    monkeypatch.setattr("fastjepa.plan._memory", lambda device: float(memory))
+    plan, _ = planned(small(global_batch=global_batch, clips=clips, group=1))
+    assert plan.batch_size * plan.accumulation == global_batch
+    assert plan.batch_size % clips == 0
+    assert plan.batch_size == (clips if memory == 0 else largest if memory == 10**12 else plan.batch_size)
+
+
+def test_the_batch_that_a_run_began_with_is_kept_if_it_holds_whole_videos():
+    settings = small(global_batch=24, clips=4, group=1)
+    jepa, masks = build_jepa(settings), build_masks(settings)
+    assert make_plan(settings, jepa, masks, CPU, before=8).batch_size == 8
+    assert make_plan(settings, jepa, masks, CPU, before=6).batch_size % 4 == 0
+
+
+@pytest.mark.parametrize("truncation", ["group", "random", "none"])
+def test_token_means_of_several_clips_are_those_of_their_videos(truncation):
+    """The 16 videos of a step have 16 slots, be they 16 or 64 clips."""
+    videos = planned(small(group=8, truncation=truncation))[0]
+    clips = planned(small(group=8, truncation=truncation, global_batch=64, clips=4))[0]
+    assert (clips.context, clips.target, clips.flop_per_clip) == (videos.context, videos.target, videos.flop_per_clip)
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({}, "clips      4 frames of 32 px at stride 4"),
+        ({"duration": 2.5}, "clips      4 frames of 32 px over 2.5 s at any frame rate"),
+        (
+            {"clips_per_video": 2, "filter_short": True},
+            "clips      4 frames of 32 px at stride 4; 2 of each video with the same masks (8 videos a step); "
+            "shorter videos are replaced",
+        ),
+    ],
+)
+def test_the_description_says_what_a_clip_is(data, line):
+    settings = small(group=8)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update=data)})
+    plan, jepa = planned(settings)
+    lines = describe(settings, plan, jepa)
+    assert line in lines
+    assert any("group of 8 videos" in text for text in lines) == ("clips_per_video" in data)
 
 
 def test_a_given_batch_is_taken():

@@ -182,6 +182,16 @@ def test_the_clip_is_the_middle_of_the_video_and_the_centre_of_the_frame(videos)
     assert torch.equal(clips[3], cut(reader.read(3, frames), central_box(48, 48), False, 24))
 
 
+def test_a_duration_gives_the_clip_the_stride_of_its_video(videos):
+    """10 frames at 24 frames/s, 4 frames over 0.35 s: a stride of 2."""
+    reader = Reader(videos.paths, 2)
+    by_time, by_stride = (
+        next(probe._clips(np.arange(16), reader, shape))[1] for shape in (Cut(4, 4, 24, duration=0.35), Cut(4, 2, 24))
+    )
+    assert torch.equal(by_time, by_stride)
+    assert not torch.equal(by_time, next(probe._clips(np.arange(16), reader, Cut(4, 4, 24)))[1])
+
+
 def test_pixels_are_a_coarse_copy_of_the_clip():
     clips = torch.arange(2 * 3.0).view(2, 3, 1, 1, 1).expand(2, 3, 8, 24, 24)
     assert torch.equal(probe._pixels(clips), clips[:, :, :4, :12, :12].flatten(1))

@@ -17,13 +17,18 @@ class TooManyBadFiles(RuntimeError):
 
 
 class BadFiles:
-    """The list of unreadable files of a run, kept in `bad_files.jsonl` (a line each: path, reason)."""
+    """The list of unreadable files of a run, kept in `bad_files.jsonl` (a line each: path, reason).
 
-    def __init__(self, path: Path, total: int, max_fraction: float, say: Callable[[str], None] = warnings.warn) -> None:
+    `max_fraction` None sets no quota, for files that are only passed over.
+    """
+
+    def __init__(
+        self, path: Path, total: int, max_fraction: float | None, say: Callable[[str], None] = warnings.warn
+    ) -> None:
         self.path = path
         self.total = total
         self.say = say
-        self.allowed = max(ALWAYS_TOLERATED, int(total * max_fraction))
+        self.allowed = None if max_fraction is None else max(ALWAYS_TOLERATED, int(total * max_fraction))
         self.reasons: dict[str, str] = {}
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -48,7 +53,7 @@ class BadFiles:
                     out.write(lines)
             except OSError as error:  # a full disk: they are still named on the console and counted
                 self.say(f"warning: {self.path} cannot be written: {error}")
-        if len(self.reasons) > self.allowed:
+        if self.allowed is not None and len(self.reasons) > self.allowed:
             raise TooManyBadFiles(
                 f"{len(self.reasons)} of {self.total} files cannot be read, more than the {self.allowed} that "
                 f"data.max_bad_fraction allows; they are listed in {self.path}"

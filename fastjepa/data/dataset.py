@@ -1,4 +1,4 @@
-"""Slots to clips: decode, cut, and replace what cannot be read."""
+"""Slots to clips: decode, cut, and replace what cannot be read or is too short."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -19,18 +19,31 @@ INFOS_KEPT = 20_000
 
 @dataclass
 class Sample:
-    """One clip: normalised float32 [C, T, H, W], its slot, and the files that could not be read on the way to it."""
+    """The clips of one video: normalised float32 [C, T, H, W] each, and the video slot.
 
-    clip: Tensor
+    `bad` are the files that could not be read on the way to it, `short` those that were passed over for their length:
+    (path, reason) pairs.
+    """
+
+    clips: list[Tensor]
     slot: int
     bad: list[tuple[str, str]]
+    short: list[tuple[str, str]]
+
+    @property
+    def clip(self) -> Tensor:
+        """The first clip, or the only one."""
+        return self.clips[0]
 
 
 class Reader:
-    """Decodes videos of a list. Remembers what a probe said, and keeps whole decoded videos up to `cache_bytes`."""
+    """Decodes videos of a list. Remembers what a probe said, and keeps whole decoded videos up to `cache_bytes`.
 
-    def __init__(self, paths: list[str], least_frames: int, cache_bytes: int = 0) -> None:
-        self.paths, self.least_frames = paths, least_frames
+    Videos of fewer than `least_frames` frames, or with `need_rate` of unknown frame rate, count as unreadable.
+    """
+
+    def __init__(self, paths: list[str], least_frames: int, cache_bytes: int = 0, *, need_rate: bool = False) -> None:
+        self.paths, self.least_frames, self.need_rate = paths, least_frames, need_rate
         self.cache_bytes = cache_bytes
         # Of a bad file the reason is kept, not the error: raised again and again, that would keep the clips of every
         # function it passed through.
@@ -57,6 +70,8 @@ class Reader:
         if info.frames < self.least_frames:
             frames = "1 frame" if info.frames == 1 else f"{info.frames} frames"
             return f"it has {frames}, fewer than one tubelet of {self.least_frames}"
+        if self.need_rate and info.rate is None:
+            return "its frame rate is not known, and data.duration needs it"
         return info
 
     def read(self, video: int, frames: np.ndarray) -> np.ndarray:
@@ -73,14 +88,19 @@ class Reader:
 
 
 class ClipDataset(Dataset[Sample]):
-    """The clip of every slot. A video that cannot be read is replaced by another, chosen by the slot alone."""
+    """The clips of every video slot. A video that cannot be used is replaced by another, chosen by the slot alone.
 
-    def __init__(self, reader: Reader, plan: ClipPlan, crop: int) -> None:
-        self.reader, self.plan, self.crop = reader, plan, crop
+    That is one that cannot be read, or with `filter_short` one of fewer frames than a clip spans.
+    """
+
+    def __init__(self, reader: Reader, plan: ClipPlan, crop: int, *, filter_short: bool = False) -> None:
+        self.reader, self.plan, self.crop, self.filter_short = reader, plan, crop, filter_short
 
     def __getitem__(self, slot: int) -> Sample:
-        """The sample of a slot. Errors: TooManyBadFiles where no video at all can be read."""
+        """The sample of a video slot. Errors: TooManyBadFiles where no video at all can be used."""
+        clips = self.plan.clips_per_video
         bad: list[tuple[str, str]] = []
+        short: list[tuple[str, str]] = []
         tried: set[int] = set()
         for video in self._candidates(slot):
             if video in tried:
@@ -88,16 +108,36 @@ class ClipDataset(Dataset[Sample]):
             tried.add(video)
             try:
                 info = self.reader.info(video)
-                draw: ClipDraw = self.plan.clip(slot, info.frames, info.height, info.width)
-                frames = self.reader.read(video, draw.frames)
+                window = self.plan.window(info.rate)
+                if self.filter_short and info.frames < window:
+                    reason = f"it has {info.frames} frames, fewer than the {window} that a clip spans"
+                    short.append((self.reader.paths[video], reason))
+                    continue
+                draws: list[ClipDraw] = [
+                    self.plan.clip(number, info.frames, info.height, info.width, info.rate)
+                    for number in range(slot * clips, (slot + 1) * clips)
+                ]
+                # One read for all clips: a video is decoded once.
+                frames = self.reader.read(video, np.concatenate([draw.frames for draw in draws]))
             except VideoError as error:
                 bad.append((self.reader.paths[video], str(error)))
                 continue
-            return Sample(cut(frames, draw.box, draw.flip, self.crop), slot, bad)
+            parts = np.split(frames, clips)
+            cuts = [cut(part, draw.box, draw.flip, self.crop) for part, draw in zip(parts, draws)]
+            return Sample(cuts, slot, bad, short)
+        raise TooManyBadFiles(self._nothing_left(bad, short))
+
+    def _nothing_left(self, bad: list[tuple[str, str]], short: list[tuple[str, str]]) -> str:
+        """The sentence for a list of which no video can be used."""
+        total = len(self.plan.videos)
         reasons = Counter(reason for _, reason in bad).most_common(3)
         shown = "; ".join(f"{count} times: {reason}" for reason, count in reasons)
-        raise TooManyBadFiles(
-            f"none of the {len(self.plan.videos)} files can be read, {bad[-1][0]} among them ({shown})"
+        if not short:
+            return f"none of the {total} files can be read, {bad[-1][0]} among them ({shown})"
+        unreadable = f"; {len(bad)} cannot be read ({shown})" if bad else ""
+        return (
+            f"none of the {total} files is long enough for data.filter_short: {len(short)} are too short, "
+            f"{short[-1][0]} among them ({short[-1][1]}){unreadable}"
         )
 
     def _candidates(self, slot: int) -> Iterator[int]:

@@ -12,20 +12,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastjepa.data.dataset import ClipDataset, Sample
-from fastjepa.masks import MaskCollator, TokenSet
+from fastjepa.masks import MaskCollator, TokenSet, repeat_clips
 
 # How often a worker that got SIGTERM looks whether its parent is still finishing its step and saving.
 SECONDS_TO_SAVE = 30
 
 
 class Batch(NamedTuple):
-    """One forward pass: clips float32 [B, C, T, H, W], M context and M target mask sets, slots, unreadable files."""
+    """One forward pass: clips float32 [B, C, T, H, W], M context and M target mask sets, slots of the clips.
+
+    `bad` are unreadable files met on the way, `short` videos passed over for their length: (path, reason) pairs. The
+    clips of one video are neighbours.
+    """
 
     clips: Tensor
     masks_context: list[TokenSet]
     masks_target: list[TokenSet]
     slots: tuple[int, ...]
     bad: list[tuple[str, str]]
+    short: list[tuple[str, str]]
 
     def to(self, device: torch.device) -> "Batch":
         """Clips and masks on a device; copies from pinned memory do not wait."""
@@ -37,7 +42,10 @@ class Batch(NamedTuple):
 
 
 class SlotBatches(Sampler[list[int]]):
-    """The slots of every micro-batch from one step to another: `global_batch` a step, `batch_size` a micro-batch."""
+    """The slots of every micro-batch from one step to another: `global_batch` a step, `batch_size` a micro-batch.
+
+    Slots are those of the data set's items, videos; so are both sizes.
+    """
 
     def __init__(self, first_step: int, last_step: int, global_batch: int, batch_size: int) -> None:
         self.first, self.stop = first_step * global_batch, last_step * global_batch
@@ -51,21 +59,22 @@ class SlotBatches(Sampler[list[int]]):
 
 
 class Collate:
-    """Samples of one micro-batch to a Batch, with the masks of its step."""
+    """Samples of one micro-batch to a Batch, with the masks of its step, which the clips of a video share."""
 
-    def __init__(self, masks: MaskCollator, global_batch: int) -> None:
-        self.masks, self.global_batch = masks, global_batch
+    def __init__(self, masks: MaskCollator, videos_per_step: int) -> None:
+        self.masks, self.videos_per_step = masks, videos_per_step
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Stack clips and draw masks."""
-        slots = tuple(sample.slot for sample in samples)
-        context, target = self.masks.draw(slots[0] // self.global_batch, slots)
+        slots, clips = [sample.slot for sample in samples], len(samples[0].clips)
+        context, target = self.masks.draw(slots[0] // self.videos_per_step, slots)
         return Batch(
-            torch.stack([sample.clip for sample in samples]),
-            context,
-            target,
-            slots,
+            torch.stack([clip for sample in samples for clip in sample.clips]),
+            [repeat_clips(token_set, clips) for token_set in context],
+            [repeat_clips(token_set, clips) for token_set in target],
+            tuple(slot * clips + number for slot in slots for number in range(clips)),
             [entry for sample in samples for entry in sample.bad],
+            [entry for sample in samples for entry in sample.short],
         )
 
 
@@ -80,11 +89,15 @@ def make_loader(
     workers: int,
     pin_memory: bool,
 ) -> Iterable[Batch]:
-    """Batches of the steps [first_step, last_step): the same for every number of workers."""
+    """Batches of the steps [first_step, last_step): the same for every number of workers.
+
+    `global_batch` and `batch_size` count clips, and are multiples of the clips that a video gives.
+    """
+    videos_per_step = global_batch // dataset.plan.clips_per_video
     return DataLoader(
         dataset,
-        batch_sampler=SlotBatches(first_step, last_step, global_batch, batch_size),
-        collate_fn=Collate(masks, global_batch),
+        batch_sampler=SlotBatches(first_step, last_step, videos_per_step, batch_size // dataset.plan.clips_per_video),
+        collate_fn=Collate(masks, videos_per_step),
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent,

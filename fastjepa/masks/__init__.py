@@ -2,7 +2,7 @@
 
 from fastjepa.masks.collate import DefaultCollator, MaskCollator
 from fastjepa.masks.multiblock3d import MultiBlockMaskGenerator
-from fastjepa.masks.tokens import Ragged, TokenSet, apply_masks, split_runs
+from fastjepa.masks.tokens import Ragged, TokenSet, apply_masks, repeat_clips, split_runs
 
 __all__ = [
     "DefaultCollator",
@@ -11,5 +11,6 @@ __all__ = [
     "Ragged",
     "TokenSet",
     "apply_masks",
+    "repeat_clips",
     "split_runs",
 ]

@@ -91,6 +91,21 @@ def apply_masks(x: Tensor, masks: Tensor | Sequence[Tensor], concat: bool = True
     return torch.cat(kept)
 
 
+def repeat_clips(token_set: TokenSet, times: int) -> TokenSet:
+    """The same tokens for `times` neighbouring clips each: [B, K] -> [B * times, K], ragged sets alike."""
+    if times == 1:
+        return token_set
+    if isinstance(token_set, Tensor):
+        return token_set.repeat_interleave(times, dim=0)
+    lengths = torch.tensor(token_set.lengths)
+    first = (lengths.cumsum(0) - lengths).repeat_interleave(times)
+    lengths = lengths.repeat_interleave(times)
+    # The place of every row within its own clip, moved to where that clip begins in the old index.
+    shift = first - (lengths.cumsum(0) - lengths)
+    rows = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
+    return Ragged(token_set.index[rows.to(token_set.index.device)], tuple(lengths.tolist()))
+
+
 def flat_tokens(token_set: TokenSet) -> Tensor:
     """Kept token numbers, clip after clip: int64 [R]."""
     return token_set.index if isinstance(token_set, Ragged) else token_set.flatten()

@@ -1,3 +1,4 @@
+from fractions import Fraction
 from math import log
 
 import numpy as np
@@ -5,7 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.data.sampling import CROP_TRIES, Box, ClipPlan, central_box, clip_frames, random_box
+from fastjepa.data.sampling import (
+    CROP_TRIES,
+    Box,
+    ClipPlan,
+    central_box,
+    clip_frames,
+    clip_stride,
+    random_box,
+    segment_frames,
+)
 
 SCALE, ASPECT = (0.3, 1.0), (0.75, 1.35)
 sides = st.integers(1, 3000)
@@ -24,8 +34,8 @@ class Recorded:
     uniform = integers
 
 
-def plan(videos=range(7), seed=1, flip=True, scale=SCALE, aspect=ASPECT):
-    return ClipPlan(seed, np.array(videos), 4, 2, scale, aspect, flip)
+def plan(videos=range(7), seed=1, flip=True, scale=SCALE, aspect=ASPECT, **rule):
+    return ClipPlan(seed, np.array(videos), 4, 2, scale, aspect, flip, **rule)
 
 
 # -- frames -----------------------------------------------------------------------------------------------------------
@@ -83,6 +93,95 @@ def test_every_window_of_a_video_can_be_drawn_except_the_last():
     clips = [clip_frames(12, 4, 2, rng) for _ in range(300)]
     assert {int(clip[0]) for clip in clips} == {0, 1, 2, 3}
     assert max(int(clip[-1]) for clip in clips) == 10
+
+
+def test_a_clip_at_rest_is_taken_from_the_middle_or_from_the_start():
+    assert clip_frames(164, 16, 4, None, fixed="middle").tolist() == clip_frames(164, 16, 4, None).tolist()
+    start = clip_frames(164, 16, 4, None, fixed="start")
+    assert (start[0], start[-1]) == (0, 63)
+    second = clip_frames(164, 16, 4, None, fixed="start", clip=1, clips=2)
+    assert (second[0], second[-1]) == (82, 145)
+
+
+@given(st.integers(1, 500), st.integers(2, 32), st.integers(1, 8), st.integers(1, 6), st.booleans(), st.integers(0, 99))
+def test_several_clips_lie_inside_the_video_each_in_its_own_segment(length, frames, stride, clips, overlap, seed):
+    rng, room = np.random.default_rng(seed), length // clips
+    for clip in range(clips):
+        numbers = clip_frames(length, frames, stride, rng, clip=clip, clips=clips, overlap=overlap)
+        assert numbers.shape == (frames,)
+        assert numbers.dtype == np.int64
+        assert (np.diff(numbers) >= 0).all()
+        assert numbers.min() >= 0
+        assert numbers.max() <= length - 1
+        if room and not overlap:
+            assert clip * room <= numbers.min()
+            assert numbers.max() < (clip + 1) * room
+
+
+def test_a_video_of_fewer_frames_than_clips_gives_still_clips_from_all_over_it():
+    """The public code asks for frame -1 here."""
+    clips = [clip_frames(3, 4, 1, None, clip=clip, clips=6).tolist() for clip in range(6)]
+    assert clips == [[0] * 4, [0] * 4, [1] * 4, [1] * 4, [2] * 4, [2] * 4]
+    assert clip_frames(1, 4, 1, None, clips=2, clip=1, overlap=True).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"length": 0}, {"frames": 0}, {"stride": 0}, {"clips": 0}, {"clip": 2}, {"clip": -1}]
+)
+def test_a_clip_that_cannot_be_is_refused(wrong):
+    right = {"length": 10, "frames": 4, "stride": 4, "end": None, "clip": 0, "clips": 2}
+    assert len(segment_frames(**right)) == 4
+    with pytest.raises(ValueError, match=r"^no clip -?\d of \d with \d frames at stride \d in a video of \d+ frames$"):
+        segment_frames(**{**right, **wrong})
+
+
+@pytest.mark.parametrize(("length", "end"), [(40, None), (40, 7), (40, 20), (16, 8)])
+def test_an_end_that_is_not_of_the_segment_is_refused(length, end):
+    with pytest.raises(ValueError, match=f"segment of {length // 2} frames .*{end}"):
+        segment_frames(length, 4, 2, end, clips=2)
+    assert len(segment_frames(40, 4, 2, 8, clips=2)) == 4
+
+
+@pytest.mark.parametrize(
+    ("duration", "rate", "stride"),
+    [
+        (None, None, 3),
+        (3.0, Fraction(30000, 1001), 5),  # of the parity case
+        (2.0, Fraction(24), 3),
+        (2.0, 30.0, 3),
+        (4.0, 30.0, 7),
+        (0.5, 24.0, 1),  # 0 in the public code
+    ],
+)
+def test_the_stride_of_a_duration_follows_from_the_frame_rate(duration, rate, stride):
+    assert clip_stride(16, 3, duration, rate) == stride
+
+
+def test_a_duration_needs_a_frame_rate():
+    with pytest.raises(ValueError, match=r"^the stride of a clip of 2\.5 s follows from the frame rate, "):
+        clip_stride(16, 4, 2.5, None)
+
+
+def test_a_plan_with_a_duration_ignores_its_stride():
+    by_time, by_stride = plan(duration=0.5), plan()
+    assert by_time.window(Fraction(24)) == 12
+    assert by_time.window(Fraction(60)) == 28
+    assert by_stride.window(Fraction(60)) == by_stride.window() == 8
+    for rate, stride in ((Fraction(24), 3), (Fraction(60), 7)):
+        fixed = ClipPlan(1, np.arange(7), 4, stride, SCALE, ASPECT, True)
+        assert by_time.clip(5, 100, 48, 64, rate).frames.tolist() == fixed.clip(5, 100, 48, 64).frames.tolist()
+
+
+def test_clips_of_one_video_come_from_its_segments_in_order_with_draws_of_their_own():
+    two, one = plan(clips_per_video=2), plan()
+    for video_slot in range(20):
+        first, second = (two.clip(2 * video_slot + number, 60, 48, 64) for number in range(2))
+        assert first.frames.max() < 30 <= second.frames.min()
+        assert first.frames.tolist() != (second.frames - 30).tolist() or first.box != second.box
+        # Boxes and flips are those of the clip slot, whatever the number of clips.
+        for number, draw in enumerate((first, second)):
+            alone = one.clip(2 * video_slot + number, 60, 48, 64)
+            assert (draw.box, draw.flip) == (alone.box, alone.flip)
 
 
 # -- boxes ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fastjepa.masks import DefaultCollator, MaskCollator, MultiBlockMaskGenerator, Ragged, apply_masks, split_runs
+from fastjepa.masks import (
+    DefaultCollator,
+    MaskCollator,
+    MultiBlockMaskGenerator,
+    Ragged,
+    apply_masks,
+    repeat_clips,
+    split_runs,
+)
 
 ENTRY = {"num_blocks": 3, "spatial_scale": (0.2, 0.4), "temporal_scale": (0.5, 1.0), "aspect_ratio": (0.75, 1.5)}
 
@@ -32,6 +40,25 @@ def test_runs_are_neighbouring_clips_of_equal_length():
     runs = list(Ragged(numbers(12), (2, 2, 3, 3, 2)).runs())
     assert [rows for rows, _ in runs] == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert [dense.tolist() for _, dense in runs] == [[[0, 1], [2, 3]], [[4, 5, 6], [7, 8, 9]], [[10, 11]]]
+
+
+# repeat_clips
+
+
+def test_the_clips_of_a_video_are_neighbours_with_its_tokens():
+    dense = numbers(6).view(3, 2)
+    assert repeat_clips(dense, 2).tolist() == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
+    ragged = repeat_clips(Ragged(numbers(6) + 7, (3, 0, 1, 2)), 3)
+    assert ragged.lengths == (3, 3, 3, 0, 0, 0, 1, 1, 1, 2, 2, 2)
+    assert ragged.index.tolist() == [7, 8, 9] * 3 + [10] * 3 + [11, 12] * 3
+    assert ragged.index.dtype == torch.int64
+    for token_set in (dense, ragged):
+        assert repeat_clips(token_set, 1) is token_set
+
+
+def test_repeated_sets_of_equal_lengths_stay_one_run():
+    runs = list(repeat_clips(Ragged(numbers(10), (2, 2, 3, 3)), 2).runs())
+    assert [rows for rows, _ in runs] == [slice(0, 4), slice(4, 8)]
 
 
 # split_runs

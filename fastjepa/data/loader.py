@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastjepa.data.dataset import ClipDataset, Sample
-from fastjepa.masks import MaskCollator, TokenSet
+from fastjepa.masks import GeneratorCollator, TokenSet
 
 # How often a worker that got SIGTERM looks whether its parent is still finishing its step and saving.
 SECONDS_TO_SAVE = 30
@@ -53,7 +53,7 @@ class SlotBatches(Sampler[list[int]]):
 class Collate:
     """Samples of one micro-batch to a Batch, with the masks of its step."""
 
-    def __init__(self, masks: MaskCollator, global_batch: int) -> None:
+    def __init__(self, masks: GeneratorCollator, global_batch: int) -> None:
         self.masks, self.global_batch = masks, global_batch
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
@@ -71,7 +71,7 @@ class Collate:
 
 def make_loader(
     dataset: ClipDataset,
-    masks: MaskCollator,
+    masks: GeneratorCollator,
     *,
     first_step: int,
     last_step: int,

@@ -9,7 +9,7 @@ import torch
 from fastjepa.build import build_schedule
 from fastjepa.config import Settings
 from fastjepa.jepa import JEPA
-from fastjepa.masks import MaskCollator, Ragged, TokenSet
+from fastjepa.masks import GeneratorCollator, Ragged, TokenSet
 from fastjepa.models import VisionTransformer
 
 DRAWS = 32
@@ -31,7 +31,9 @@ class Plan:
     accumulation: int
 
 
-def make_plan(s: Settings, jepa: JEPA, masks: MaskCollator, device: torch.device, before: int | None = None) -> Plan:
+def make_plan(
+    s: Settings, jepa: JEPA, masks: GeneratorCollator, device: torch.device, before: int | None = None
+) -> Plan:
     """Work out the derived numbers, and the batch size where it is `auto`.
 
     `before` is what `auto` came to when the run began: another size would round differently and end the bitwise resume.
@@ -65,7 +67,6 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     sets = "; ".join(
         f"set {i}: {c:.0f} context, {t:.0f} target" for i, (c, t) in enumerate(zip(plan.context, plan.target))
     )
-    group = f"group of {s.group}" + (" (the whole batch)" if s.group < s.mask.group else "")
     state, kept = plan.state_bytes / 1e9, plan.activation_bytes_per_clip * plan.batch_size / 1e9
     lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last)))
     decays = " -> ".join(f"{schedule.weight_decay_at(step):.3g}" for step in (0, last))
@@ -73,7 +74,7 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     return [
         f"model      {s.model.name}, {million['encoder']:.1f} M + predictor {million['predictor']:.1f} M parameters, "
         f"targets: {s.model.targets}",
-        f"tokens     {plan.tokens} a clip; {sets}; {s.mask.kind} masks, truncation {s.mask.truncation}, {group}",
+        f"tokens     {plan.tokens} a clip; {sets}; {_rule(s)}",
         f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated, "
         f"{s.optim.dtype}, execution {s.runtime.execution}",
         f"work       {plan.flop_per_clip / 1e12:.3g} TFLOP a clip; memory by the model: "
@@ -83,6 +84,14 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     ]
 
 
+def _rule(s: Settings) -> str:
+    """How masks are drawn, and cut where they are."""
+    if s.mask.kind == "tube":
+        return f"tube masks, ratio {s.mask.ratio:g}"
+    group = f"group of {s.group}" + (" (the whole batch)" if s.group < s.mask.group else "")
+    return f"{s.mask.kind} masks, truncation {s.mask.truncation}, {group}"
+
+
 def _fitting(s: Settings, state: int, activations: float, device: torch.device) -> int:
     """The largest divisor of the global batch, up to 64, whose activations fit beside the state."""
     room = max(0.0, 0.6 * (_memory(device) - state))
@@ -90,9 +99,9 @@ def _fitting(s: Settings, state: int, activations: float, device: torch.device) 
     return max(b for b in range(1, most + 1) if s.optim.global_batch % b == 0)
 
 
-def _mean_tokens(s: Settings, masks: MaskCollator) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_tokens(s: Settings, masks: GeneratorCollator) -> tuple[tuple[float, ...], tuple[float, ...]]:
     group = s.group if s.mask.truncation != "none" else min(8, s.optim.global_batch)
-    sums = [[0.0] * len(s.mask.sets), [0.0] * len(s.mask.sets)]
+    sums = [[0.0] * s.mask.number_of_sets, [0.0] * s.mask.number_of_sets]
     draws = max(1, min(DRAWS, 256 // group))
     for step in range(draws):
         slots = range(step * s.optim.global_batch, step * s.optim.global_batch + group)

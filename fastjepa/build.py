@@ -1,5 +1,7 @@
 """Settings to objects."""
 
+from typing import Any
+
 import torch
 
 from fastjepa.config import Settings
@@ -7,7 +9,7 @@ from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.sampling import ClipPlan
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
-from fastjepa.masks import MaskCollator
+from fastjepa.masks import GeneratorCollator, MaskCollator, RandomTubeMaskCollator
 from fastjepa.models import build_vit, vit_predictor
 from fastjepa.models.initialise import redraw_linears
 from fastjepa.optim import OptimizerPass, Schedule
@@ -33,7 +35,7 @@ def build_jepa(s: Settings) -> JEPA:
         depth=s.model.predictor_depth,
         num_heads=s.model.predictor_heads or encoder.num_heads,
         use_mask_tokens=s.model.targets == "mask_tokens",
-        num_mask_tokens=len(s.mask.sets),
+        num_mask_tokens=s.mask.number_of_sets,
         zero_init_mask_tokens=s.model.zero_init_mask_tokens,
         noise=s.model.noise,
         **shared,
@@ -44,18 +46,19 @@ def build_jepa(s: Settings) -> JEPA:
     return JEPA(encoder, predictor, loss_exp=s.loss.exponent, reg_coeff=s.loss.reg_coeff, execution=s.runtime.execution)
 
 
-def build_masks(s: Settings) -> MaskCollator:
+def build_masks(s: Settings) -> GeneratorCollator:
     """The mask streams of the run. Errors: ValueError for settings that leave a side empty."""
-    return MaskCollator(
-        [mask.model_dump() for mask in s.mask.sets],
-        crop_size=s.data.crop,
-        num_frames=s.data.frames,
-        patch_size=s.data.patch,
-        tubelet_size=s.data.tubelet,
-        seed=s.optim.seed,
-        truncation=s.mask.truncation,
-        group=s.group,
-    )
+    shared: dict[str, Any] = {
+        "crop_size": s.data.crop,
+        "num_frames": s.data.frames,
+        "patch_size": s.data.patch,
+        "tubelet_size": s.data.tubelet,
+        "seed": s.optim.seed,
+    }
+    if s.mask.kind == "tube":
+        return RandomTubeMaskCollator([{"ratio": s.mask.ratio}], **shared)
+    sets = [mask.model_dump() for mask in s.mask.sets]
+    return MaskCollator(sets, **shared, truncation=s.mask.truncation, group=s.group)
 
 
 def build_dataset(s: Settings, videos: Videos) -> ClipDataset:

@@ -72,7 +72,9 @@ class MaskSet(Section):
 class Mask(Section):
     """Which tokens are seen and which are predicted."""
 
-    kind: Literal["multiblock"] = setting("multiblock", "how masks are drawn")
+    kind: Literal["multiblock", "tube"] = setting(
+        "multiblock", "how masks are drawn: target blocks by mask.sets, or random places, the same at all times"
+    )
     sets: Annotated[tuple[MaskSet, ...], BeforeValidator(_tuple), Field(min_length=1)] = setting(
         (MaskSet(), MaskSet(num_blocks=2, spatial_scale=(0.7, 0.7))), "mask sets; each is a task of its own every step"
     )
@@ -84,6 +86,12 @@ class Mask(Section):
         "clips that share a length; 24 is the published batch of one GPU, at any batch size "
         "(counted in videos where data.clips_per_video is above 1)",
     )
+    ratio: float = setting(0.9, "share of the frame that tube masks hide", gt=0, lt=1)
+
+    @property
+    def number_of_sets(self) -> int:
+        """Mask sets that every step draws: tubes are one set, whatever `sets` says."""
+        return 1 if self.kind == "tube" else len(self.sets)
 
 
 class Data(Section):

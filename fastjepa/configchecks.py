@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fastjepa.config import Settings
+from fastjepa.config import Mask, Settings
 
 Mistake = tuple[tuple[str, ...], str]
 
@@ -11,6 +11,7 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
     """Every contradiction between settings that are valid one by one."""
     yield from _networks(s)
     yield from _clips(s)
+    yield from _masks(s)
     yield from _batches(s)
     yield from _schedule(s)
     yield from _ranges(s)
@@ -58,6 +59,23 @@ def _clips(s: Settings) -> Iterator[Mistake]:
         )
 
 
+def _masks(s: Settings) -> Iterator[Mistake]:
+    """What only the other kind of mask reads must be at its default."""
+    default, kind = Mask(), s.mask.kind
+    for key in ("truncation", "group") if kind == "tube" else ("ratio",):
+        expected, given = getattr(default, key), getattr(s.mask, key)
+        if given != expected:
+            yield (
+                (f"mask.{key}", "mask.kind"),
+                f"mask.{key}: expected the default {expected} with mask.kind {kind}, given {given}",
+            )
+    if kind == "tube" and s.mask.sets != default.sets:
+        yield (
+            ("mask.sets", "mask.kind"),
+            "mask.sets: expected the default with mask.kind tube, which draws one set by mask.ratio, given other sets",
+        )
+
+
 def _batches(s: Settings) -> Iterator[Mistake]:
     total, size, clips = s.optim.global_batch, s.data.batch_size, s.data.clips_per_video
     for key, number in (("optim.global_batch", total), ("data.batch_size", size)):
@@ -71,7 +89,8 @@ def _batches(s: Settings) -> Iterator[Mistake]:
             ("optim.global_batch", "data.batch_size"),
             f"optim.global_batch: expected a multiple of data.batch_size {size}, given {total}",
         )
-    if s.mask.truncation != "none" and total % clips == 0 and s.videos_per_step % s.group:
+    cut = s.mask.kind == "multiblock" and s.mask.truncation != "none"
+    if cut and total % clips == 0 and s.videos_per_step % s.group:
         times = "" if clips == 1 else f" x data.clips_per_video {clips}"
         yield (
             ("optim.global_batch", "mask.group", "data.clips_per_video"),

@@ -19,7 +19,7 @@ from fastjepa.evaluation import draw_pictures, run_probe, should_probe
 from fastjepa.exits import Exit
 from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog, duration
-from fastjepa.masks import MaskCollator
+from fastjepa.masks import GeneratorCollator
 from fastjepa.noise import noise_draws
 from fastjepa.optim import OptimizerPass
 from fastjepa.plan import Plan, peak_flops
@@ -61,7 +61,7 @@ class Trainer:
     log: RunLog
     device: torch.device
     jepa: JEPA
-    masks: MaskCollator
+    masks: GeneratorCollator
     videos: Videos
     plan: Plan
     bad_files: BadFiles

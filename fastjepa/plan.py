@@ -9,7 +9,7 @@ import torch
 from fastjepa.build import build_schedule
 from fastjepa.config import Settings
 from fastjepa.jepa import JEPA
-from fastjepa.masks import MaskCollator, Ragged, TokenSet
+from fastjepa.masks import GeneratorCollator, Ragged, TokenSet
 from fastjepa.models import VisionTransformer
 
 DRAWS = 32
@@ -31,7 +31,9 @@ class Plan:
     accumulation: int
 
 
-def make_plan(s: Settings, jepa: JEPA, masks: MaskCollator, device: torch.device, before: int | None = None) -> Plan:
+def make_plan(
+    s: Settings, jepa: JEPA, masks: GeneratorCollator, device: torch.device, before: int | None = None
+) -> Plan:
     """Work out the derived numbers, and the batch size where it is `auto`.
 
     `before` is what `auto` came to when the run began: another size would round differently and end the bitwise resume.
@@ -65,8 +67,6 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     sets = "; ".join(
         f"set {i}: {c:.0f} context, {t:.0f} target" for i, (c, t) in enumerate(zip(plan.context, plan.target))
     )
-    videos = s.data.clips_per_video > 1
-    group = f"group of {s.group}" + " videos" * videos + (" (the whole batch)" if s.group < s.mask.group else "")
     state, kept = plan.state_bytes / 1e9, plan.activation_bytes_per_clip * plan.batch_size / 1e9
     lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last)))
     decays = " -> ".join(f"{schedule.weight_decay_at(step):.3g}" for step in (0, last))
@@ -74,7 +74,7 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     return [
         f"model      {s.model.name}, {million['encoder']:.1f} M + predictor {million['predictor']:.1f} M parameters, "
         f"targets: {s.model.targets}",
-        f"tokens     {plan.tokens} a clip; {sets}; {s.mask.kind} masks, truncation {s.mask.truncation}, {group}",
+        f"tokens     {plan.tokens} a clip; {sets}; {_rule(s)}",
         f"clips      {_clips(s)}",
         f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated, "
         f"{s.optim.dtype}, execution {s.runtime.execution}",
@@ -83,6 +83,15 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
         f"schedule   {s.optim.steps} steps, {s.optim.warmup_steps} of warm-up; lr {lrs}, weight decay {decays}, "
         f"momentum {momenta}",
     ]
+
+
+def _rule(s: Settings) -> str:
+    """How masks are drawn, and cut where they are."""
+    if s.mask.kind == "tube":
+        return f"tube masks, ratio {s.mask.ratio:g}"
+    videos = s.data.clips_per_video > 1
+    group = f"group of {s.group}" + " videos" * videos + (" (the whole batch)" if s.group < s.mask.group else "")
+    return f"{s.mask.kind} masks, truncation {s.mask.truncation}, {group}"
 
 
 def _fitting(s: Settings, state: int, activations: float, device: torch.device) -> int:
@@ -104,10 +113,10 @@ def _clips(s: Settings) -> str:
     return "; ".join(parts)
 
 
-def _mean_tokens(s: Settings, masks: MaskCollator) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_tokens(s: Settings, masks: GeneratorCollator) -> tuple[tuple[float, ...], tuple[float, ...]]:
     # In videos: their clips share masks, so the mean over videos is the mean over clips.
     group = s.group if s.mask.truncation != "none" else min(8, s.videos_per_step)
-    sums = [[0.0] * len(s.mask.sets), [0.0] * len(s.mask.sets)]
+    sums = [[0.0] * s.mask.number_of_sets, [0.0] * s.mask.number_of_sets]
     draws = max(1, min(DRAWS, 256 // group))
     for step in range(draws):
         slots = range(step * s.videos_per_step, step * s.videos_per_step + group)

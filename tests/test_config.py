@@ -19,8 +19,9 @@ from fastjepa.expectation import expectation
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 SET_KEYS = [f"mask.sets.0.{key}" for key in MaskSet.model_fields]
-LEAVES = [key for key, _ in config.fields()] + SET_KEYS
-EVERY = [*config.fields(), *((f"mask.sets.0.{k}", f) for k, f in MaskSet.model_fields.items())]
+FIELDS = list(config.fields())
+LEAVES = [key for key, _ in FIELDS] + SET_KEYS
+EVERY = [*FIELDS, *((f"mask.sets.0.{k}", f) for k, f in MaskSet.model_fields.items())]
 
 
 @pytest.fixture
@@ -60,8 +61,6 @@ def one_changed(key, field):
     value = values[key] if key in values else another(field.default, field)
     return Settings(**({head: SECTIONS[head](**{leaf: value})} if head else {leaf: value}))
 
-
-HAS_A_CHOICE = [(key, field) for key, field in config.fields() if key != "mask.kind"]  # of which there is one so far
 
 # -- the schema -------------------------------------------------------------------------------------------------------
 
@@ -231,7 +230,7 @@ def test_a_file_overrides_single_settings_of_its_base_which_lies_beside_it(tmp_p
 # -- what names a run -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("key", "field"), HAS_A_CHOICE, ids=[key for key, _ in HAS_A_CHOICE])
+@pytest.mark.parametrize(("key", "field"), FIELDS, ids=[key for key, _ in FIELDS])
 def test_the_identity_changes_with_fatal_settings_only(key, field):
     before, after = config.identity(Settings(), "data"), config.identity(one_changed(key, field), "data")
     assert (before != after) is (config.resume_class(field) == "fatal")
@@ -246,7 +245,7 @@ def test_the_identity_is_six_digits_of_settings_and_data_and_ignores_written_def
     assert config.identity(read("optim: {lr: 625e-6, clip_grad: 10}"), "data") == name
 
 
-@pytest.mark.parametrize(("key", "field"), HAS_A_CHOICE, ids=[key for key, _ in HAS_A_CHOICE])
+@pytest.mark.parametrize(("key", "field"), FIELDS, ids=[key for key, _ in FIELDS])
 def test_a_changed_setting_is_told_under_its_class_with_both_values(key, field):
     old, new = config.flat(Settings()), config.flat(one_changed(key, field))
     kind = config.resume_class(field)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastjepa.data.dataset import ClipDataset, Sample
-from fastjepa.masks import MaskCollator, TokenSet, repeat_clips
+from fastjepa.masks import GeneratorCollator, TokenSet, repeat_clips
 
 # How often a worker that got SIGTERM looks whether its parent is still finishing its step and saving.
 SECONDS_TO_SAVE = 30
@@ -61,7 +61,7 @@ class SlotBatches(Sampler[list[int]]):
 class Collate:
     """Samples of one micro-batch to a Batch, with the masks of its step, which the clips of a video share."""
 
-    def __init__(self, masks: MaskCollator, videos_per_step: int) -> None:
+    def __init__(self, masks: GeneratorCollator, videos_per_step: int) -> None:
         self.masks, self.videos_per_step = masks, videos_per_step
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
@@ -80,7 +80,7 @@ class Collate:
 
 def make_loader(
     dataset: ClipDataset,
-    masks: MaskCollator,
+    masks: GeneratorCollator,
     *,
     first_step: int,
     last_step: int,

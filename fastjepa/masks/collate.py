@@ -1,11 +1,12 @@
 """Collators: a list of samples to a batch with its mask sets."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import default_collate
 
 from fastjepa.masks.multiblock3d import MultiBlockMaskGenerator, Truncation
+from fastjepa.masks.random_tube import RandomTubeMaskGenerator
 from fastjepa.masks.tokens import TokenSet
 
 Masks = tuple[list[TokenSet], list[TokenSet]]
@@ -19,41 +20,20 @@ class DefaultCollator:
         return default_collate(list(batch)), None, None
 
 
-class MaskCollator:
-    """Batches samples and draws one (context, target) pair of mask sets for each entry of `cfgs_mask`.
+class MaskGenerator(Protocol):
+    """Draws one mask set."""
 
-    An entry has the published keys: spatial_scale, temporal_scale, aspect_ratio, num_blocks, and optionally
-    max_temporal_keep and max_keep; an unknown key raises. Draws depend on (seed, step, global slot, set number) only.
-    """
+    def draw(self, step: int, slots: Sequence[int]) -> tuple[TokenSet, TokenSet]:
+        """(context, target) of the clips at these global slots."""
 
-    def __init__(
-        self,
-        cfgs_mask: Sequence[Mapping[str, Any]],
-        crop_size: int | Sequence[int] = (224, 224),
-        num_frames: int = 16,
-        patch_size: int | Sequence[int] = (16, 16),
-        tubelet_size: int = 2,
-        *,
-        seed: int = 0,
-        truncation: Truncation = "group",
-        group: int | None = None,
-    ) -> None:
-        if not cfgs_mask:
+
+class GeneratorCollator:
+    """Batches samples and draws one (context, target) pair of mask sets with each of its generators."""
+
+    def __init__(self, generators: Sequence[MaskGenerator]) -> None:
+        if not generators:
             raise ValueError("at least one mask set is needed, got none")
-        self.generators = [
-            MultiBlockMaskGenerator(
-                crop_size=crop_size,
-                num_frames=num_frames,
-                spatial_patch_size=patch_size,
-                temporal_patch_size=tubelet_size,
-                seed=seed,
-                set_number=number,
-                truncation=truncation,
-                group=group,
-                **_generator_arguments(entry),
-            )
-            for number, entry in enumerate(cfgs_mask)
-        ]
+        self.generators = generators
         self._calls = 0
         self._clips = 0
 
@@ -78,7 +58,77 @@ class MaskCollator:
         return default_collate(list(batch)), context, target
 
 
-_NAMES = {
+class MaskCollator(GeneratorCollator):
+    """Multi-block masks, one pair of mask sets for each entry of `cfgs_mask`.
+
+    An entry has the published keys: spatial_scale, temporal_scale, aspect_ratio, num_blocks, and optionally
+    max_temporal_keep and max_keep; an unknown key raises. Draws depend on (seed, step, global slot, set number) only.
+    """
+
+    def __init__(
+        self,
+        cfgs_mask: Sequence[Mapping[str, Any]],
+        crop_size: int | Sequence[int] = (224, 224),
+        num_frames: int = 16,
+        patch_size: int | Sequence[int] = (16, 16),
+        tubelet_size: int = 2,
+        *,
+        seed: int = 0,
+        truncation: Truncation = "group",
+        group: int | None = None,
+    ) -> None:
+        super().__init__(
+            [
+                MultiBlockMaskGenerator(
+                    crop_size=crop_size,
+                    num_frames=num_frames,
+                    spatial_patch_size=patch_size,
+                    temporal_patch_size=tubelet_size,
+                    seed=seed,
+                    set_number=number,
+                    truncation=truncation,
+                    group=group,
+                    **_generator_arguments(entry, _BLOCK_NAMES),
+                )
+                for number, entry in enumerate(cfgs_mask)
+            ]
+        )
+
+
+class RandomTubeMaskCollator(GeneratorCollator):
+    """Random tube masks, one pair of mask sets for each entry of `cfgs_mask`.
+
+    An entry has the published key `ratio`, the share of the frame that is masked (0.9 without it); an unknown key
+    raises. Draws depend on (seed, step, global slot, set number) only.
+    """
+
+    def __init__(
+        self,
+        cfgs_mask: Sequence[Mapping[str, Any]],
+        crop_size: int | Sequence[int] = (224, 224),
+        num_frames: int = 16,
+        patch_size: int | Sequence[int] = (16, 16),
+        tubelet_size: int = 2,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            [
+                RandomTubeMaskGenerator(
+                    crop_size=crop_size,
+                    num_frames=num_frames,
+                    spatial_patch_size=patch_size,
+                    temporal_patch_size=tubelet_size,
+                    seed=seed,
+                    set_number=number,
+                    **_generator_arguments(entry, _TUBE_NAMES),
+                )
+                for number, entry in enumerate(cfgs_mask)
+            ]
+        )
+
+
+_BLOCK_NAMES = {
     "spatial_scale": "spatial_pred_mask_scale",
     "temporal_scale": "temporal_pred_mask_scale",
     "aspect_ratio": "aspect_ratio",
@@ -86,10 +136,11 @@ _NAMES = {
     "max_temporal_keep": "max_context_frames_ratio",
     "max_keep": "max_keep",
 }
+_TUBE_NAMES = {"ratio": "ratio"}
 
 
-def _generator_arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = set(entry) - set(_NAMES)
+def _generator_arguments(entry: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    unknown = set(entry) - set(names)
     if unknown:
-        raise ValueError(f"unknown mask setting {sorted(unknown)[0]!r}, expected one of {', '.join(_NAMES)}")
-    return {_NAMES[key]: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        raise ValueError(f"unknown mask setting {sorted(unknown)[0]!r}, expected one of {', '.join(names)}")
+    return {names[key]: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}

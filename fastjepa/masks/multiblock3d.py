@@ -12,19 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastjepa.masks.grid import token_grid
 from fastjepa.masks.tokens import Ragged, TokenSet
 from fastjepa.streams import Purpose, stream
 
 Truncation = Literal["group", "none", "random"]
 Range = tuple[float, float]
+Extent = tuple[int, int, int]
 MAX_REDRAWS = 1000
 # Construction asks this many clips to find a context in this many draws: settings that pass do so with a chance of
 # more than 2 % a draw, so that a run never exhausts MAX_REDRAWS (odds of 2e-9 a clip).
 REHEARSED_CLIPS, REHEARSED_DRAWS = 20, 50
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class MultiBlockMaskGenerator:
@@ -56,9 +54,8 @@ class MultiBlockMaskGenerator:
         truncation: Truncation = "group",
         group: int | None = None,
     ) -> None:
-        crop, patch = _pair(crop_size), _pair(spatial_patch_size)
-        self.height, self.width = crop[0] // patch[0], crop[1] // patch[1]
-        self.duration = num_frames // temporal_patch_size
+        self.grid = token_grid(crop_size, num_frames, spatial_patch_size, temporal_patch_size)
+        self.duration, self.height, self.width = self.grid
         self.spatial_scale, self.temporal_scale = spatial_pred_mask_scale, temporal_pred_mask_scale
         self.aspect_ratio = aspect_ratio
         self.npred = npred
@@ -67,11 +64,6 @@ class MultiBlockMaskGenerator:
         self.seed, self.set_number = seed, set_number
         self.truncation, self.group = truncation, group
         self._refuse_the_impossible()
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """(time, rows, columns) in tokens."""
-        return self.duration, self.height, self.width
 
     def _block(self, time: float, area: float, aspect: float) -> tuple[int, int, int]:
         """Block extent from fractions of the duration and of the frame area, and an aspect ratio height / width."""
@@ -97,26 +89,38 @@ class MultiBlockMaskGenerator:
 
     def sample(self, step: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
         """(context, target) token numbers, ascending int64, of the clip at this global slot, before any cutting."""
-        return self._place(self.block_size(step), step, slot)
+        return self._drawn(self.block_size(step), step, slot)
 
-    def _place(
-        self, block: tuple[int, int, int], step: int, slot: int, draws: int = MAX_REDRAWS
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def draw_corners(self, block: Extent, rng: np.random.Generator) -> np.ndarray:
+        """(top, left, start) of every block: int64 [npred, 3], in tokens, uniform over where the block fits."""
         bt, bh, bw = block
+        tops = rng.integers(0, self.height - bh + 1, size=self.npred)
+        lefts = rng.integers(0, self.width - bw + 1, size=self.npred)
+        starts = rng.integers(0, self.duration - bt + 1, size=self.npred)
+        return np.stack([tops, lefts, starts], axis=1)
+
+    def place(self, block: Extent, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(context, target) token numbers, ascending int64, of blocks with these corners [npred, 3].
+
+        The context may come out empty.
+        """
+        bt, bh, bw = block
+        free = np.ones(self.grid, dtype=bool)
+        free[self.max_context_duration :] = False
+        for top, left, start in corners:
+            free[start : start + bt, top : top + bh, left : left + bw] = False
+        kept = free.ravel()
+        return np.flatnonzero(kept), np.flatnonzero(~kept)
+
+    def _drawn(self, block: Extent, step: int, slot: int, draws: int = MAX_REDRAWS) -> tuple[np.ndarray, np.ndarray]:
+        """The first draw of a clip's corners that leaves a context."""
         rng = stream(self.seed, Purpose.MASK, slot, step, self.set_number)
         for _ in range(draws):
-            free = np.ones(self.grid, dtype=bool)
-            free[self.max_context_duration :] = False
-            tops = rng.integers(0, self.height - bh + 1, size=self.npred)
-            lefts = rng.integers(0, self.width - bw + 1, size=self.npred)
-            starts = rng.integers(0, self.duration - bt + 1, size=self.npred)
-            for top, left, start in zip(tops, lefts, starts):
-                free[start : start + bt, top : top + bh, left : left + bw] = False
-            if free.any():
-                kept = free.ravel()
-                return np.flatnonzero(kept), np.flatnonzero(~kept)
+            context, target = self.place(block, self.draw_corners(block, rng))
+            if len(context):
+                return context, target
         raise RuntimeError(
-            f"{self.npred} blocks of {bt}x{bh}x{bw} tokens left no context on a grid of "
+            f"{self.npred} blocks of {'x'.join(map(str, block))} tokens left no context on a grid of "
             f"{'x'.join(map(str, self.grid))} in {draws} draws: lower num_blocks or spatial_scale"
         )
 
@@ -128,12 +132,12 @@ class MultiBlockMaskGenerator:
         """
         block = self.block_size(step)
         if self.truncation == "none":
-            pairs = [self._place(block, step, slot) for slot in slots]
+            pairs = [self._drawn(block, step, slot) for slot in slots]
             return _ragged([context[: self.max_keep] for context, _ in pairs]), _ragged([target for _, target in pairs])
         context: list[np.ndarray] = []
         target: list[np.ndarray] = []
         for members, wanted in self._groups(slots):
-            placed = {slot: self._place(block, step, slot) for slot in members}
+            placed = {slot: self._drawn(block, step, slot) for slot in members}
             for side, kept, limit in ((0, context, self.max_keep), (1, target, None)):
                 keep = min(len(pair[side]) for pair in placed.values())
                 keep = keep if limit is None else min(keep, limit)
@@ -158,8 +162,6 @@ class MultiBlockMaskGenerator:
 
     def _refuse_the_impossible(self) -> None:
         grid = "x".join(map(str, self.grid))
-        if min(self.grid) < 1:
-            raise ValueError(f"a {grid} grid has no token to mask: the clip is smaller than one patch or tubelet")
         for name, (low, high) in (
             ("spatial_scale", self.spatial_scale),
             ("temporal_scale", self.temporal_scale),
@@ -193,7 +195,7 @@ class MultiBlockMaskGenerator:
         try:
             for block in sorted(largest):
                 for slot in range(REHEARSED_CLIPS):
-                    self._place(block, 0, slot, REHEARSED_DRAWS)
+                    self._drawn(block, 0, slot, REHEARSED_DRAWS)
         except RuntimeError as error:
             raise ValueError(str(error)) from None
 

@@ -4,7 +4,7 @@ import torch
 
 from fastjepa.config import Settings
 from fastjepa.data.dataset import ClipDataset, Reader
-from fastjepa.data.sampling import ClipPlan
+from fastjepa.data.sampling import Augmentation, ClipPlan
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
 from fastjepa.masks import MaskCollator
@@ -62,7 +62,8 @@ def build_dataset(s: Settings, videos: Videos) -> ClipDataset:
     """The clip of every slot."""
     d = s.data
     reader = Reader(videos.paths, d.tubelet, int(d.cache_gb * 1e9))
-    plan = ClipPlan(s.optim.seed, videos.train, d.frames, d.stride, d.scale, d.aspect, d.flip)
+    augmentation = Augmentation(d.motion_shift, d.erase, d.auto_augment, d.crop)
+    plan = ClipPlan(s.optim.seed, videos.train, d.frames, d.stride, d.scale, d.aspect, d.flip, augmentation)
     return ClipDataset(reader, plan, d.crop)
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from fastjepa.data.badfiles import TooManyBadFiles
 from fastjepa.data.decode import VideoError, VideoInfo, probe, read_frames
 from fastjepa.data.sampling import ClipDraw, ClipPlan
-from fastjepa.data.transforms import cut
+from fastjepa.data.transforms import transform
 
 RANDOM_REPLACEMENTS = 16
 INFOS_KEPT = 20_000
@@ -93,7 +93,7 @@ class ClipDataset(Dataset[Sample]):
             except VideoError as error:
                 bad.append((self.reader.paths[video], str(error)))
                 continue
-            return Sample(cut(frames, draw.box, draw.flip, self.crop), slot, bad)
+            return Sample(transform(frames, draw, self.crop), slot, bad)
         reasons = Counter(reason for _, reason in bad).most_common(3)
         shown = "; ".join(f"{count} times: {reason}" for reason, count in reasons)
         raise TooManyBadFiles(

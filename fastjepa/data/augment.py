@@ -87,6 +87,12 @@ def _rotate(image: Image.Image, degrees: float) -> Image.Image:
     return image.rotate(degrees, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
+def _posterize(image: Image.Image, bits: float) -> Image.Image:
+    # Pillow's own refuses 0 bits, which a magnitude of 10 asks for.
+    step = 1 << (8 - int(bits))
+    return image.point([value // step * step for value in range(256)] * 3)
+
+
 def _solarize_add(image: Image.Image, addition: float) -> Image.Image:
     table = [min(255, value + int(addition)) if value < BRIGHT else value for value in range(256)]
     return image.point(table * 3)
@@ -97,7 +103,7 @@ _PIXELS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "equalize": lambda image, _: ImageOps.equalize(image),
     "invert": lambda image, _: ImageOps.invert(image),
     "rotate": _rotate,
-    "posterize": lambda image, bits: ImageOps.posterize(image, int(bits)),
+    "posterize": _posterize,
     "solarize": lambda image, threshold: ImageOps.solarize(image, int(threshold)),
     "solarize_add": _solarize_add,
     "color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),

@@ -53,12 +53,13 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     left, right, left_weight, right_weight = _taps(frames.shape[2], width)
     top, bottom, top_weight, bottom_weight = _taps(frames.shape[1], height)
-    total = np.int32(2)
-    for lines, weight in ((top, top_weight), (bottom, bottom_weight)):
+
+    def weighted(lines: np.ndarray, weight: np.ndarray) -> np.ndarray:
         used = frames[:, lines]  # of a large picture less than half
         row = used.take(left, 2) * left_weight[:, None] + used.take(right, 2) * right_weight[:, None]
-        total = total + ((row >> 4) * weight[:, None, None] >> 16)
-    return (total >> 2).astype(np.uint8)
+        return (row >> 4) * weight[:, None, None] >> 16
+
+    return (weighted(top, top_weight) + weighted(bottom, bottom_weight) + 2 >> 2).astype(np.uint8)
 
 
 def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

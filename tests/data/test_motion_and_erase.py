@@ -12,7 +12,7 @@ from fastjepa import configfile
 from fastjepa.build import build_dataset, build_masks
 from fastjepa.data.augment import Op, augment
 from fastjepa.data.loader import make_loader, running
-from fastjepa.data.sampling import Augmentation, Box, ClipDraw, ClipPlan, Erase, random_erase, shifted_boxes
+from fastjepa.data.sampling import Augmentation, Box, ClipDraw, ClipPlan, Erase, random_box, random_erase, shifted_boxes
 from fastjepa.data.source import open_videos
 from fastjepa.data.transforms import MEAN, STD, cut, transform
 from fastjepa.exits import Exit
@@ -77,6 +77,13 @@ def test_none_moves_the_draws_of_another(name):
         together, single = plan(ALL).clip(slot, 100, 48, 64), plan(alone).clip(slot, 100, 48, 64)
         assert {n for n in ("end_box", "erase", "augment") if getattr(single, n) is not None} <= {name}
         assert _plain(getattr(single, name)) == _plain(getattr(together, name))
+
+
+def test_box_and_noise_come_from_streams_of_their_own():
+    for slot in range(12):
+        draw = plan(ALL).clip(slot, 100, 48, 64)
+        assert draw.end_box == random_box(48, 64, (0.3, 1.0), (0.75, 1.35), stream(1, Purpose.MOTION, slot))
+        assert _plain(draw.erase) == _plain(random_erase(0.5, 24, 4, stream(1, Purpose.ERASE, slot)))
 
 
 def _plain(value):
@@ -159,8 +166,8 @@ def test_areas_and_shapes_are_those_of_boxes_drawn_until_one_fits():
     assert np.abs(got[1]).max() > 1.1
     places = np.array([[b.top / (size - b.height), b.left / (size - b.width)] for b in boxes])
     assert (np.abs(places.mean(0) - 0.5) < 4 * (1 / 12 / count) ** 0.5).all()
-    assert places.min() == 0
-    assert places.max() == 1
+    assert places.min(0).tolist() == [0, 0]
+    assert places.max(0).tolist() == [1, 1]
 
 
 def test_where_no_box_fits_a_hundred_are_tried_and_nothing_is_erased():

@@ -6,7 +6,7 @@ import torch
 
 from fastjepa.config import Settings
 from fastjepa.data.dataset import ClipDataset, Reader
-from fastjepa.data.sampling import ClipPlan
+from fastjepa.data.sampling import Augmentation, ClipPlan
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, MaskCollator, RandomTubeMaskCollator
@@ -73,6 +73,7 @@ def build_dataset(s: Settings, videos: Videos) -> ClipDataset:
         d.scale,
         d.aspect,
         d.flip,
+        Augmentation(d.motion_shift, d.erase, d.auto_augment, d.crop),
         clips_per_video=d.clips_per_video,
         duration=d.duration,
     )

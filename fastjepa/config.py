@@ -120,6 +120,9 @@ class Data(Section):
     scale: Pair = setting((0.3, 1.0), "area of the random crop as a share of the frame: [low, high]")
     aspect: Pair = setting((0.75, 1.35), "aspect ratio of the random crop: [low, high]")
     flip: bool = setting(True, "mirror half of the clips")
+    motion_shift: bool = setting(False, "the crop moves during the clip, from one random box to another")
+    erase: float = setting(0.0, "share of the clips in which a random box is replaced by noise", ge=0, le=1)
+    auto_augment: bool = setting(False, "RandAugment (m7-n4-mstd0.5-inc1) on the decoded frames: colours and geometry")
     batch_size: Literal["auto"] | Count = setting("auto", "clips of one forward pass; auto fits the memory", "free")
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = setting(
         "auto", "loader processes; 0 decodes in the training process", "free"

@@ -19,6 +19,9 @@ class Purpose(IntEnum):
     MASK_CUT = 5
     NOISE = 6
     PROBE = 7
+    MOTION = 8
+    AUGMENT = 9
+    ERASE = 10
 
 
 def stream(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from fastjepa.data.badfiles import TooManyBadFiles
 from fastjepa.data.decode import VideoError, VideoInfo, probe, read_frames
 from fastjepa.data.sampling import ClipDraw, ClipPlan
-from fastjepa.data.transforms import cut
+from fastjepa.data.transforms import transform
 
 RANDOM_REPLACEMENTS = 16
 INFOS_KEPT = 20_000
@@ -123,7 +123,7 @@ class ClipDataset(Dataset[Sample]):
                 bad.append((self.reader.paths[video], str(error)))
                 continue
             parts = np.split(frames, clips)
-            cuts = [cut(part, draw.box, draw.flip, self.crop) for part, draw in zip(parts, draws)]
+            cuts = [transform(part, draw, self.crop) for part, draw in zip(parts, draws)]
             return Sample(cuts, slot, bad, short)
         raise TooManyBadFiles(self._nothing_left(bad, short))
 

@@ -4,16 +4,20 @@ A slot is a number that counts all clips of a run from 0; the position in the da
 several clips, its video slot counts the videos: slot // clips_per_video.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 from math import exp, log
 from typing import Literal
 
 import numpy as np
 
+from fastjepa.data.augment import Op, draw_ops
 from fastjepa.streams import Purpose, stream
 
 CROP_TRIES = 10
+# Random erasing: tries, area as a share of the picture, aspect ratio (33.3 % and 3.33 are these numbers, rounded).
+ERASE_TRIES = 100
+ERASE_AREA, ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,41 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Erase:
+    """What stands in a box of the finished clip instead of the picture: float32 [3, T, height, width]."""
+
+    box: Box
+    noise: np.ndarray
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which draws there are beside crop and flip; none in the published pretraining.
+
+    `motion_shift`: the crop box moves to a second one. `erase`: probability of random erasing; `crop` is the side of
+    the clip that it needs to know. `auto_augment`: RandAugment on the decoded frames.
+    """
+
+    motion_shift: bool = False
+    erase: float = 0.0
+    auto_augment: bool = False
+    crop: int = 0
+
+
+@dataclass(frozen=True)
 class ClipDraw:
-    """What is cut out of one video: frame numbers int64 [T], crop box, mirrored or not."""
+    """What is cut out of one video: frame numbers int64 [T], crop box, mirrored or not.
+
+    `end_box`: where the box has moved to in the last frame. `augment`: operations on the decoded frames; None leaves
+    the pixels on their 0..255 scale, an empty tuple does not.
+    """
 
     frames: np.ndarray
     box: Box
     flip: bool
+    end_box: Box | None = None
+    erase: Erase | None = None
+    augment: tuple[Op, ...] | None = None
 
 
 class ClipPlan:
@@ -53,6 +86,7 @@ class ClipPlan:
         scale: tuple[float, float],
         aspect: tuple[float, float],
         flip: bool,
+        augmentation: Augmentation = Augmentation(),
         *,
         clips_per_video: int = 1,
         duration: float | None = None,
@@ -60,6 +94,7 @@ class ClipPlan:
         self.seed, self.videos = seed, videos
         self.frames, self.stride, self.duration = frames, stride, duration
         self.scale, self.aspect, self.flip = scale, aspect, flip
+        self.augmentation = augmentation
         self.clips_per_video = clips_per_video
         self._pass: tuple[int, np.ndarray] | None = None
 
@@ -85,7 +120,21 @@ class ClipPlan:
         number, clips = slot % self.clips_per_video, self.clips_per_video
         frames = clip_frames(length, self.frames, stride, rng, clip=number, clips=clips)
         box = random_box(height, width, self.scale, self.aspect, rng)
-        return ClipDraw(frames, box, bool(self.flip and rng.random() < 0.5))
+        flip = bool(self.flip and rng.random() < 0.5)
+        return ClipDraw(frames, box, flip, *self._augmentation(height, width, slot))
+
+    def _augmentation(
+        self, height: int, width: int, *counters: int
+    ) -> tuple[Box | None, Erase | None, tuple[Op, ...] | None]:
+        """Second box, erasing and operations: from streams of their own, so that none moves the draws of another."""
+        a, end_box, erase, ops = self.augmentation, None, None, None
+        if a.motion_shift:
+            end_box = random_box(height, width, self.scale, self.aspect, stream(self.seed, Purpose.MOTION, *counters))
+        if a.erase:
+            erase = random_erase(a.erase, a.crop, self.frames, stream(self.seed, Purpose.ERASE, *counters))
+        if a.auto_augment:
+            ops = draw_ops(stream(self.seed, Purpose.AUGMENT, *counters))
+        return end_box, erase, ops
 
 
 def clip_stride(frames: int, stride: int, duration: float | None, rate: Fraction | float | None) -> int:
@@ -178,6 +227,34 @@ def random_box(
     elif width / height > aspect[1]:
         w = max(1, min(width, round(height * aspect[1])))
     return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def shifted_boxes(first: Box, last: Box, frames: int) -> list[Box]:
+    """The box of every frame, moving linearly from `first` to `last`, in pixels rounded down."""
+    if frames == 1:
+        return [first]
+    start, end = np.array(astuple(first)), np.array(astuple(last))
+    step = np.arange(frames)[:, None]
+    # In whole numbers: a place that is one exactly must not fall below it by rounding.
+    return [Box(*row) for row in ((start * (frames - 1 - step) + end * step) // (frames - 1)).tolist()]
+
+
+def random_erase(share: float, size: int, frames: int, rng: np.random.Generator) -> Erase | None:
+    """Noise N(0, 1) for a random box of a clip of `size` x `size` pixels, for `share` of all draws.
+
+    The box is that of all frames; each frame, pixel and channel has noise of its own. None too where a hundred boxes do
+    not lie strictly inside. Source: Random Erasing (arXiv 1708.04896), pixel mode, as in the published transform.
+    """
+    if rng.random() >= share:
+        return None
+    for _ in range(ERASE_TRIES):
+        area = size * size * rng.uniform(*ERASE_AREA)
+        ratio = exp(rng.uniform(log(ERASE_ASPECT[0]), log(ERASE_ASPECT[1])))
+        h, w = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < h < size and 0 < w < size:
+            box = Box(int(rng.integers(0, size - h + 1)), int(rng.integers(0, size - w + 1)), h, w)
+            return Erase(box, rng.standard_normal((3, frames, h, w), dtype=np.float32))
+    return None
 
 
 def central_box(height: int, width: int) -> Box:

@@ -98,7 +98,7 @@ def test_the_target_encoder_is_probed_beside_the_weights_that_the_run_began_with
 
 
 def test_a_probe_of_a_real_model_changes_nothing_in_it(videos, run_log, monkeypatch):
-    monkeypatch.setattr(probe, "_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
+    monkeypatch.setattr(probe.features, "coarse_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
     s = settings()
     jepa = build_jepa(s)
     before = {name: value.clone() for name, value in jepa.state_dict().items()}

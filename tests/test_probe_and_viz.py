@@ -88,14 +88,14 @@ def test_the_penalty_is_chosen_on_validation_and_reported_on_test(monkeypatch):
         weight[list(right).index(penalty), 1] = 1.0
         return weight, torch.zeros(2, dtype=torch.float64)
 
-    monkeypatch.setattr(probe, "_softmax_regression", fixed)
-    assert list(right) == list(probe.PENALTIES)
+    monkeypatch.setattr(probe.linear, "softmax_regression", fixed)
+    assert list(right) == list(probe.linear.PENALTIES)
     assert linear_accuracy(features, labels, split(10, 10, 10), 2) == 0.4
 
 
 def test_a_larger_penalty_gives_smaller_weights():
     features, labels = clusters(100, spread=1.0)
-    norms = [probe._softmax_regression(features, labels, 4, p)[0].norm().item() for p in probe.PENALTIES]
+    norms = [probe.linear.softmax_regression(features, labels, 4, p)[0].norm().item() for p in probe.linear.PENALTIES]
     assert all(large > 1.2 * small for large, small in pairwise(norms))
 
 
@@ -131,7 +131,8 @@ def videos(tmp_path_factory):
 def knowing(videos):
     """Features that name motion and shape of a clip, known by its pixels; the tokens differ, their mean counts."""
     known = {}
-    for numbers, clips in probe._clips(np.arange(len(videos.paths)), Reader(videos.paths, 2), CUT):
+    everything = {"all": np.arange(len(videos.paths))}
+    for numbers, clips in probe.features.read_clips(everything, Reader(videos.paths, 2), CUT, go_on):
         known.update({clip.numpy().tobytes(): number for number, clip in zip(numbers, clips)})
     assert len(known) == 48
     names = np.concatenate([np.eye(len(t.classes))[t.labels] for t in videos.tasks.values()], axis=1)
@@ -151,7 +152,7 @@ def ignorant(clips):
 @pytest.fixture
 def few_pixels(monkeypatch):
     """The baseline on pixels takes most of the time, and most tests do not look at it."""
-    monkeypatch.setattr(probe, "_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
+    monkeypatch.setattr(probe.features, "coarse_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
 
 
 def test_features_that_know_beat_features_that_do_not(videos, knowing):
@@ -175,7 +176,8 @@ def test_the_two_encoders_are_not_exchanged(videos, knowing, few_pixels):
 def test_the_clip_is_the_middle_of_the_video_and_the_centre_of_the_frame(videos):
     reader = Reader(videos.paths, 2)
     shape = Cut(frames=4, stride=2, crop=24)
-    numbers, clips = next(probe._clips(np.arange(len(videos.paths)), reader, shape))
+    everything = {"all": np.arange(len(videos.paths))}
+    numbers, clips = next(probe.features.read_clips(everything, reader, shape, go_on))
     assert numbers == list(range(16))
     frames = clip_frames(10, 4, 2, rng=None)
     assert frames.tolist() == [1, 3, 6, 8]
@@ -184,8 +186,8 @@ def test_the_clip_is_the_middle_of_the_video_and_the_centre_of_the_frame(videos)
 
 def test_pixels_are_a_coarse_copy_of_the_clip():
     clips = torch.arange(2 * 3.0).view(2, 3, 1, 1, 1).expand(2, 3, 8, 24, 24)
-    assert torch.equal(probe._pixels(clips), clips[:, :, :4, :12, :12].flatten(1))
-    assert probe._pixels(clips[:, :, :2]).shape == (2, 3 * 2 * 12 * 12)
+    assert torch.equal(probe.features.coarse_pixels(clips), clips[:, :, :4, :12, :12].flatten(1))
+    assert probe.features.coarse_pixels(clips[:, :, :2]).shape == (2, 3 * 2 * 12 * 12)
 
 
 def test_unreadable_videos_are_left_out_and_the_others_keep_their_labels(videos, knowing, few_pixels, tmp_path):

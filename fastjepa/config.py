@@ -190,8 +190,11 @@ class Eval(Section):
     """Evaluation of the features during and after the run."""
 
     every: int = setting(0, "steps between two probes; 0 probes at the end only", "free", ge=0)
-    probe: Literal["auto", "linear", "none"] = setting(
-        "auto", "linear probe on pooled target features; auto probes where the data has labels", "free"
+    probe: Literal["auto", "linear", "attentive", "none"] = setting(
+        "auto",
+        "what classifies target features: linear on their mean, attentive on all tokens (slower); auto is linear where "
+        "the data has labels",
+        "free",
     )
 
 

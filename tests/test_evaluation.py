@@ -47,16 +47,18 @@ def said(run_log: RunLog) -> list[str]:
 def test_labels_are_probed_unless_that_is_switched_off(videos):
     assert should_probe(settings("auto"), videos) == (True, "")
     assert should_probe(settings("linear"), videos) == (True, "")
+    assert should_probe(settings("attentive"), videos) == (True, "")
     assert should_probe(settings("none"), videos) == (False, "")
 
 
-def test_without_labels_auto_says_why_not_and_linear_is_refused(videos):
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_without_labels_auto_says_why_not_and_a_given_probe_is_refused(videos, kind):
     unlabelled = replace(videos, tasks={}, splits={})
     wanted, why_not = should_probe(settings("auto"), unlabelled)
     assert not wanted
     assert "no labels" in why_not
-    with pytest.raises(ValueError, match=r"^eval\.probe: linear needs labels, and data\.path has none"):
-        should_probe(settings("linear"), unlabelled)
+    with pytest.raises(ValueError, match=rf"^eval\.probe: {kind} needs labels, and data\.path has none"):
+        should_probe(settings(kind), unlabelled)
     assert should_probe(settings("none"), unlabelled) == (False, "")
 
 

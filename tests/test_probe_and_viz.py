@@ -240,9 +240,10 @@ def test_chance_is_the_majority_class_of_train_on_test(videos, knowing, few_pixe
 RESULTS = [Accuracy("motion", 0.9, 0.25, 0.125, 0.1, 480), Accuracy("shape", 1.0, 0.3, 0.2, 1 / 6, 480)]
 
 
-def test_the_table_has_a_line_a_task_in_columns():
-    head, *lines = probe.table(RESULTS)
-    assert head.split() == ["linear", "probe", "trained", "untrained", "pixels", "chance", "test", "videos"]
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_the_table_has_a_line_a_task_in_columns(kind):
+    head, *lines = probe.table(RESULTS, kind)
+    assert head.split() == [kind, "probe", "trained", "untrained", "pixels", "chance", "test", "videos"]
     assert [line.split() for line in lines] == [
         ["motion", "90.0%", "25.0%", "12.5%", "10.0%", "480"],
         ["shape", "100.0%", "30.0%", "20.0%", "16.7%", "480"],

@@ -13,6 +13,8 @@ from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog, read_metrics
 from fastjepa.models import VisionTransformer
 
+CLIPS_SHOWN = 4
+
 
 def should_probe(s: Settings, videos: Videos) -> tuple[bool, str]:
     """(whether features are probed, why not). Errors: ValueError where a probe is asked for that needs labels."""
@@ -60,11 +62,14 @@ def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, s
 
 
 def draw_pictures(s: Settings, videos: Videos, log: RunLog) -> None:
-    """viz/loss.png and viz/masks.png."""
+    """viz/loss.png, viz/clips.png and viz/masks.png: the curves so far, and the first clips with the first masks."""
     rows = read_metrics(log.folder)
     if rows:
         viz.loss_curve(rows, log.folder / "viz" / "loss.png")
-    sample = build_dataset(s, videos)[0]
+    dataset = build_dataset(s, videos)
+    clips = [dataset[slot].clip for slot in range(min(CLIPS_SHOWN, s.optim.global_batch))]
+    titles = [f"clip {slot}" for slot in range(len(clips))]
+    viz.clip_picture(clips, titles, s.data.tubelet, log.folder / "viz" / "clips.png")
     context, target = build_masks(s).draw(0, [0])
-    viz.mask_picture(sample.clip, context, target, s.data.tubelet, s.data.patch, log.folder / "viz" / "masks.png")
+    viz.mask_picture(clips[0], context, target, s.data.tubelet, s.data.patch, log.folder / "viz" / "masks.png")
     log.say(f"pictures   {log.folder / 'viz'}: " + ", ".join(p.name for p in sorted((log.folder / "viz").iterdir())))

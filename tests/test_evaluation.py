@@ -127,24 +127,29 @@ def test_a_request_to_stop_ends_it_without_a_result(videos, run_log):
 # Pictures
 
 
-def test_both_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch):
+def test_the_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch):
     s = settings()
-    drawn = []
-    mask_picture = evaluation.viz.mask_picture
+    drawn, clips = [], []
+    mask_picture, clip_picture = evaluation.viz.mask_picture, evaluation.viz.clip_picture
 
     def watched(*arguments):
         drawn.append(arguments)
         mask_picture(*arguments)
 
     monkeypatch.setattr(evaluation.viz, "mask_picture", watched)
+    monkeypatch.setattr(evaluation.viz, "clip_picture", lambda *a: clips.append(a) or clip_picture(*a))
     run_log.metrics({"step": 1, "loss": 0.5, "loss_ratio": float("nan"), "rank": 3.0})
     draw_pictures(s, videos, run_log)
     viz = run_log.folder / "viz"
-    assert sorted(p.name for p in viz.iterdir()) == ["loss.png", "masks.png"]
+    assert sorted(p.name for p in viz.iterdir()) == ["clips.png", "loss.png", "masks.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in viz.iterdir())
-    assert said(run_log) == [f"pictures   {viz}: loss.png, masks.png"]
+    assert said(run_log) == [f"pictures   {viz}: clips.png, loss.png, masks.png"]
     ((clip, context, target, tubelet, patch, _),) = drawn
     assert torch.equal(clip, build_dataset(s, videos)[0].clip)
+    ((shown, titles, clip_tubelet, _),) = clips
+    assert titles == ["clip 0", "clip 1", "clip 2", "clip 3"]
+    assert all(torch.equal(have, build_dataset(s, videos)[slot].clip) for slot, have in enumerate(shown))
+    assert clip_tubelet == 2
     wanted = build_masks(s).draw(0, [0])
     assert all(torch.equal(a, b) for have, want in zip((context, target), wanted) for a, b in zip(have, want))
     assert (tubelet, patch) == (2, 8)
@@ -152,4 +157,4 @@ def test_both_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch)
 
 def test_a_run_without_rows_has_no_loss_curve(videos, run_log):
     draw_pictures(settings(), videos, run_log)
-    assert [p.name for p in (run_log.folder / "viz").iterdir()] == ["masks.png"]
+    assert sorted(p.name for p in (run_log.folder / "viz").iterdir()) == ["clips.png", "masks.png"]

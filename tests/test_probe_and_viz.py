@@ -328,6 +328,26 @@ def test_the_picture_shows_kept_tokens_and_darkens_the_others(kind, tmp_path, mo
         assert 400 < picture.height < 2000
 
 
+def test_the_clip_picture_shows_frames_with_the_normalisation_undone(tmp_path, monkeypatch):
+    drawn = []
+    imshow = matplotlib.axes.Axes.imshow
+
+    def watched(axes, image, **options):
+        drawn.append(image)
+        return imshow(axes, image, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", watched)
+    pixels = torch.rand(3, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "viz" / "clips.png"
+    viz.clip_picture([normalise(clip * 255) for clip in pixels], ["a", "b", "c"], 2, path)
+    assert len(drawn) == 3 * 3
+    for place, image in enumerate(drawn):
+        want = pixels[place // 3][:, 2 * (place % 3)].permute(1, 2, 0).numpy()
+        assert np.allclose(image, want, atol=1e-5)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+
+
 NULLS = {"loss": None, "loss_ratio": None, "rank": None}
 
 

@@ -198,7 +198,7 @@ class Log(Section):
 
     folder: str = setting("runs", "root of the run folders", "free", min_length=1)
     every: Count = setting(10, "steps between two lines of the log", "free")
-    images: bool = setting(True, "draw the loss curve and the masks at the end", "free")
+    images: bool = setting(True, "draw the loss curve, some clips and the masks at the end", "free")
     tensorboard: bool = setting(False, "write TensorBoard events too (extra `log`)", "free")
     wandb: bool = setting(False, "log to Weights & Biases too (extra `log`)", "free")
 
@@ -214,8 +214,11 @@ class Eval(Section):
     """Evaluation of the features during and after the run."""
 
     every: int = setting(0, "steps between two probes; 0 probes at the end only", "free", ge=0)
-    probe: Literal["auto", "linear", "none"] = setting(
-        "auto", "linear probe on pooled target features; auto probes where the data has labels", "free"
+    probe: Literal["auto", "linear", "attentive", "none"] = setting(
+        "auto",
+        "what classifies target features: linear on their mean, attentive on all tokens (slower); auto is linear where "
+        "the data has labels",
+        "free",
     )
 
 

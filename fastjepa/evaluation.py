@@ -1,6 +1,7 @@
 """Once in a while, and at the end: probe the features and draw the pictures."""
 
 from collections.abc import Callable
+from math import ceil
 
 import torch
 
@@ -11,6 +12,9 @@ from fastjepa.data.dataset import Reader
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog, read_metrics
+from fastjepa.models import VisionTransformer
+
+CLIPS_SHOWN = 4
 
 
 def should_probe(s: Settings, videos: Videos) -> tuple[bool, str]:
@@ -18,8 +22,10 @@ def should_probe(s: Settings, videos: Videos) -> tuple[bool, str]:
     if s.eval.probe == "none":
         return False, ""
     if not videos.tasks:
-        if s.eval.probe == "linear":
-            raise ValueError("eval.probe: linear needs labels, and data.path has none (a list file can carry them)")
+        if s.eval.probe != "auto":
+            raise ValueError(
+                f"eval.probe: {s.eval.probe} needs labels, and data.path has none (a list file can carry them)"
+            )
         return False, "no probe: the videos have no labels"
     return True, ""
 
@@ -29,28 +35,44 @@ def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, s
     log.say(f"probing the features of step {step} ...")
     device = next(jepa.parameters()).device
     training = jepa.training
-    random_state = torch.get_rng_state()
-    untrained = build_jepa(s).target_encoder.to(device).eval()
-    torch.set_rng_state(random_state)
+    # Weights are drawn on the CPU, but torch.manual_seed moves the generator of the GPU too.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        untrained = build_jepa(s).target_encoder.to(device).eval()
     need_rate = s.data.duration is not None
     reader = Reader(videos.paths, s.data.tubelet, need_rate=need_rate)  # without a cache: every video is read once
     shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop, s.data.duration)
-    results = probe.probe(jepa.target_encoder.eval(), untrained, videos, reader, shape, stopped)
+    trained = jepa.target_encoder.eval()
+    kind = "attentive" if s.eval.probe == "attentive" else "linear"
+    if kind == "attentive":
+        assert isinstance(trained, VisionTransformer)
+        most = probe.most_clips(trained.num_patches, trained.embed_dim, log.folder)
+        if most < len(videos.paths) and most < probe.MOST_VIDEOS:
+            log.say(f"probe of only {most} videos: the tokens of more do not fit in {log.folder} (or in 16 GB)")
+        results = probe.attentive_probe(
+            trained, untrained, videos, reader, shape, stopped,
+            heads=trained.num_heads, seed=s.optim.seed, folder=log.folder, most=most,
+        )  # fmt: skip
+    else:
+        results = probe.probe(trained, untrained, videos, reader, shape, stopped)
     jepa.train(training)
     if not results:
         log.say("no probe: too few of the labelled videos can be read")
         return
-    probe.write(results, step, log.folder / "probe")
-    for line in probe.table(results):
+    probe.write(results, step, log.folder / "probe", kind)
+    for line in probe.table(results, kind):
         log.say(line)
 
 
 def draw_pictures(s: Settings, videos: Videos, log: RunLog) -> None:
-    """viz/loss.png and viz/masks.png."""
+    """viz/loss.png, viz/clips.png and viz/masks.png: the curves so far, and the first clips with the first masks."""
     rows = read_metrics(log.folder)
     if rows:
         viz.loss_curve(rows, log.folder / "viz" / "loss.png")
-    sample = build_dataset(s, videos)[0]
+    dataset = build_dataset(s, videos)
+    shown = min(CLIPS_SHOWN, s.optim.global_batch)
+    clips = [clip for slot in range(ceil(shown / s.data.clips_per_video)) for clip in dataset[slot].clips][:shown]
+    titles = [f"clip {slot}" for slot in range(len(clips))]
+    viz.clip_picture(clips, titles, s.data.tubelet, log.folder / "viz" / "clips.png")
     context, target = build_masks(s).draw(0, [0])
-    viz.mask_picture(sample.clip, context, target, s.data.tubelet, s.data.patch, log.folder / "viz" / "masks.png")
+    viz.mask_picture(clips[0], context, target, s.data.tubelet, s.data.patch, log.folder / "viz" / "masks.png")
     log.say(f"pictures   {log.folder / 'viz'}: " + ", ".join(p.name for p in sorted((log.folder / "viz").iterdir())))

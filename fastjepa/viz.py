@@ -1,5 +1,6 @@
-"""Pictures of a run: the loss curve, and what the masks hide."""
+"""Pictures of a run: the loss curve, the clips that are trained on, and what the masks hide."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,26 @@ def mask_picture(
             ax.imshow(frames[slot] * shown + (1 - shown) * (0.12 + 0.18 * tint), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(title, color=colour, fontsize=9)
+    for slot, ax in enumerate(axes[0]):
+        ax.set_title(f"frame {slot * tubelet}", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def clip_picture(clips: Sequence[Tensor], titles: Sequence[str], tubelet: int, path: Path) -> None:
+    """Clips as the network sees them, a row each and a column a token slot in time, as a PNG.
+
+    `clips` are normalised float32 [C, T, H, W] of one shape and are shown with the normalisation undone.
+    """
+    shown = [_pixels(clip)[::tubelet] for clip in clips]
+    slots = len(shown[0])
+    figure = Figure(figsize=(1.1 * slots + 0.8, 1.15 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), slots, squeeze=False)
+    for title, frames, line in zip(titles, shown, axes):
+        for frame, ax in zip(frames, line):
+            ax.imshow(frame, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+        line[0].set_ylabel(title, color=GREY, fontsize=9)
     for slot, ax in enumerate(axes[0]):
         ax.set_title(f"frame {slot * tubelet}", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

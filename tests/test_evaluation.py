@@ -47,16 +47,18 @@ def said(run_log: RunLog) -> list[str]:
 def test_labels_are_probed_unless_that_is_switched_off(videos):
     assert should_probe(settings("auto"), videos) == (True, "")
     assert should_probe(settings("linear"), videos) == (True, "")
+    assert should_probe(settings("attentive"), videos) == (True, "")
     assert should_probe(settings("none"), videos) == (False, "")
 
 
-def test_without_labels_auto_says_why_not_and_linear_is_refused(videos):
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_without_labels_auto_says_why_not_and_a_given_probe_is_refused(videos, kind):
     unlabelled = replace(videos, tasks={}, splits={})
     wanted, why_not = should_probe(settings("auto"), unlabelled)
     assert not wanted
     assert "no labels" in why_not
-    with pytest.raises(ValueError, match=r"^eval\.probe: linear needs labels, and data\.path has none"):
-        should_probe(settings("linear"), unlabelled)
+    with pytest.raises(ValueError, match=rf"^eval\.probe: {kind} needs labels, and data\.path has none"):
+        should_probe(settings(kind), unlabelled)
     assert should_probe(settings("none"), unlabelled) == (False, "")
 
 
@@ -109,7 +111,7 @@ def test_the_probe_cuts_clips_of_the_duration_of_the_run(videos, run_log, monkey
 
 
 def test_a_probe_of_a_real_model_changes_nothing_in_it(videos, run_log, monkeypatch):
-    monkeypatch.setattr(probe, "_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
+    monkeypatch.setattr(probe.features, "coarse_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
     s = settings()
     jepa = build_jepa(s)
     before = {name: value.clone() for name, value in jepa.state_dict().items()}
@@ -136,26 +138,33 @@ def test_a_request_to_stop_ends_it_without_a_result(videos, run_log):
 # Pictures
 
 
-@pytest.mark.parametrize("clips", [1, 2])
-def test_both_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch, clips):
+@pytest.mark.parametrize("clips_per_video", [1, 2])
+def test_the_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch, clips_per_video):
     s = settings()
-    s = s.model_copy(update={"data": s.data.model_copy(update={"clips_per_video": clips})})
-    drawn = []
-    mask_picture = evaluation.viz.mask_picture
+    s = s.model_copy(update={"data": s.data.model_copy(update={"clips_per_video": clips_per_video})})
+    drawn, clips = [], []
+    mask_picture, clip_picture = evaluation.viz.mask_picture, evaluation.viz.clip_picture
 
     def watched(*arguments):
         drawn.append(arguments)
         mask_picture(*arguments)
 
     monkeypatch.setattr(evaluation.viz, "mask_picture", watched)
+    monkeypatch.setattr(evaluation.viz, "clip_picture", lambda *a: clips.append(a) or clip_picture(*a))
     run_log.metrics({"step": 1, "loss": 0.5, "loss_ratio": float("nan"), "rank": 3.0})
     draw_pictures(s, videos, run_log)
     viz = run_log.folder / "viz"
-    assert sorted(p.name for p in viz.iterdir()) == ["loss.png", "masks.png"]
+    assert sorted(p.name for p in viz.iterdir()) == ["clips.png", "loss.png", "masks.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in viz.iterdir())
-    assert said(run_log) == [f"pictures   {viz}: loss.png, masks.png"]
+    assert said(run_log) == [f"pictures   {viz}: clips.png, loss.png, masks.png"]
     ((clip, context, target, tubelet, patch, _),) = drawn
     assert torch.equal(clip, build_dataset(s, videos)[0].clip)
+    ((shown, titles, clip_tubelet, _),) = clips
+    assert titles == ["clip 0", "clip 1", "clip 2", "clip 3"]
+    for slot, have in enumerate(shown):
+        video, number = divmod(slot, clips_per_video)
+        assert torch.equal(have, build_dataset(s, videos)[video].clips[number])
+    assert clip_tubelet == 2
     wanted = build_masks(s).draw(0, [0])
     assert all(torch.equal(a, b) for have, want in zip((context, target), wanted) for a, b in zip(have, want))
     assert (tubelet, patch) == (2, 8)
@@ -163,4 +172,4 @@ def test_both_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch,
 
 def test_a_run_without_rows_has_no_loss_curve(videos, run_log):
     draw_pictures(settings(), videos, run_log)
-    assert [p.name for p in (run_log.folder / "viz").iterdir()] == ["masks.png"]
+    assert sorted(p.name for p in (run_log.folder / "viz").iterdir()) == ["clips.png", "masks.png"]

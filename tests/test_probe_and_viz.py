@@ -88,14 +88,14 @@ def test_the_penalty_is_chosen_on_validation_and_reported_on_test(monkeypatch):
         weight[list(right).index(penalty), 1] = 1.0
         return weight, torch.zeros(2, dtype=torch.float64)
 
-    monkeypatch.setattr(probe, "_softmax_regression", fixed)
-    assert list(right) == list(probe.PENALTIES)
+    monkeypatch.setattr(probe.linear, "softmax_regression", fixed)
+    assert list(right) == list(probe.linear.PENALTIES)
     assert linear_accuracy(features, labels, split(10, 10, 10), 2) == 0.4
 
 
 def test_a_larger_penalty_gives_smaller_weights():
     features, labels = clusters(100, spread=1.0)
-    norms = [probe._softmax_regression(features, labels, 4, p)[0].norm().item() for p in probe.PENALTIES]
+    norms = [probe.linear.softmax_regression(features, labels, 4, p)[0].norm().item() for p in probe.linear.PENALTIES]
     assert all(large > 1.2 * small for large, small in pairwise(norms))
 
 
@@ -131,7 +131,8 @@ def videos(tmp_path_factory):
 def knowing(videos):
     """Features that name motion and shape of a clip, known by its pixels; the tokens differ, their mean counts."""
     known = {}
-    for numbers, clips in probe._clips(np.arange(len(videos.paths)), Reader(videos.paths, 2), CUT):
+    everything = {"all": np.arange(len(videos.paths))}
+    for numbers, clips in probe.features.read_clips(everything, Reader(videos.paths, 2), CUT, go_on):
         known.update({clip.numpy().tobytes(): number for number, clip in zip(numbers, clips)})
     assert len(known) == 48
     names = np.concatenate([np.eye(len(t.classes))[t.labels] for t in videos.tasks.values()], axis=1)
@@ -151,7 +152,7 @@ def ignorant(clips):
 @pytest.fixture
 def few_pixels(monkeypatch):
     """The baseline on pixels takes most of the time, and most tests do not look at it."""
-    monkeypatch.setattr(probe, "_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
+    monkeypatch.setattr(probe.features, "coarse_pixels", lambda clips: clips.mean(dim=(2, 3, 4)))
 
 
 def test_features_that_know_beat_features_that_do_not(videos, knowing):
@@ -175,7 +176,8 @@ def test_the_two_encoders_are_not_exchanged(videos, knowing, few_pixels):
 def test_the_clip_is_the_middle_of_the_video_and_the_centre_of_the_frame(videos):
     reader = Reader(videos.paths, 2)
     shape = Cut(frames=4, stride=2, crop=24)
-    numbers, clips = next(probe._clips(np.arange(len(videos.paths)), reader, shape))
+    everything = {"all": np.arange(len(videos.paths))}
+    numbers, clips = next(probe.features.read_clips(everything, reader, shape, go_on))
     assert numbers == list(range(16))
     frames = clip_frames(10, 4, 2, rng=None)
     assert frames.tolist() == [1, 3, 6, 8]
@@ -186,16 +188,19 @@ def test_a_duration_gives_the_clip_the_stride_of_its_video(videos):
     """10 frames at 24 frames/s, 4 frames over 0.35 s: a stride of 2."""
     reader = Reader(videos.paths, 2)
     by_time, by_stride = (
-        next(probe._clips(np.arange(16), reader, shape))[1] for shape in (Cut(4, 4, 24, duration=0.35), Cut(4, 2, 24))
+        next(probe.features.read_clips({"all": np.arange(16)}, reader, shape, go_on))[1]
+        for shape in (Cut(4, 4, 24, duration=0.35), Cut(4, 2, 24))
     )
     assert torch.equal(by_time, by_stride)
-    assert not torch.equal(by_time, next(probe._clips(np.arange(16), reader, Cut(4, 4, 24)))[1])
+    assert not torch.equal(
+        by_time, next(probe.features.read_clips({"all": np.arange(16)}, reader, Cut(4, 4, 24), go_on))[1]
+    )
 
 
 def test_pixels_are_a_coarse_copy_of_the_clip():
     clips = torch.arange(2 * 3.0).view(2, 3, 1, 1, 1).expand(2, 3, 8, 24, 24)
-    assert torch.equal(probe._pixels(clips), clips[:, :, :4, :12, :12].flatten(1))
-    assert probe._pixels(clips[:, :, :2]).shape == (2, 3 * 2 * 12 * 12)
+    assert torch.equal(probe.features.coarse_pixels(clips), clips[:, :, :4, :12, :12].flatten(1))
+    assert probe.features.coarse_pixels(clips[:, :, :2]).shape == (2, 3 * 2 * 12 * 12)
 
 
 def test_unreadable_videos_are_left_out_and_the_others_keep_their_labels(videos, knowing, few_pixels, tmp_path):
@@ -248,9 +253,10 @@ def test_chance_is_the_majority_class_of_train_on_test(videos, knowing, few_pixe
 RESULTS = [Accuracy("motion", 0.9, 0.25, 0.125, 0.1, 480), Accuracy("shape", 1.0, 0.3, 0.2, 1 / 6, 480)]
 
 
-def test_the_table_has_a_line_a_task_in_columns():
-    head, *lines = probe.table(RESULTS)
-    assert head.split() == ["linear", "probe", "trained", "untrained", "pixels", "chance", "test", "videos"]
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_the_table_has_a_line_a_task_in_columns(kind):
+    head, *lines = probe.table(RESULTS, kind)
+    assert head.split() == [kind, "probe", "trained", "untrained", "pixels", "chance", "test", "videos"]
     assert [line.split() for line in lines] == [
         ["motion", "90.0%", "25.0%", "12.5%", "10.0%", "480"],
         ["shape", "100.0%", "30.0%", "20.0%", "16.7%", "480"],
@@ -333,6 +339,26 @@ def test_the_picture_shows_kept_tokens_and_darkens_the_others(kind, tmp_path, mo
         assert picture.format == "PNG"
         assert 200 < picture.width < 2000
         assert 400 < picture.height < 2000
+
+
+def test_the_clip_picture_shows_frames_with_the_normalisation_undone(tmp_path, monkeypatch):
+    drawn = []
+    imshow = matplotlib.axes.Axes.imshow
+
+    def watched(axes, image, **options):
+        drawn.append(image)
+        return imshow(axes, image, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", watched)
+    pixels = torch.rand(3, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "viz" / "clips.png"
+    viz.clip_picture([normalise(clip * 255) for clip in pixels], ["a", "b", "c"], 2, path)
+    assert len(drawn) == 3 * 3
+    for place, image in enumerate(drawn):
+        want = pixels[place // 3][:, 2 * (place % 3)].permute(1, 2, 0).numpy()
+        assert np.allclose(image, want, atol=1e-5)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
 
 
 NULLS = {"loss": None, "loss_ratio": None, "rank": None}

@@ -1,6 +1,7 @@
 """The networks. They know nothing of machines, data or logs."""
 
 from fastjepa.models.attentive_pooler import AttentiveClassifier, AttentivePooler
+from fastjepa.models.clip_aggregation import ClipAggregation, FrameAggregation, mean_probabilities
 from fastjepa.models.layers import MLP, Attention, Block, CrossAttention, CrossAttentionBlock
 from fastjepa.models.patch_embed import PatchEmbed, PatchEmbed3D
 from fastjepa.models.predictor import VisionTransformerPredictor, vit_predictor
@@ -23,13 +24,16 @@ __all__ = [
     "AttentiveClassifier",
     "AttentivePooler",
     "Block",
+    "ClipAggregation",
     "CrossAttention",
     "CrossAttentionBlock",
+    "FrameAggregation",
     "PatchEmbed",
     "PatchEmbed3D",
     "VisionTransformer",
     "VisionTransformerPredictor",
     "build_vit",
+    "mean_probabilities",
     "vit_base",
     "vit_giant",
     "vit_gigantic",

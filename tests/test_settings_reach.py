@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastjepa.build import build_dataset
 from fastjepa.exits import Exit
 
 COMPAT = {
@@ -17,6 +18,7 @@ COMPAT = {
     "loss.exponent=2.0": lambda t: t.jepa.loss_exp == 2.0,
     "loss.reg_coeff=0.1": lambda t: t.jepa.reg_coeff == 0.1,
     "runtime.execution=reference": lambda t: t.jepa.execution == "reference",
+    "data.clips_per_video=2": lambda t: len(build_dataset(t.settings, t.videos)[0].clips) == 2,
     # The second block's projection is divided by sqrt(4) unless the weights are drawn again.
     "compat.reinit=true": lambda t: t.jepa.encoder.blocks[2].attn.proj.weight.std().item() > 0.035,
     "compat.reinit=false": lambda t: t.jepa.encoder.blocks[2].attn.proj.weight.std().item() < 0.025,

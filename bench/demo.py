@@ -11,6 +11,7 @@ first seed to docs/. Result file and pictures begin with the recipe's name.
 import argparse
 import json
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = [] if options.recipe == RECIPE else ["--recipe", options.recipe]
-    command = " ".join(["python bench/demo.py", *recipe, "--seeds", options.seeds, *options.settings])
+    command = shlex.join(["python", "bench/demo.py", *recipe, "--seeds", options.seeds, *options.settings])
     header = facts(device, command, quick=bool(options.settings))
     stem = Path(options.recipe).stem
     path = options.out / f"{stem}-{slug(header['device'])}-{header['date'][:10]}.json"

@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOISED = "configs/demo_noised.yaml"
+SHORT = ["data.path=synthetic://moving-shapes?videos=48&size=48&frames=10", "runtime.stop_at=2"]
 
 
 def bench(*arguments):
@@ -16,14 +18,14 @@ def bench(*arguments):
 
 @pytest.mark.parametrize(("recipe", "name"), [([], "demo"), (["--recipe", NOISED], "demo_noised")])
 def test_the_demo_bench_runs_the_recipe_and_writes_what_it_printed(tmp_path, recipe, name):
-    done = bench(*recipe, "--seeds", "3", "--out", str(tmp_path), "runtime.stop_at=2")
+    done = bench(*recipe, "--seeds", "3", "--out", str(tmp_path), *SHORT)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.iterdir()
     assert path.name.startswith(f"{name}-")
     result = json.loads(path.read_text())
     assert result["complete"]
     assert result["quick"]  # other settings than the recipe's: never to be quoted
-    assert result["command"] == " ".join(["python bench/demo.py", *recipe, "--seeds 3 runtime.stop_at=2"])
+    assert result["command"] == shlex.join(["python", "bench/demo.py", *recipe, "--seeds", "3", *SHORT])
     assert f"targets: {'noised' if recipe else 'mask_tokens'}" in done.stdout
     values = {row["name"]: row["value"] for row in result["rows"]}
     for task in ("motion", "shape"):

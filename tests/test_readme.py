@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -54,19 +55,44 @@ def test_every_committed_recipe_is_in_the_table():
         assert f"| `configs/{path.name}` |" in README
 
 
-def test_figures_of_the_demo_come_from_its_result_file():
-    (path,) = sorted((ROOT / "bench" / "results").glob("demo-*.json"))
+def demo_result(recipe: str) -> dict[int, dict[str, float]]:
+    """Figures by seed and name, from the one result file of this recipe, which the README names."""
+    (path,) = sorted((ROOT / "bench" / "results").glob(f"{recipe}-*.json"))
     result = json.loads(path.read_text())
     assert result["complete"]
     assert not result["quick"]
     assert path.name in README
-    seeds = sorted({row["parameters"]["seed"] for row in result["rows"]})
-    assert len(seeds) >= 3
-    for seed in seeds:
-        value = {row["name"]: row["value"] for row in result["rows"] if row["parameters"]["seed"] == seed}
-        cells = [f"{value[f'{task} {kind}']:.1f}" for task in ("motion", "shape") for kind in ("trained", "untrained")]
+    assert f"`{result['command']}`" in README
+    figures: dict[int, dict[str, float]] = {}
+    for row in result["rows"]:
+        figures.setdefault(row["parameters"]["seed"], {})[row["name"]] = row["value"]
+    assert len(figures) >= 3
+    return figures
+
+
+ACCURACIES = [f"{task} {kind}" for task in ("motion", "shape") for kind in ("trained", "untrained")]
+
+
+def test_figures_of_the_demo_come_from_its_result_file():
+    for seed, value in demo_result("demo").items():
+        cells = [f"{value[name]:.1f}" for name in ACCURACIES]
         assert f"| {seed} | {' | '.join(cells)} | {value['whole command']:.0f} s |" in README
         assert value["motion trained"] - value["motion untrained"] >= 10
+
+
+def test_the_comparison_of_the_two_targets_comes_from_their_result_files():
+    tokens, noised = demo_result("demo"), demo_result("demo_noised")
+    assert tokens.keys() == noised.keys()
+    for what, figures in (("mask tokens", tokens), ("noised targets", noised)):
+        cells = []
+        for name in ACCURACIES:
+            values = [value[name] for value in figures.values()]
+            cells.append(f"{fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        assert f"| {what} | {' | '.join(cells)} |" in README
+    for seed, value in noised.items():
+        assert value["motion trained"] - value["motion untrained"] >= 10
+        for task in ("motion", "shape"):  # the comparison is fair: both begin with the same encoder
+            assert value[f"{task} untrained"] == tokens[seed][f"{task} untrained"]
 
 
 @pytest.mark.parametrize("fence", ["DEMO_OUTPUT", "DEMO_TABLE"])

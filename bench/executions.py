@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -28,13 +29,29 @@ from measure import Row, facts, slug, write_results
 from fastjepa.jepa import JEPA, Execution
 from fastjepa.masks import MaskCollator
 from fastjepa.models import VisionTransformer, vit_predictor
+from fastjepa.noise import noise_draws
 from fastjepa.optim import OptimizerPass, Schedule, parameter_groups
 
 ROOT = Path(__file__).parents[1]
-# width x depth of the encoder, width x depth of the predictor, crop, batch
+
+
+class Shape(NamedTuple):
+    """Sizes of a step: encoder, predictor (with the encoder's heads), crop in pixels, clips; targets as in settings."""
+
+    width: int
+    depth: int
+    heads: int
+    predictor_width: int
+    predictor_depth: int
+    crop: int
+    clips: int
+    targets: Literal["mask_tokens", "noised"] = "mask_tokens"
+
+
 SHAPES = {
-    "64x3": (64, 3, 2, 32, 2, 64, 8),
-    "192x12": (192, 12, 3, 96, 6, 112, 4),
+    "64x3": Shape(64, 3, 2, 32, 2, 64, 8),
+    "64x3-noised": Shape(64, 3, 2, 32, 2, 64, 8, "noised"),
+    "192x12": Shape(192, 12, 3, 96, 6, 112, 4),
 }
 PUBLISHED_MASKS = [
     {"num_blocks": blocks, "spatial_scale": (scale, scale), "aspect_ratio": (0.75, 1.5)}
@@ -48,22 +65,30 @@ FRAMES = 16
 def build(shape: str, execution: Execution) -> JEPA:
     """A JEPA of this shape: the same weights for every execution."""
     torch.manual_seed(0)
-    width, depth, heads, narrow, layers, crop, _ = SHAPES[shape]
-    grid = {"img_size": crop, "patch_size": 16, "num_frames": FRAMES, "tubelet_size": 2, "uniform_power": True}
+    s = SHAPES[shape]
+    grid = {"img_size": s.crop, "patch_size": 16, "num_frames": FRAMES, "tubelet_size": 2, "uniform_power": True}
     norm = partial(nn.LayerNorm, eps=1e-6)
-    encoder = VisionTransformer(**grid, embed_dim=width, depth=depth, num_heads=heads, norm_layer=norm)
+    encoder = VisionTransformer(**grid, embed_dim=s.width, depth=s.depth, num_heads=s.heads, norm_layer=norm)
     predictor = vit_predictor(
-        **grid, embed_dim=width, predictor_embed_dim=narrow, depth=layers, num_heads=heads, use_mask_tokens=True
+        **grid,
+        embed_dim=s.width,
+        predictor_embed_dim=s.predictor_width,
+        depth=s.predictor_depth,
+        num_heads=s.heads,
+        use_mask_tokens=s.targets == "mask_tokens",
+        noise="linear",
     )
     return JEPA(encoder, predictor, execution=execution)
 
 
 def inputs(shape: str) -> tuple:
-    """(clips, context sets, target sets) of one batch."""
-    *_, crop, batch = SHAPES[shape]
-    masks = MaskCollator(PUBLISHED_MASKS, crop, FRAMES, 16, 2, group=batch)
-    clips = torch.randn(batch, 3, FRAMES, crop, crop, generator=torch.Generator().manual_seed(1))
-    return clips, *masks.draw(0, range(batch))
+    """(clips, context sets, target sets, noise of the target sets or None) of one batch."""
+    s = SHAPES[shape]
+    context, target = MaskCollator(PUBLISHED_MASKS, s.crop, FRAMES, 16, 2, group=s.clips).draw(0, range(s.clips))
+    clips = torch.randn(s.clips, 3, FRAMES, s.crop, s.crop, generator=torch.Generator().manual_seed(1))
+    noised = s.targets == "noised"
+    draws = noise_draws(0, range(s.clips), target, s.predictor_width, clips.device) if noised else None
+    return clips, context, target, draws
 
 
 def our_step(jepa: JEPA, batch: tuple) -> Callable[[], None]:

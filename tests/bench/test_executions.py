@@ -15,8 +15,9 @@ def bench(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_it_writes_the_ratios_and_what_they_come_from(tmp_path):
-    done = bench("--shapes", "64x3", "--repeats", 3, "--out", tmp_path)
+@pytest.mark.parametrize("shape", ["64x3", "64x3-noised"])
+def test_it_writes_the_ratios_and_what_they_come_from(tmp_path, shape):
+    done = bench("--shapes", shape, "--repeats", 3, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(next(tmp_path.glob("executions-*.json")).read_text())
     assert result["complete"]
@@ -50,7 +51,7 @@ def test_executions_that_differ_are_not_timed(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--shapes", "65x3"), "--shapes: expected some of 64x3, 192x12, given 65x3"),
+        (("--shapes", "65x3"), "--shapes: expected some of 64x3, 64x3-noised, 192x12, given 65x3"),
         (("--repeats", 0), "--repeats: expected at least 1, given 0"),
     ],
 )

@@ -41,22 +41,26 @@ def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, s
     need_rate = s.data.duration is not None
     reader = Reader(videos.paths, s.data.tubelet, need_rate=need_rate)  # without a cache: every video is read once
     shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop, s.data.duration)
-    trained = jepa.target_encoder.eval()
     kind = "attentive" if s.eval.probe == "attentive" else "linear"
-    if kind == "attentive":
-        assert isinstance(trained, VisionTransformer)
-        most = probe.most_clips(trained.num_patches, trained.embed_dim, log.folder)
-        if most < len(videos.paths) and most < probe.MOST_VIDEOS:
-            log.say(f"probe of only {most} videos: the tokens of more do not fit in {log.folder} (or in 16 GB)")
-        results = probe.attentive_probe(
-            trained, untrained, videos, reader, shape, stopped,
-            heads=trained.num_heads, seed=s.optim.seed, folder=log.folder, most=most,
-        )  # fmt: skip
-    else:
-        results = probe.probe(trained, untrained, videos, reader, shape, stopped)
-    jepa.train(training)
+    too_few = "too few of the labelled videos can be read"
+    trained = jepa.target_encoder.eval()
+    try:
+        if kind == "attentive":
+            assert isinstance(trained, VisionTransformer)
+            most = probe.most_clips(trained.num_patches, trained.embed_dim, log.folder)
+            if most < len(videos.paths) and most < probe.MOST_VIDEOS:
+                log.say(f"probe of only {most} videos: the tokens of more do not fit in {log.folder} (or in 16 GB)")
+                too_few = f"those of {most} videos are too few"
+            results = probe.attentive_probe(
+                trained, untrained, videos, reader, shape, stopped,
+                heads=trained.num_heads, seed=s.optim.seed, folder=log.folder, most=most,
+            )  # fmt: skip
+        else:
+            results = probe.probe(trained, untrained, videos, reader, shape, stopped)
+    finally:
+        jepa.train(training)
     if not results:
-        log.say("no probe: too few of the labelled videos can be read")
+        log.say(f"no probe: {too_few}")
         return
     probe.write(results, step, log.folder / "probe", kind)
     for line in probe.table(results, kind):

@@ -108,7 +108,11 @@ def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | 
         yield f"model.targets: the file's predictor has {file.mask_tokens} mask tokens: it needs model.targets={kind}"
     elif file.mask_tokens != model.mask_tokens:
         given, expected = file.mask_tokens, model.mask_tokens
-        yield f"mask.sets: the file has {given} mask tokens, one a mask set, and the settings have {expected} sets"
+        tube = " (mask.kind=tube always draws one)" if expected == 1 else ""
+        yield (
+            f"mask.sets: the file has {given} mask tokens, one for each mask set, and the settings draw {expected} "
+            f"{'set' if expected == 1 else 'sets'}{tube}"
+        )
 
 
 def _clip_to_change(encoder: VisionTransformer, file: Architecture) -> Iterator[str]:

@@ -247,7 +247,8 @@ def load_moments(state: dict[str, Tensor], loaded: MetaCheckpoint) -> None:
 def _torch_file(path: Path) -> Mapping[str, Any]:
     """The dict in a file of torch.save, by the weights-only reader."""
     if not path.is_file():
-        raise WeightsRefused(f"{path}: no such file or folder")
+        what = "a folder, no file of weights" if path.is_dir() else "no such file or folder"
+        raise WeightsRefused(f"{path}: {what}")
     try:
         # torch.save writes a zip archive without compression: anything else never reaches an unpickler, and one that
         # would unpack to more than its own size is no checkpoint.
@@ -308,6 +309,10 @@ def _intact(path: Path) -> checkpoint.Found:
         folders = [path]
     else:
         root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        if not root.is_dir():
+            raise WeightsRefused(
+                f"{path} is {'a file' if root.is_file() else 'no such folder'}, and no run of fastjepa"
+            )
         folders = [p for p in root.iterdir() if re.fullmatch(r"step-[0-9]+", p.name)]
         folders.sort(key=lambda p: int(p.name[5:]), reverse=True)
     if not folders:

@@ -45,9 +45,13 @@ class Clock:
 
 @dataclass
 class StepDone:
-    """What a step leaves behind, 0-dim on the device; health on log steps only."""
+    """What a step leaves behind, 0-dim on the device; health on log steps only.
+
+    `loss` is what was minimised, `loss_jepa` the prediction error in it, without the regulariser.
+    """
 
     loss: Tensor
+    loss_jepa: Tensor
     grad_norm: Tensor
     health: health.Health | None
 
@@ -76,7 +80,7 @@ class Trainer:
         self.failed_saves = 0
         self.saved_step = -1
         # Listed like bad files, but any number of them is fine.
-        self.short_files = BadFiles(self.run.path / "short_files.jsonl", self.bad_files.total, None, self.log.say)
+        self.short_files = BadFiles(self.run.path / "short_files.jsonl", len(self.videos.train), None, self.log.say)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -170,7 +174,7 @@ class Trainer:
         `look` measures the health of the last batch's target features, before they are updated.
         """
         s, parts = self.settings, self.plan.accumulation
-        loss, features = torch.zeros((), device=self.device), None
+        loss, loss_jepa, features = torch.zeros((), device=self.device), torch.zeros((), device=self.device), None
         for part in range(parts):
             if part and self.interrupts.received is not None:
                 self.update.optimizer.zero_grad(set_to_none=True)
@@ -183,11 +187,13 @@ class Trainer:
             with parallel.autocast(self.device, s.optim.dtype):
                 out = self.jepa(batch.clips, batch.masks_context, batch.masks_target, draws)
                 if look and part + 1 == parts:
-                    features = self.jepa.target_features(batch.clips)
+                    # One clip of each video: clips of the same one are too alike to tell what is trivial.
+                    features = self.jepa.target_features(batch.clips[:: s.data.clips_per_video])
             self.update.backward(out.loss / parts)
             loss += out.loss.detach() / parts
+            loss_jepa += out.loss_jepa.detach() / parts
         measured = None if features is None else health.measure(features, s.loss.exponent)
-        return StepDone(loss, self.update.step(step, loss).total, measured)
+        return StepDone(loss, loss_jepa, self.update.step(step, loss).total, measured)
 
     def _loader(self, first: int, last: int) -> Iterable[Batch]:
         s = self.settings
@@ -226,7 +232,7 @@ class Trainer:
         row = {
             "step": step,
             "loss": value,
-            "loss_ratio": value / trivial if trivial > 0 else None,
+            "loss_ratio": done.loss_jepa.item() / trivial if trivial > 0 else None,
             "lr": plan.lr_at(step - 1),
             "weight_decay": plan.weight_decay_at(step - 1),
             "momentum": plan.momentum_at(step - 1),
@@ -270,6 +276,8 @@ class Trainer:
             if self.saved_step != step:
                 self.save(step)
             return False
+        except OSError as error:  # a full disk, say: features can be probed later, training goes on
+            self.log.say(f"no probe: {error}")
         return True
 
     def _finish(self, step: int) -> Exit:

@@ -67,13 +67,14 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     sets = "; ".join(
         f"set {i}: {c:.0f} context, {t:.0f} target" for i, (c, t) in enumerate(zip(plan.context, plan.target))
     )
+    noise = f", noise: {s.model.noise}" if s.model.targets == "noised" else ""
     state, kept = plan.state_bytes / 1e9, plan.activation_bytes_per_clip * plan.batch_size / 1e9
     lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last)))
     decays = " -> ".join(f"{schedule.weight_decay_at(step):.3g}" for step in (0, last))
     momenta = " -> ".join(f"{schedule.momentum_at(step):.5g}" for step in (0, last))
     return [
         f"model      {s.model.name}, {million['encoder']:.1f} M + predictor {million['predictor']:.1f} M parameters, "
-        f"targets: {s.model.targets}",
+        f"targets: {s.model.targets}{noise}",
         f"tokens     {plan.tokens} a clip; {sets}; {_rule(s)}",
         f"clips      {_clips(s)}",
         f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated, "
@@ -110,6 +111,12 @@ def _clips(s: Settings) -> str:
         parts.append(f"{d.clips_per_video} of each video with the same masks ({s.videos_per_step} videos a step)")
     if d.filter_short:
         parts.append("shorter videos are replaced")
+    if d.motion_shift:
+        parts.append("the crop moves")
+    if d.auto_augment:
+        parts.append("RandAugment")
+    if d.erase:
+        parts.append(f"a box is erased in {d.erase:.0%} of the clips")
     return "; ".join(parts)
 
 
@@ -150,6 +157,8 @@ def _flop(s: Settings, encoder: VisionTransformer, context: tuple[float, ...], t
         total += 3 * (layers - 1) * (2 * rows * small + 4 * rows * rows * narrow)
         total += 3 * (2 * t * small + 2 * c * 2 * narrow**2 + 4 * t * rows * narrow)
         total += 3 * 2 * (c + t) * width * narrow
+        if s.model.targets == "noised":  # target features are projected too; nothing flows back into them
+            total += 2 * 2 * t * width * narrow
     return total
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from fastjepa import config
-from fastjepa.config import MaskSet, Settings
+from fastjepa.config import MaskSet, Model, Settings
 from fastjepa.configchecks import cross_checks
 from fastjepa.configfile import SettingsError, load
 
@@ -293,3 +293,23 @@ def test_a_mistake_around_a_base_names_the_right_file(refuse, tmp_path, own, sen
     (tmp_path / "base.yaml").write_text("model: {nam: vit_tiny}")
     (tmp_path / "mask.yaml").write_text("mask: {sets: [{aspect_ratio: [2, 1]}]}")
     assert refuse(own) == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (
+            {"noise": "linear"},
+            "model.noise: expected the default published with model.targets mask_tokens, given linear",
+        ),
+        (
+            {"targets": "noised", "zero_init_mask_tokens": False},
+            "model.zero_init_mask_tokens: expected the default true with model.targets noised, given false",
+        ),
+        ({"targets": "noised", "noise": "linear"}, None),
+        ({"zero_init_mask_tokens": False}, None),
+    ],
+)
+def test_what_only_the_other_kind_of_target_reads_is_a_contradiction(model, sentence):
+    found = [sentence for _, sentence in cross_checks(Settings(model=Model(**model)))]
+    assert found == ([] if sentence is None else [sentence])

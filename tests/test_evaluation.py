@@ -158,7 +158,7 @@ def test_the_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch, 
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in viz.iterdir())
     assert said(run_log) == [f"pictures   {viz}: clips.png, loss.png, masks.png"]
     ((clip, context, target, tubelet, patch, _),) = drawn
-    assert torch.equal(clip, build_dataset(s, videos)[0].clip)
+    assert torch.equal(clip, build_dataset(s, videos)[0].clips[0])
     ((shown, titles, clip_tubelet, _),) = clips
     assert titles == ["clip 0", "clip 1", "clip 2", "clip 3"]
     for slot, have in enumerate(shown):

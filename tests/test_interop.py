@@ -167,7 +167,10 @@ def test_values_that_are_not_finite_are_refused(make, file, value):
         ),
         (
             "mask.sets=[{num_blocks: 1}]",
-            ["mask.sets: the file has 2 mask tokens, one a mask set, and the settings have 1 sets"],
+            [
+                "mask.sets: the file has 2 mask tokens, one for each mask set, and the settings draw 1 set "
+                "(mask.kind=tube always draws one)"
+            ],
         ),
     ],
 )

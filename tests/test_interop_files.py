@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastjepa.interop import WeightsRefused, load_meta_checkpoint, read_weights
+from fastjepa.interop import WeightsRefused, load_meta_checkpoint, load_own_checkpoint, read_weights
 
 
 @pytest.fixture
@@ -240,3 +240,13 @@ def test_the_watch_of_these_tests_sees_a_bomb(file, tmp_path):
 def test_a_good_file_asks_the_unpickler_for_nothing(file, tmp_path):
     torch.save(published(), file)
     assert in_watched_child(lambda: load_meta_checkpoint(file), tmp_path / "marker") == []
+
+
+def test_what_is_no_folder_of_a_run_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsRefused, match="gone is no such folder, and no run of fastjepa"):
+        load_own_checkpoint(tmp_path / "gone")
+    with pytest.raises(WeightsRefused, match="file is a file, and no run of fastjepa"):
+        load_own_checkpoint(tmp_path / "file")
+    with pytest.raises(WeightsRefused, match="a folder, no file of weights"):
+        load_meta_checkpoint(tmp_path)

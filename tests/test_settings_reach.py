@@ -1,9 +1,12 @@
 """From a settings file to what the setting names: a value that gets lost on the way is a dead setting."""
 
 import pytest
+import torch
 
 from fastjepa.build import build_dataset
 from fastjepa.exits import Exit
+from fastjepa.models.pos_embed import position_table
+from fastjepa.models.predictor import signal_left
 
 COMPAT = {
     "compat.clip_after_warmup=5": lambda t: t.update.clip_from_step == 5,
@@ -17,6 +20,20 @@ COMPAT = {
     "optim.eps=1e-6": lambda t: t.update.optimizer.param_groups[0]["eps"] == 1e-6,
     "loss.exponent=2.0": lambda t: t.jepa.loss_exp == 2.0,
     "loss.reg_coeff=0.1": lambda t: t.jepa.reg_coeff == 0.1,
+    "model.noise=linear and model.targets=noised": lambda t: torch.equal(
+        t.jepa.predictor.signal_left, signal_left("linear").to(t.jepa.predictor.signal_left.dtype)
+    ),
+    "model.targets=noised": lambda t: torch.equal(
+        t.jepa.predictor.signal_left, signal_left("published").to(t.jepa.predictor.signal_left.dtype)
+    ),
+    "model.zero_init_mask_tokens=false": lambda t: all(token.any() for token in t.jepa.predictor.mask_tokens),
+    "model.zero_init_mask_tokens=true": lambda t: not any(token.any() for token in t.jepa.predictor.mask_tokens),
+    "model.init_std=0.3": lambda t: 0.2 < t.jepa.encoder.blocks[0].mlp.fc1.weight.std().item() < 0.35,
+    "model.predictor_heads=4": lambda t: t.jepa.predictor.predictor_blocks[0].attn.num_heads == 4,
+    # Shared equally, time has its third of the channels; otherwise it has half of them.
+    "model.uniform_power=false": lambda t: (
+        not torch.equal(t.jepa.encoder.pos_embed, position_table(64, t.jepa.encoder.grid, True))
+    ),
     "runtime.execution=reference": lambda t: t.jepa.execution == "reference",
     "data.clips_per_video=2": lambda t: len(build_dataset(t.settings, t.videos)[0].clips) == 2,
     # The second block's projection is divided by sqrt(4) unless the weights are drawn again.
@@ -36,5 +53,5 @@ def test_settings_reach_what_they_name(run, monkeypatch, setting):
         return Exit.DONE
 
     monkeypatch.setattr(Trainer, "train", look)
-    run(setting)
+    run(*setting.split(" and "))
     assert COMPAT[setting](seen[0])

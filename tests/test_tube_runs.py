@@ -13,6 +13,7 @@ from fastjepa.exits import Exit
 from fastjepa.masks import RandomTubeMaskGenerator
 from fastjepa.plan import describe, make_plan
 
+WAY_OUT = "; mask={kind: tube} in the place of single settings of mask drops those of a recipe"
 TUBE = "mask={kind: tube, ratio: 0.7}"  # in place of the recipe's own group of mask settings: 4 of 16 cells, 2 slots
 
 
@@ -61,14 +62,14 @@ def test_the_plan_tells_the_ratio_and_nothing_of_cutting(recipe):
         ({"ratio": 0.75}, ["mask.ratio: expected the default 0.9 with mask.kind multiblock, given 0.75"]),
         (
             {"kind": "tube", "truncation": "random"},
-            ["mask.truncation: expected the default group with mask.kind tube, given random"],
+            ["mask.truncation: expected the default group with mask.kind tube, given random" + WAY_OUT],
         ),
-        ({"kind": "tube", "group": 8}, ["mask.group: expected the default 24 with mask.kind tube, given 8"]),
+        ({"kind": "tube", "group": 8}, ["mask.group: expected the default 24 with mask.kind tube, given 8" + WAY_OUT]),
         (
             {"kind": "tube", "sets": Mask().sets[:1]},
             [
                 "mask.sets: expected the default with mask.kind tube, which draws one set by mask.ratio, "
-                "given other sets"
+                "given other sets" + WAY_OUT
             ],
         ),
         ({"kind": "tube", "ratio": 0.75}, []),
@@ -82,12 +83,21 @@ def test_what_only_the_other_kind_of_mask_reads_is_a_contradiction(mask, sentenc
     assert all("mask.kind" in keys for keys, _ in found)
 
 
-@pytest.mark.parametrize("key", ["truncation", "group", "sets", "ratio"])
-def test_a_kind_that_is_not_known_brings_no_sentence_about_what_it_reads(recipe, key):
-    value = {"truncation": "random", "group": 4, "sets": "[{}]", "ratio": 0.5}[key]
+@pytest.mark.parametrize(
+    "overrides",
+    [("mask.kind=tubes", "mask.ratio=0.5"), ("mask.kind=tube", "mask.group=none"), ("mask.kind=tube", "mask.sets=3")],
+)
+def test_a_value_that_is_wrong_by_itself_brings_no_second_sentence(recipe, overrides):
     with pytest.raises(configfile.SettingsError) as caught:
-        configfile.load(recipe, ["mask={}", "mask.kind=tubes", f"mask.{key}={value}"])
+        configfile.load(recipe, ["mask={}", *overrides])
     assert len(caught.value.mistakes) == 1
+
+
+def test_the_way_out_of_a_recipe_that_sets_masks_is_one(recipe):
+    with pytest.raises(configfile.SettingsError) as caught:
+        configfile.load(recipe, ["mask.kind=tube"])
+    assert all(str(mistake).endswith(WAY_OUT) for mistake in caught.value.mistakes)
+    assert configfile.load(recipe, ["mask={kind: tube}"]).mask == Mask(kind="tube")
 
 
 def test_tubes_are_in_no_group_so_the_batch_need_not_be_a_multiple_of_it():

@@ -1,4 +1,4 @@
-"""Videos that cannot be read: named once, counted against a quota, never silently left out."""
+"""Videos that another took the place of: named once, counted against a quota, never silently left out."""
 
 import json
 import warnings
@@ -17,9 +17,10 @@ class TooManyBadFiles(RuntimeError):
 
 
 class BadFiles:
-    """The list of unreadable files of a run, kept in `bad_files.jsonl` (a line each: path, reason).
+    """The unreadable files of a run, or those that are too short, listed in `path` (a line each: path, reason).
 
-    `max_fraction` None sets no quota, for files that are only passed over.
+    `total` is the number of files that there are; `max_fraction` of them may be listed. None sets no quota: files that
+    are only passed over may be many.
     """
 
     def __init__(

@@ -30,11 +30,6 @@ class Sample:
     bad: list[tuple[str, str]]
     short: list[tuple[str, str]]
 
-    @property
-    def clip(self) -> Tensor:
-        """The first clip, or the only one."""
-        return self.clips[0]
-
 
 class Reader:
     """Decodes videos of a list. Remembers what a probe said, and keeps whole decoded videos up to `cache_bytes`.
@@ -144,4 +139,5 @@ class ClipDataset(Dataset[Sample]):
         yield self.plan.video(slot)
         for attempt in range(RANDOM_REPLACEMENTS):
             yield self.plan.replacement(slot, attempt)
-        yield from (int(video) for video in self.plan.videos)
+        # Where most are too short this is reached often: one order for all slots would wear out a few videos.
+        yield from self.plan.all_replacements(slot, RANDOM_REPLACEMENTS)

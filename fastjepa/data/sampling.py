@@ -43,13 +43,18 @@ class Augmentation:
     """Which draws there are beside crop and flip; none in the published pretraining.
 
     `motion_shift`: the crop box moves to a second one. `erase`: probability of random erasing; `crop` is the side of
-    the clip that it needs to know. `auto_augment`: RandAugment on the decoded frames.
+    the clip that it needs to know. `auto_augment`: RandAugment on the decoded frames. Errors: ValueError for erasing
+    without a crop.
     """
 
     motion_shift: bool = False
     erase: float = 0.0
     auto_augment: bool = False
     crop: int = 0
+
+    def __post_init__(self) -> None:
+        if self.erase and self.crop < 1:
+            raise ValueError(f"random erasing needs the side of the clip, got crop {self.crop}")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,10 @@ class ClipPlan:
         """Number of the video to take instead, after `attempt` that cannot be used."""
         return int(stream(self.seed, Purpose.REPLACEMENT, video_slot, attempt).choice(self.videos))
 
+    def all_replacements(self, video_slot: int, attempt: int) -> list[int]:
+        """Numbers of all videos in a random order of this slot, for when single replacements have failed."""
+        return stream(self.seed, Purpose.REPLACEMENT, video_slot, attempt).permutation(self.videos).tolist()
+
     def window(self, rate: Fraction | None = None) -> int:
         """Source frames that a clip spans in a video of `rate` frames/s (needed with a duration only)."""
         return self.frames * clip_stride(self.frames, self.stride, self.duration, rate)
@@ -124,16 +133,16 @@ class ClipPlan:
         return ClipDraw(frames, box, flip, *self._augmentation(height, width, slot))
 
     def _augmentation(
-        self, height: int, width: int, *counters: int
+        self, height: int, width: int, slot: int
     ) -> tuple[Box | None, Erase | None, tuple[Op, ...] | None]:
         """Second box, erasing and operations: from streams of their own, so that none moves the draws of another."""
         a, end_box, erase, ops = self.augmentation, None, None, None
         if a.motion_shift:
-            end_box = random_box(height, width, self.scale, self.aspect, stream(self.seed, Purpose.MOTION, *counters))
+            end_box = random_box(height, width, self.scale, self.aspect, stream(self.seed, Purpose.MOTION, slot))
         if a.erase:
-            erase = random_erase(a.erase, a.crop, self.frames, stream(self.seed, Purpose.ERASE, *counters))
+            erase = random_erase(a.erase, a.crop, self.frames, stream(self.seed, Purpose.ERASE, slot))
         if a.auto_augment:
-            ops = draw_ops(stream(self.seed, Purpose.AUGMENT, *counters))
+            ops = draw_ops(stream(self.seed, Purpose.AUGMENT, slot))
         return end_box, erase, ops
 
 

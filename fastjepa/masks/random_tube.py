@@ -41,6 +41,10 @@ class RandomTubeMaskGenerator:
         self.cells = height * width
         # The published arithmetic: rounding makes it 9 of 10 x 10 cells at a ratio of 0.9.
         self.keep = int(self.cells * (1 - ratio))
+        if self.cells == 1:
+            raise ValueError(
+                "random tubes need a frame of several tokens, and this one has a single one: raise data.crop"
+            )
         if not 0 < self.keep < self.cells:
             side, change = ("context", "lower") if self.keep == 0 else ("target", "raise")
             raise ValueError(

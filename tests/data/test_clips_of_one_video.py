@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,7 +113,6 @@ def test_the_clips_of_a_video_come_from_its_segments_with_boxes_of_their_own(goo
         info = probe(good[plan.video(video_slot)])
         room = info.frames // clips
         assert (sample.slot, sample.bad, sample.short, len(sample.clips)) == (video_slot, [], [], clips)
-        assert sample.clip is sample.clips[0]
         boxes = set()
         for number, clip in enumerate(sample.clips):
             draw = plan.clip(video_slot * clips + number, info.frames, info.height, info.width)
@@ -180,8 +180,8 @@ def test_videos_and_replacements_are_those_of_the_video_slot(paths):
 def test_a_clip_of_a_duration_is_one_of_the_stride_that_its_frame_rate_gives(good):
     # 24 frames/s: 0.7 s are 16.8 frames, 4 for each of the clip.
     by_time, by_stride = make_dataset(good, 1, duration=0.7), make_dataset(good, 1, stride=4)
-    assert all(torch.equal(by_time[slot].clip, by_stride[slot].clip) for slot in range(10))
-    assert not torch.equal(by_time[1].clip, make_dataset(good, 1, duration=0.4)[1].clip)
+    assert all(torch.equal(by_time[slot].clips[0], by_stride[slot].clips[0]) for slot in range(10))
+    assert not torch.equal(by_time[1].clips[0], make_dataset(good, 1, duration=0.4)[1].clips[0])
 
 
 def test_every_video_has_the_stride_of_its_own_frame_rate(good, monkeypatch):
@@ -193,7 +193,7 @@ def test_every_video_has_the_stride_of_its_own_frame_rate(good, monkeypatch):
     wanted = {path: make_dataset(good, 1, stride=3 if path == good[4] else 1) for path in good}
     for slot in range(10):
         path = good[dataset.plan.video(slot)]
-        assert torch.equal(dataset[slot].clip, wanted[path][slot].clip)
+        assert torch.equal(dataset[slot].clips[0], wanted[path][slot].clips[0])
 
 
 def test_a_video_without_a_frame_rate_is_bad_where_a_duration_needs_one(good, monkeypatch):
@@ -224,7 +224,7 @@ def test_videos_of_fewer_frames_than_the_window_are_replaced_and_told_apart_from
         assert (asked in dict(sample.short)) == (asked in short)
         if asked not in short:
             assert sample.short == [] or sample.bad
-            assert sample.bad or torch.equal(sample.clip, plain[slot].clip)
+            assert sample.bad or torch.equal(sample.clips[0], plain[slot].clips[0])
     batches = load(paths, clips=1, stride=7, filter_short=True)
     assert {entry for batch in batches for entry in batch.short} == set(short.items())
     assert {path for batch in batches for path, _ in batch.bad} == {paths[5]}
@@ -261,3 +261,30 @@ def test_a_list_without_a_quota_takes_any_number(tmp_path):
     assert listed.report(entries) == entries
     assert listed.report(entries) == []
     assert len(BadFiles(tmp_path / "short_files.jsonl", 3, None).reasons) == 50
+
+
+class LengthsOnly:
+    """A reader of videos of these lengths that decodes nothing."""
+
+    def __init__(self, lengths):
+        self.lengths, self.paths, self.read_videos = lengths, [f"{n}.mp4" for n in range(len(lengths))], []
+
+    def info(self, video):
+        return SimpleNamespace(frames=self.lengths[video], height=CROP, width=CROP, rate=None)
+
+    def read(self, video, frames):
+        self.read_videos.append(video)
+        return np.zeros((len(frames), CROP, CROP, 3), dtype=np.uint8)
+
+
+def test_where_most_videos_are_too_short_the_others_are_used_alike():
+    """5 % of 400 videos are long enough: a slot mostly runs out of single replacements."""
+    lengths = [100] * 20 + [5] * 380
+    reader = LengthsOnly(lengths)
+    plan = ClipPlan(0, np.arange(400), FRAMES, 2, (0.3, 1.0), (0.75, 1.35), True)
+    dataset = ClipDataset(reader, plan, CROP, filter_short=True)
+    for slot in range(800):
+        dataset[slot]
+    counts = np.bincount(reader.read_videos, minlength=400)
+    assert counts[20:].sum() == 0
+    assert abs(counts[:20] - 40).max() < 5 * (40 * 0.95) ** 0.5

@@ -175,13 +175,13 @@ def test_a_clip_is_what_the_plan_says_of_the_video_it_names(good):
         info = probe(good[dataset.plan.video(slot)])
         draw = dataset.plan.clip(slot, info.frames, info.height, info.width)
         sample = dataset[slot]
-        assert torch.equal(sample.clip, cut(read_frames(info, draw.frames), draw.box, draw.flip, CROP))
+        assert torch.equal(sample.clips[0], cut(read_frames(info, draw.frames), draw.box, draw.flip, CROP))
         assert (sample.slot, sample.bad) == (slot, [])
 
 
 def test_a_video_shorter_than_the_clip_repeats_its_last_frame(film, tmp_path):
     path = str(film.video(tmp_path / "short.mp4", frames=6))
-    clip = make_dataset([path], frames=16)[0].clip
+    clip = make_dataset([path], frames=16)[0].clips[0]
     assert clip.shape == (3, 16, CROP, CROP)
     assert all(torch.equal(clip[:, number], clip[:, 15]) for number in range(3, 16))
     assert not torch.equal(clip[:, 0], clip[:, 15])
@@ -223,11 +223,11 @@ def test_a_cached_video_is_decoded_once_and_a_file_is_probed_once(good, bad, mon
 def test_what_is_known_of_files_is_bounded(good, monkeypatch):
     monkeypatch.setattr(dataset_module, "INFOS_KEPT", 2)
     dataset = make_dataset(good)
-    clips = [dataset[slot].clip for slot in range(10)]
+    clips = [dataset[slot].clips[0] for slot in range(10)]
     assert len(dataset.reader._infos) == 2
     monkeypatch.undo()
     fresh = make_dataset(good)
-    assert all(torch.equal(clip, fresh[slot].clip) for slot, clip in enumerate(clips))
+    assert all(torch.equal(clip, fresh[slot].clips[0]) for slot, clip in enumerate(clips))
 
 
 # -- bad files --------------------------------------------------------------------------------------------------------
@@ -247,9 +247,9 @@ def test_a_bad_file_is_replaced_by_the_slot_alone_and_told_with_its_reason(good,
         assert told == list(dict.fromkeys(tried[: tried.index(taken)]))
         info = probe(taken)
         draw = dataset.plan.clip(slot, info.frames, info.height, info.width)
-        assert torch.equal(sample.clip, cut(read_frames(info, draw.frames), draw.box, draw.flip, CROP))
+        assert torch.equal(sample.clips[0], cut(read_frames(info, draw.frames), draw.box, draw.flip, CROP))
     for slot in reversed(samples):
-        assert torch.equal(again[slot].clip, samples[slot].clip)
+        assert torch.equal(again[slot].clips[0], samples[slot].clips[0])
         assert again[slot].bad == samples[slot].bad
 
 
@@ -281,7 +281,7 @@ def test_an_error_that_is_raised_again_keeps_no_clip_in_memory(good, bad):
 
     dataset.reader.read = watched
     for slot in range(20):
-        assert dataset[slot].clip is not None
+        assert dataset[slot].clips[0] is not None
     gc.collect()
     assert len(alive) == 20
     assert not [reference for reference in alive if reference() is not None]

@@ -283,3 +283,8 @@ def test_a_run_trains_with_all_three_and_is_not_the_plain_one(run):
         assert np.isfinite(losses[name][1]).all()
     assert losses["plain"][0] != losses["augmented"][0]
     assert not set(losses["plain"][1]) & set(losses["augmented"][1])
+
+
+def test_erasing_needs_the_side_of_the_clip():
+    with pytest.raises(ValueError, match="needs the side of the clip, got crop 0"):
+        Augmentation(erase=0.5)

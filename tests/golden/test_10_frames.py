@@ -76,7 +76,7 @@ def test_draws_are_made_in_the_published_ranges_and_order(calls):
         assert call["draw_ranges"] == ([] if rng is None else rng.asked), call
 
 
-def test_videos_are_refused_for_their_length_where_the_published_filter_does(calls):
+def test_the_window_that_the_filter_goes_by_is_the_published_one(calls):
     for call, _ in calls:
         frames, stride, _, _ = rule(call)
         plan = ClipPlan(0, np.arange(1), frames, stride, (0.3, 1.0), (0.75, 1.35), True)

@@ -108,7 +108,7 @@ def test_a_clip_has_the_same_mask_in_any_batch():
     [
         ({"ratio": 0.98}, r"mask ratio 0.98 leaves no context on a frame of 6x6 tokens: lower mask.ratio"),
         ({"ratio": 1e-17}, r"mask ratio 1e-17 leaves no target on a frame of 6x6 tokens: raise mask.ratio"),
-        ({"crop_size": 16, "ratio": 0.5}, "leaves no context on a frame of 1x1 tokens"),
+        ({"crop_size": 16, "ratio": 0.5}, "this one has a single one: raise data.crop"),
         ({"ratio": 0.0}, "mask ratio must be above 0 and below 1, got 0.0"),
         ({"ratio": 1.0}, "mask ratio must be above 0 and below 1, got 1.0"),
         ({"ratio": float("nan")}, "mask ratio must be above 0 and below 1, got nan"),

@@ -271,3 +271,13 @@ def test_a_run_says_how_many_videos_are_probed_where_the_disk_holds_no_more(run,
     assert "probe of only 24 videos: the tokens of more do not fit" in capsys.readouterr().out
     (result, _) = json.loads((folder / "probe" / "step-0000001.json").read_text())["results"]
     assert result["videos"] == 6
+
+
+def test_a_disk_that_holds_next_to_nothing_is_the_reason_that_is_given(run, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation.probe, "most_clips", lambda *_: 0)
+    code, folder = run("eval.probe=attentive", "runtime.stop_at=1")
+    assert code == Exit.DONE
+    said = capsys.readouterr().out
+    assert "probe of only 0 videos: the tokens of more do not fit" in said
+    assert "no probe: those of 0 videos are too few" in said
+    assert not (folder / "probe").exists()

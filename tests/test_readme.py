@@ -95,6 +95,23 @@ def test_the_comparison_of_the_two_targets_comes_from_their_result_files():
             assert value[f"{task} untrained"] == tokens[seed][f"{task} untrained"]
 
 
+def test_the_speed_of_the_packed_execution_comes_from_its_result_file():
+    (path,) = sorted((ROOT / "bench" / "results").glob("executions-*.json"))
+    result = json.loads(path.read_text())
+    assert result["complete"]
+    assert not result["quick"]
+    assert path.name in README
+    speeds = {
+        row["parameters"]["shape"]: (f"{row['value']:.2f}", row["n"])
+        for row in result["rows"]
+        if row["name"] == "speed of packed over reference"
+    }
+    tiny, noised, larger = (speeds[shape][0] for shape in ("64x3", "64x3-noised", "192x12"))
+    text = " ".join(README.split())
+    assert f"{tiny} times the reference's speed in a tiny model (64 wide, 3 deep), {noised} times with noised" in text
+    assert f"targets and {larger} times at 192 wide, 12 deep (fastest of {speeds['64x3'][1]} alternating" in text
+
+
 @pytest.mark.parametrize("fence", ["DEMO_OUTPUT", "DEMO_TABLE"])
 def test_nothing_is_left_to_be_filled_in(fence):
     assert fence not in README

@@ -1,0 +1,11 @@
+"""Kernels for masked video transformers: a plain PyTorch reference and a Triton form of each operation.
+
+Import needs torch alone. Triton is loaded at the first launch on a GPU; without either, every operation runs through
+its reference.
+"""
+
+from fastjepa_kernels.dispatch import explain, use
+from fastjepa_kernels.functional import gather_tokens, scatter_tokens
+
+__version__ = "0.1.0"
+__all__ = ["explain", "gather_tokens", "scatter_tokens", "use"]

@@ -8,26 +8,27 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
 from typing import Literal, get_args
 
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "reference"]
 
-_forced: ContextVar[Impl] = ContextVar("impl", default="auto")
+# Facts of the process, looked up once: plain values, which torch.compile can read.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# A plain global, and not a context variable, for the same reason.
+_forced: Impl = "auto"
 
 
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on tensors of the CPU (TRITON_INTERPRET=1 before the start)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETED
 
 
-@cache
 def has_triton() -> bool:
     """Whether Triton is installed; it is not loaded for this."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def why_not_triton(x: Tensor) -> str:
@@ -43,7 +44,7 @@ def choose(operation: str, impl: Impl, x: Tensor) -> Literal["triton", "referenc
     """The implementation for this tensor. Errors: ValueError for an unknown name or one that cannot run here."""
     if impl not in get_args(Impl):
         raise ValueError(f"{operation}: impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
-    wanted = _forced.get() if impl == "auto" else impl
+    wanted = _forced if impl == "auto" else impl
     if wanted == "reference":
         return "reference"
     reason = why_not_triton(x)
@@ -57,18 +58,19 @@ def choose(operation: str, impl: Impl, x: Tensor) -> Literal["triton", "referenc
 def explain(operation: str, x: Tensor, impl: Impl = "auto") -> str:
     """One line: which implementation runs this operation on tensors like `x`, and why."""
     chosen = choose(operation, impl, x)
-    if impl != "auto" or _forced.get() != "auto":
+    if impl != "auto" or _forced != "auto":
         return f"{operation}: {chosen}, asked for by name"
     return f"{operation}: {chosen}" + (f", because {why_not_triton(x)}" if chosen == "reference" else "")
 
 
 @contextmanager
 def use(impl: Impl) -> Iterator[None]:
-    """All operations of this block run through one implementation, except those that are given another by name."""
+    """All operations of this block, in every thread, run through one implementation unless given another by name."""
+    global _forced
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
-    token = _forced.set(impl)
+    before, _forced = _forced, impl
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shipped:
-    """A kernel with one of the settings that it is launched with: what `python -m fastjepa_kernels compile` compiles."""
+    """A kernel with one of its launch settings: what `python -m fastjepa_kernels compile` compiles."""
 
     name: str
     kernel: Any

@@ -19,7 +19,7 @@ def gather_backward(gradient: Tensor, index: Tensor, tokens: int, unique: bool) 
     masks, clips, kept = index.shape
     wide = torch.promote_types(gradient.dtype, torch.float32)
     total = torch.zeros(clips, tokens, gradient.shape[-1], dtype=wide, device=gradient.device)
-    for rows, where in zip(gradient.view(masks, clips, kept, -1), index.long()):
+    for rows, where in zip(gradient.view(masks, clips, kept, gradient.shape[2]), index.long()):
         total.scatter_add_(1, where.unsqueeze(-1).expand(-1, -1, rows.shape[-1]), rows.to(wide))
     return total.to(gradient.dtype)
 

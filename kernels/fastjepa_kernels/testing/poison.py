@@ -16,7 +16,7 @@ def guarded(x: Tensor) -> Tensor:
 
 def intact(x: Tensor) -> bool:
     """Whether the poison around a tensor made by `guarded` is still there."""
-    store = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())  # type: ignore[call-overload]
+    store = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
     ends = torch.cat([store[:GUARD], store[GUARD + x.numel() :]])
     if x.dtype.is_floating_point:
         return bool(ends.isnan().all())

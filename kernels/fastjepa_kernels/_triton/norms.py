@@ -178,9 +178,9 @@ def layer_norm_backward(
     """Gradients of x [..., D] in its dtype, plus `extra`; of weight and bias [D] in float32, or [0] each."""
     rows, width = mean.numel(), x.shape[-1]
     dx = x.new_empty(x.shape)
-    dweight, dbias = (mean.new_zeros(width if wanted else 0) for wanted in (weight_gradient, bias_gradient))
+    dweight, dbias = (mean.new_empty(width if wanted else 0) for wanted in (weight_gradient, bias_gradient))
     if not rows:
-        return dx, dweight, dbias
+        return dx, dweight.zero_(), dbias.zero_()
     gradient, mean, rstd, source = gradient.contiguous(), mean.contiguous(), rstd.contiguous(), _rows(x)
     sizes = _sizes(width)
     tiles = 1

@@ -1,5 +1,7 @@
 """The Triton kernels of layer normalisation in the interpreter, against the reference. float32 and float16 only."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from fastjepa_kernels import add_layer_norm, layer_norm
@@ -19,14 +21,17 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 @pytest.fixture(autouse=True)
-def _buffers_hold_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results are NaN before the kernel writes them, so that a value it forgets is seen."""
-    empty = torch.Tensor.new_empty
+def _results_are_poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Results hold NaN before the kernel writes them and lie between NaN: what it forgets or overruns is seen."""
+    empty, made = torch.Tensor.new_empty, []
 
     def filled(self: Tensor, *size, **named) -> Tensor:
-        return empty(self, *size, **named).fill_(float("nan"))
+        made.append(guarded(empty(self, *size, **named).fill_(float("nan"))))
+        return made[-1]
 
     monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    yield
+    assert all(intact(t) for t in made)
 
 
 def compare(ours, theirs, *inputs: Tensor) -> None:

@@ -34,4 +34,4 @@ def loss_backward(
     difference = prediction.to(mean.dtype) - (rows - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     slope = difference.sign() * difference.abs().pow(exponent - 1)
     slope = torch.where(difference == 0, 0, slope) * (upstream / difference.numel())
-    return slope.to(prediction.dtype, memory_format=torch.contiguous_format)
+    return slope.to(prediction.dtype).contiguous()

@@ -6,7 +6,19 @@ its reference.
 
 from fastjepa_kernels.dispatch import explain, use
 from fastjepa_kernels.functional import gather_tokens, scatter_tokens
+from fastjepa_kernels.losses import target_loss
 from fastjepa_kernels.norms import add_layer_norm, layer_norm
+from fastjepa_kernels.updates import adamw_ema_, ema_update_
 
 __version__ = "0.1.0"
-__all__ = ["add_layer_norm", "explain", "gather_tokens", "layer_norm", "scatter_tokens", "use"]
+__all__ = [
+    "adamw_ema_",
+    "add_layer_norm",
+    "ema_update_",
+    "explain",
+    "gather_tokens",
+    "layer_norm",
+    "scatter_tokens",
+    "target_loss",
+    "use",
+]

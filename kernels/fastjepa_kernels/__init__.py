@@ -6,6 +6,7 @@ its reference.
 
 from fastjepa_kernels.dispatch import explain, use
 from fastjepa_kernels.functional import gather_tokens, scatter_tokens
+from fastjepa_kernels.updates import adamw_ema_, ema_update_
 
 __version__ = "0.1.0"
-__all__ = ["explain", "gather_tokens", "scatter_tokens", "use"]
+__all__ = ["adamw_ema_", "ema_update_", "explain", "gather_tokens", "scatter_tokens", "use"]

@@ -9,7 +9,7 @@ import fastjepa_kernels
 from fastjepa_kernels import dispatch
 from fastjepa_kernels.testing.compile_only import TARGETS, compile_for
 
-OPERATIONS = ("gather_tokens", "scatter_tokens")
+OPERATIONS = ("gather_tokens", "scatter_tokens", "ema_update_", "adamw_ema_")
 
 
 def main(arguments: list[str]) -> int:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from fastjepa_kernels._triton import gather
+from fastjepa_kernels._triton import gather, updates
 from fastjepa_kernels._triton.launch import Shipped
 
 
 def shipped() -> Iterator[Shipped]:
     """All of them, module by module."""
     yield from gather.shipped()
+    yield from updates.shipped()

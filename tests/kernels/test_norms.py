@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastjepa_kernels import add_layer_norm, layer_norm
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
+
+from fastjepa_kernels import add_layer_norm, layer_norm
 
 SHAPES = [(24,), (7, 40), (2, 33, 96), (2, 3, 1, 24)]
 

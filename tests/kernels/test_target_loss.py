@@ -1,12 +1,13 @@
 import math
 
-import fastjepa_kernels
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import fastjepa_kernels
 from fastjepa_kernels import target_loss
 from fastjepa_kernels.dispatch import has_triton, interpreted
-from torch import Tensor
 
 
 def _inputs(

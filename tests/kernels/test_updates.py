@@ -4,11 +4,12 @@ from itertools import chain
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
 from fastjepa_kernels import adamw_ema_, ema_update_, explain
 from fastjepa_kernels.reference import updates as reference
 from fastjepa_kernels.testing import yardstick
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 SHAPES = ((33, 24), (1000,), (1,), (), (0, 3), (7, 40))
 

@@ -64,9 +64,8 @@ def _backward_fake(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = x.shape[-1]
-    return x.new_empty(x.shape), *(
-        mean.new_empty(width if wanted else 0) for wanted in (weight_gradient, bias_gradient)
-    )
+    for_weight, for_bias = (mean.new_empty(width if wanted else 0) for wanted in (weight_gradient, bias_gradient))
+    return x.new_empty(x.shape), for_weight, for_bias
 
 
 def _no_flops(*shapes: Any, **named: Any) -> int:

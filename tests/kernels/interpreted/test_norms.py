@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastjepa_kernels import add_layer_norm, layer_norm
 from fastjepa_kernels._triton import norms as kernels
 from fastjepa_kernels.reference import norms as reference
 from fastjepa_kernels.testing.poison import guarded, intact
 from fastjepa_kernels.testing.yardstick import check
-from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16]
 SIZES = [(1, 24), (33, 24), (7, 40), (33, 96), (1, 1000), (7, 1000)]

@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastjepa_kernels import target_loss, use
 from fastjepa_kernels.dispatch import interpreted
 from fastjepa_kernels.reference import target_loss as reference
 from fastjepa_kernels.testing.poison import guarded, intact
 from fastjepa_kernels.testing.yardstick import check
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="runs in a process with TRITON_INTERPRET=1")
 

@@ -4,10 +4,11 @@ from itertools import chain
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastjepa_kernels import adamw_ema_, dispatch, ema_update_
 from fastjepa_kernels.reference import updates as reference
 from fastjepa_kernels.testing import poison, yardstick
-from torch import Tensor
 
 if not dispatch.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)

@@ -69,9 +69,14 @@ def test_every_kernel_compiles_without_spills_and_without_float64(target, tmp_pa
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from fastjepa_kernels._triton.catalogue import shipped
 
-    entries = list(shipped())
-    assert entries
-    for entry in entries:
+    # The first and the last setting of every kernel; `python -m fastjepa_kernels compile` takes minutes and shows all.
+    settings = {}
+    for entry in shipped():
+        settings.setdefault(entry.kernel, []).append(entry)
+    assert len(settings) >= 12
+    for entry in [
+        entry for group in settings.values() for entry in {group[0].name: group[0], group[-1].name: group[-1]}.values()
+    ]:
         needs = compile_for(target, entry.kernel, entry.signature, entry.constants, warps=entry.warps)
         assert needs.spilled == 0, (entry.name, needs)
         assert needs.float64 == 0, (entry.name, needs)
@@ -95,5 +100,5 @@ def test_the_counts_are_real():
     needs = compile_for("sm_90", gather.gather_kernel, types, {"WIDTH": 384, "LANES": 512})
     assert needs.registers > 8
     summed = {"gradient": "*fp64", "inverse": "*i32", "out": "*fp64", "clips": "i32", "kept": "i32", "tokens": "i32"}
-    heavy = compile_for("sm_90", gather.sum_kernel, summed, {"MASKS": 2, "WIDTH": 65536, "LANES": 65536}, warps=1)
+    heavy = compile_for("sm_90", gather.sum_kernel, summed, {"MASKS": 2, "WIDTH": 8192, "LANES": 8192}, warps=1)
     assert heavy.spilled > 0

@@ -76,7 +76,7 @@ ACCURACIES = [f"{task} {kind}" for task in ("motion", "shape") for kind in ("tra
 def test_figures_of_the_demo_come_from_its_result_file():
     for seed, value in demo_result("demo").items():
         cells = [f"{value[name]:.1f}" for name in ACCURACIES]
-        assert f"| {seed} | {' | '.join(cells)} | {value['whole command']:.0f} s |" in README
+        assert f"| {seed} | {' | '.join(cells)} | {value['processor time']:.0f} s |" in README
         assert value["motion trained"] - value["motion untrained"] >= 10
 
 

@@ -1,0 +1,113 @@
+"""Layer normalisation, one function each: what to call.
+
+D width, R rows (the product of all leading dims). Bytes and FLOPs are of the Triton form.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastjepa_kernels.dispatch import Impl, choose
+from fastjepa_kernels.ops import norms as _norm_ops  # noqa: F401  (registers the operators)
+from fastjepa_kernels.registry import operation
+
+MOST_CHANNELS = 8192
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    out_dtype: torch.dtype | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Layer normalisation of the last dim: x [..., D], weight and bias [D] or None -> [..., D].
+
+    Dtypes are float32, bfloat16 or float16, the parameters' may be another than that of `x`; the result is of
+    `out_dtype`, or that of `x`, also under autocast. Mean and variance are of float32 (of float64 for float64, which
+    the reference alone takes). Neighbouring channels and up to two strides of rows are read in place; the result is
+    contiguous.
+
+    Forward reads x and writes the result once, and 8 bytes of statistics a row; about 8 FLOPs a value. Backward reads
+    x and the gradient and writes dx in one pass, about 14 FLOPs a value; the gradients of weight and bias are summed
+    in float32 by at most 512 programs, 4 D bytes each for weight and for bias, and then in one fixed order: bitwise
+    repeatable, no atomics. FLOP counters see none, as of torch's own. There is no second derivative.
+
+    It replaces `F.layer_norm` where autocast would make it write float32, and its eager backward of two passes. Not
+    under a compiler that already fuses the normalisation with its neighbours, where both sides are of one dtype.
+
+    Errors: ValueError for shapes, dtypes, more than 8192 channels or float64 in Triton, or an implementation that
+    cannot run.
+    """
+    _check("layer_norm", x, weight, bias, eps)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    run = _choose("layer_norm", impl, x, x.dtype, out_dtype)
+    return run(x, weight, bias, float(eps), out_dtype)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The step between two blocks: x [..., D], residual [..., D] -> (normalised sum, sum), [..., D] each.
+
+    The sum, the new residual, is added in float32 and rounded to the dtype of `residual`; the normalised form of that
+    rounded sum has the dtype of `x`. So a float32 residual stream goes with bfloat16 blocks. Parameters, layouts and
+    statistics as for `layer_norm`.
+
+    Forward reads two values and writes two for each of R * D, about 9 FLOPs each. Backward reads the sum and both
+    gradients and writes one, which is the gradient of both inputs (copied where their dtypes differ); the rest is as
+    for `layer_norm`, repeatable and without atomics. It replaces `residual + x` with `F.layer_norm` after it, which
+    reads the sum again, and adds the residual's gradient in a pass of its own. Not where the sum is not used again, and
+    not under a compiler that fuses the two.
+
+    Errors: ValueError as for `layer_norm`, and for a residual of another shape or device.
+    """
+    _check("add_layer_norm", x, weight, bias, eps)
+    if residual.shape != x.shape or residual.device != x.device or not residual.dtype.is_floating_point:
+        raise ValueError(
+            f"add_layer_norm: expected a floating residual {list(x.shape)} on {x.device}, got {list(residual.shape)}, "
+            f"{residual.dtype} on {residual.device}"
+        )
+    run = _choose("add_layer_norm", impl, x, x.dtype, residual.dtype)
+    normalised, total, _, _ = run(x, residual, weight, bias, float(eps))
+    return normalised, total
+
+
+def _check(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{name}: x must be of a floating dtype, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected x [..., D] with at least one channel, got {list(x.shape)}")
+    for what, given in (("weight", weight), ("bias", bias)):
+        if given is None:
+            continue
+        if given.shape != x.shape[-1:] or given.device != x.device or not given.dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: expected a floating {what} [{x.shape[-1]}] on {x.device}, got {list(given.shape)}, "
+                f"{given.dtype} on {given.device}"
+            )
+    if eps < 0:
+        raise ValueError(f"{name}: eps must not be negative, got {eps}")
+
+
+def _choose(name: str, impl: Impl, x: Tensor, *dtypes: torch.dtype) -> Callable[..., Any]:
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"{name}: out_dtype must be a floating dtype, got {dtypes[-1]}")
+    chosen = choose(name, impl, x)
+    if chosen == "triton" and x.shape[-1] > MOST_CHANNELS:
+        raise ValueError(
+            f"{name}: Triton takes at most {MOST_CHANNELS} channels, got {x.shape[-1]}; impl='reference' takes any"
+        )
+    if chosen == "triton" and torch.float64 in dtypes:
+        raise ValueError(f"{name}: Triton computes in float32; float64 needs impl='reference'")
+    return operation(name, chosen)

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastjepa import checkpoint, config, health, parallel
 from fastjepa.build import build_dataset, build_optimizer_pass
 from fastjepa.config import Settings
-from fastjepa.data.badfiles import BadFiles
 from fastjepa.data.loader import Batch, make_loader, running
+from fastjepa.data.replaced import ReplacedFiles
 from fastjepa.data.source import Videos
 from fastjepa.evaluation import draw_pictures, run_probe, should_probe
 from fastjepa.exits import Exit
@@ -68,7 +68,7 @@ class Trainer:
     masks: GeneratorCollator
     videos: Videos
     plan: Plan
-    bad_files: BadFiles
+    bad_files: ReplacedFiles
     interrupts: Interrupts
     workers: int
 
@@ -80,7 +80,9 @@ class Trainer:
         self.failed_saves = 0
         self.saved_step = -1
         # Listed like bad files, but any number of them is fine.
-        self.short_files = BadFiles(self.run.path / "short_files.jsonl", len(self.videos.train), None, self.log.say)
+        self.short_files = ReplacedFiles(
+            self.run.path / "short_files.jsonl", len(self.videos.train), None, self.log.say
+        )
 
     # -- state --------------------------------------------------------------------------------------------------------
 

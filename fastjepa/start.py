@@ -13,7 +13,7 @@ from fastjepa import config, parallel
 from fastjepa.build import build_jepa, build_masks
 from fastjepa.checkpoint import CheckpointError
 from fastjepa.config import Settings
-from fastjepa.data.badfiles import BadFiles, TooManyBadFiles
+from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
 from fastjepa.data.source import open_videos
 from fastjepa.evaluation import should_probe
 from fastjepa.exits import Exit
@@ -56,7 +56,7 @@ def start(settings: Settings, name: str) -> Exit:
             log.say(line)
         try:
             listed = run.path / "bad_files.jsonl"
-            bad_files = BadFiles(listed, len(videos.paths), settings.data.max_bad_fraction, log.say)
+            bad_files = ReplacedFiles(listed, len(videos.paths), settings.data.max_bad_fraction, log.say)
             trainer = Trainer(settings, run, log, device, jepa, masks, videos, plan, bad_files, interrupts, workers)
             return trainer.train()
         except TooManyBadFiles as error:

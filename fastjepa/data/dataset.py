@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastjepa.data.badfiles import TooManyBadFiles
 from fastjepa.data.decode import VideoError, VideoInfo, probe, read_frames
+from fastjepa.data.replaced import TooManyBadFiles
 from fastjepa.data.sampling import ClipDraw, ClipPlan
 from fastjepa.data.transforms import transform
 

@@ -77,22 +77,16 @@ class MaskCollator(GeneratorCollator):
         truncation: Truncation = "group",
         group: int | None = None,
     ) -> None:
+        clip = _clip(crop_size, num_frames, patch_size, tubelet_size)
         super().__init__(
             [
                 MultiBlockMaskGenerator(
-                    crop_size=crop_size,
-                    num_frames=num_frames,
-                    spatial_patch_size=patch_size,
-                    temporal_patch_size=tubelet_size,
-                    seed=seed,
-                    set_number=number,
-                    truncation=truncation,
-                    group=group,
+                    **clip, seed=seed, set_number=number, truncation=truncation, group=group,
                     **_generator_arguments(entry, _BLOCK_NAMES),
                 )
                 for number, entry in enumerate(cfgs_mask)
             ]
-        )
+        )  # fmt: skip
 
 
 class RandomTubeMaskCollator(GeneratorCollator):
@@ -112,16 +106,11 @@ class RandomTubeMaskCollator(GeneratorCollator):
         *,
         seed: int = 0,
     ) -> None:
+        clip = _clip(crop_size, num_frames, patch_size, tubelet_size)
         super().__init__(
             [
                 RandomTubeMaskGenerator(
-                    crop_size=crop_size,
-                    num_frames=num_frames,
-                    spatial_patch_size=patch_size,
-                    temporal_patch_size=tubelet_size,
-                    seed=seed,
-                    set_number=number,
-                    **_generator_arguments(entry, _TUBE_NAMES),
+                    **clip, seed=seed, set_number=number, **_generator_arguments(entry, _TUBE_NAMES)
                 )
                 for number, entry in enumerate(cfgs_mask)
             ]
@@ -137,6 +126,18 @@ _BLOCK_NAMES = {
     "max_keep": "max_keep",
 }
 _TUBE_NAMES = {"ratio": "ratio"}
+
+
+def _clip(
+    crop_size: int | Sequence[int], num_frames: int, patch_size: int | Sequence[int], tubelet_size: int
+) -> dict[str, Any]:
+    """The clip under the names of the generators, which are the published ones."""
+    return {
+        "crop_size": crop_size,
+        "num_frames": num_frames,
+        "spatial_patch_size": patch_size,
+        "temporal_patch_size": tubelet_size,
+    }
 
 
 def _generator_arguments(entry: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

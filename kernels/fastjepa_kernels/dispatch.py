@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "reference"]
@@ -17,6 +18,8 @@ Impl = Literal["auto", "triton", "reference"]
 # Facts of the process, looked up once: plain values, which torch.compile can read.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# The kernels keep a row in registers: more channels would spill.
+MOST_CHANNELS = 8192
 # A plain global, and not a context variable, for the same reason.
 _forced: Impl = "auto"
 
@@ -31,23 +34,35 @@ def has_triton() -> bool:
     return _HAS_TRITON
 
 
-def why_not_triton(x: Tensor) -> str:
-    """Why Triton cannot run on this tensor; empty where it can."""
+def why_not_triton(x: Tensor, *dtypes: torch.dtype, channels: int = 0) -> str:
+    """Why Triton cannot run on this tensor; empty where it can.
+
+    `dtypes` are those of further tensors, `channels` the length of a row where the kernel needs all of it at once.
+    """
     if not has_triton():
         return "Triton is not installed"
-    if x.device.type == "cuda" or (x.device.type == "cpu" and interpreted()):
-        return ""
-    return f"the tensors are on {x.device.type}, and Triton needs a CUDA device (or TRITON_INTERPRET=1 on a CPU)"
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
+        return f"the tensors are on {x.device.type}, and Triton needs a CUDA device (or TRITON_INTERPRET=1 on a CPU)"
+    if torch.float64 in (x.dtype, *dtypes):
+        return "the kernels compute in float32, got float64"
+    if channels > MOST_CHANNELS:
+        return f"the kernels take at most {MOST_CHANNELS} channels, got {channels}"
+    return ""
 
 
-def choose(operation: str, impl: Impl, x: Tensor) -> Literal["triton", "reference"]:
-    """The implementation for this tensor. Errors: ValueError for an unknown name or one that cannot run here."""
+def choose(
+    operation: str, impl: Impl, x: Tensor, *dtypes: torch.dtype, channels: int = 0
+) -> Literal["triton", "reference"]:
+    """The implementation for these tensors (see `why_not_triton`).
+
+    Errors: ValueError for an unknown name or one that cannot run here.
+    """
     if impl not in get_args(Impl):
         raise ValueError(f"{operation}: impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
     wanted = _forced if impl == "auto" else impl
     if wanted == "reference":
         return "reference"
-    reason = why_not_triton(x)
+    reason = why_not_triton(x, *dtypes, channels=channels)
     if not reason:
         return "triton"
     if wanted == "triton":

@@ -5,6 +5,7 @@ B clips, M masks of a clip, N tokens, K kept tokens, D width. Bytes and FLOPs ar
 
 from torch import Tensor
 
+from fastjepa_kernels.checks import check_index
 from fastjepa_kernels.dispatch import Impl, choose
 from fastjepa_kernels.ops import gather as _gather_ops  # noqa: F401  (registers the operators)
 from fastjepa_kernels.registry import operation
@@ -30,7 +31,7 @@ def gather_tokens(x: Tensor, index: Tensor, *, assume_unique: bool = True, impl:
             f"gather_tokens: expected x [B, N, D] and index [B, K] or [M, B, K], got {list(x.shape)} and "
             f"{list(index.shape)}"
         )
-    _check_index("gather_tokens", index, x)
+    check_index("gather_tokens", index, x)
     run = operation("gather_tokens", choose("gather_tokens", impl, x))
     return run(x, index if index.ndim == 3 else index.unsqueeze(0), assume_unique)
 
@@ -52,14 +53,5 @@ def scatter_tokens(x: Tensor, index: Tensor, tokens: int, fill: Tensor | None = 
         raise ValueError(f"scatter_tokens: {index.shape[1]} kept tokens do not fit into {tokens}")
     if fill is not None and (fill.shape != x.shape[2:] or fill.device != x.device):
         raise ValueError(f"scatter_tokens: expected fill [{x.shape[2]}] on {x.device}, got {list(fill.shape)}")
-    _check_index("scatter_tokens", index, x)
+    check_index("scatter_tokens", index, x)
     return operation("scatter_tokens", choose("scatter_tokens", impl, x))(x, index, tokens, fill)
-
-
-def _check_index(name: str, index: Tensor, x: Tensor) -> None:
-    if index.dtype.is_floating_point or index.dtype.itemsize < 4 or index.dtype.is_complex:
-        raise ValueError(f"{name}: index must be int32 or int64, got {index.dtype}")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"{name}: x must be of a floating dtype, got {x.dtype}")
-    if index.device != x.device:
-        raise ValueError(f"{name}: x is on {x.device}, index on {index.device}")

@@ -2,15 +2,12 @@
 
 import math
 
-import torch
 from torch import Tensor
 
+from fastjepa_kernels.checks import check_index
 from fastjepa_kernels.dispatch import Impl, choose
-from fastjepa_kernels.functional import _check_index
 from fastjepa_kernels.ops import target_loss as _target_loss_ops  # noqa: F401  (registers the operators)
 from fastjepa_kernels.registry import operation
-
-WIDEST = 8192
 
 
 def target_loss(
@@ -40,9 +37,9 @@ def target_loss(
     tokens, the gather of each mask, and the loop over masks. Not where normalised targets are needed elsewhere anyway
     (a predictor that noises them), nor for weights of tokens or smooth L1.
 
-    Errors: ValueError for shapes, dtypes, devices, an exponent or eps that is not above 0, nothing to compare, an
-    implementation that cannot run, and for float64 or more than 8192 channels in the Triton form. Numbers out of range
-    are not checked on a GPU.
+    Errors: ValueError for shapes, dtypes, devices, an exponent or eps that is not above 0, nothing to compare, or an
+    implementation that cannot run (Triton takes no float64 and up to 8192 channels). Numbers out of range are not
+    checked on a GPU.
     """
     if prediction.ndim != 3 or target.ndim != 3 or index.ndim not in (2, 3):
         raise ValueError(
@@ -56,7 +53,7 @@ def target_loss(
             f"target_loss: index {list(index.shape)} and target {list(target.shape)} do not fit prediction "
             f"{list(prediction.shape)}: expected [M * B, K, D] with index [B, K] or [M, B, K] and target [B, N, D]"
         )
-    _check_index("target_loss", index, prediction)
+    check_index("target_loss", index, prediction)
     if not target.dtype.is_floating_point or target.device != prediction.device:
         raise ValueError(
             f"target_loss: target must be of a floating dtype on {prediction.device}, got {target.dtype} on "
@@ -67,17 +64,5 @@ def target_loss(
             raise ValueError(f"target_loss: {name} must be above 0 and finite, got {number}")
     if prediction.numel() == 0:
         raise ValueError(f"target_loss: nothing to compare, prediction is {list(prediction.shape)}")
-    chosen = choose("target_loss", impl, prediction)
-    if chosen == "triton":
-        _check_triton(prediction, target)
+    chosen = choose("target_loss", impl, prediction, target.dtype, channels=target.shape[2])
     return operation("target_loss", chosen)(prediction, target.detach(), masks, float(exponent), float(eps))[0]
-
-
-def _check_triton(prediction: Tensor, target: Tensor) -> None:
-    if torch.float64 in (prediction.dtype, target.dtype):
-        raise ValueError("target_loss: the Triton form computes in float32; float64 needs impl='reference'")
-    if prediction.shape[2] > WIDEST:
-        raise ValueError(
-            f"target_loss: the Triton form takes up to {WIDEST} channels, got {prediction.shape[2]}; "
-            "more need impl='reference'"
-        )

@@ -3,17 +3,12 @@
 D width, R rows (the product of all leading dims). Bytes and FLOPs are of the Triton form.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastjepa_kernels.dispatch import Impl, choose
 from fastjepa_kernels.ops import norms as _norm_ops  # noqa: F401  (registers the operators)
 from fastjepa_kernels.registry import operation
-
-MOST_CHANNELS = 8192
 
 
 def layer_norm(
@@ -40,12 +35,14 @@ def layer_norm(
     It replaces `F.layer_norm` where autocast would make it write float32, and its eager backward of two passes. Not
     under a compiler that already fuses the normalisation with its neighbours, where both sides are of one dtype.
 
-    Errors: ValueError for shapes, dtypes, more than 8192 channels or float64 in Triton, or an implementation that
-    cannot run.
+    Errors: ValueError for shapes, dtypes or an implementation that cannot run (Triton takes no float64 and up to 8192
+    channels).
     """
     _check("layer_norm", x, weight, bias, eps)
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    run = _choose("layer_norm", impl, x, x.dtype, out_dtype)
+    if not out_dtype.is_floating_point:
+        raise ValueError(f"layer_norm: out_dtype must be a floating dtype, got {out_dtype}")
+    run = operation("layer_norm", choose("layer_norm", impl, x, out_dtype, channels=x.shape[-1]))
     return run(x, weight, bias, float(eps), out_dtype)[0]
 
 
@@ -78,7 +75,7 @@ def add_layer_norm(
             f"add_layer_norm: expected a floating residual {list(x.shape)} on {x.device}, got {list(residual.shape)}, "
             f"{residual.dtype} on {residual.device}"
         )
-    run = _choose("add_layer_norm", impl, x, x.dtype, residual.dtype)
+    run = operation("add_layer_norm", choose("add_layer_norm", impl, x, residual.dtype, channels=x.shape[-1]))
     normalised, total, _, _ = run(x, residual, weight, bias, float(eps))
     return normalised, total
 
@@ -98,16 +95,3 @@ def _check(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps
             )
     if eps < 0:
         raise ValueError(f"{name}: eps must not be negative, got {eps}")
-
-
-def _choose(name: str, impl: Impl, x: Tensor, *dtypes: torch.dtype) -> Callable[..., Any]:
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        raise ValueError(f"{name}: out_dtype must be a floating dtype, got {dtypes[-1]}")
-    chosen = choose(name, impl, x)
-    if chosen == "triton" and x.shape[-1] > MOST_CHANNELS:
-        raise ValueError(
-            f"{name}: Triton takes at most {MOST_CHANNELS} channels, got {x.shape[-1]}; impl='reference' takes any"
-        )
-    if chosen == "triton" and torch.float64 in dtypes:
-        raise ValueError(f"{name}: Triton computes in float32; float64 needs impl='reference'")
-    return operation(name, chosen)

@@ -5,15 +5,31 @@ saved by name in checkpoint policies. On a CPU both run the reference, unless Tr
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
+from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
 from fastjepa_kernels.dispatch import interpreted
 
 NAMESPACE = "fastjepa"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_operators = library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _no_flops(*shapes: Any, **named: Any) -> int:
+    return 0  # torch's counter leaves out what is done value by value
+
+
+def _launcher(path: str) -> Callable[..., Any]:
+    """A launcher of `_triton` by its name, which is imported, and Triton with it, at the first call."""
+    module, _, name = path.rpartition(".")
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(import_module(f"fastjepa_kernels._triton.{module}"), name)(*arguments)
+
+    return launch
 
 
 def register(
@@ -21,21 +37,25 @@ def register(
     schema: str,
     *,
     reference: Callable[..., Any],
-    triton: Callable[..., Any],
+    triton: str,
     fake: Callable[..., Any],
-    flops: Callable[..., int],
+    flops: Callable[..., int] = _no_flops,
 ) -> None:
     """Define `fastjepa::name` and `fastjepa::name_reference` with this schema, e.g. "(Tensor x) -> Tensor".
 
-    `triton` is called for tensors on a CUDA device (and in the interpreter on a CPU) and loads its kernels itself;
-    `fake` gives empty results of the right shape; `flops` takes shapes, as torch's counter does.
+    `triton` names a launcher, "module.function" in `_triton` with the arguments of the reference; it runs for tensors
+    on a CUDA device, and in the interpreter on a CPU. `fake` gives empty results of the right shape; `flops` takes
+    shapes, as torch's counter does.
     """
-    on_cpu = triton if interpreted() else reference
-    for full, cuda, cpu in ((name, triton, on_cpu), (f"{name}_reference", reference, reference)):
-        _library.define(f"{full}{schema}")
-        _library.impl(full, cuda, "CUDA")
-        _library.impl(full, cpu, "CPU")
-        torch.library.register_fake(f"{NAMESPACE}::{full}", fake, lib=_library)
+    launcher = _launcher(triton)
+    for full, cuda, cpu in (
+        (name, launcher, launcher if interpreted() else reference),
+        (f"{name}_reference", reference, reference),
+    ):
+        _operators.define(f"{full}{schema}")
+        _operators.impl(full, cuda, "CUDA")
+        _operators.impl(full, cpu, "CPU")
+        library.register_fake(f"{NAMESPACE}::{full}", fake, lib=_operators)
         register_flop_formula(getattr(torch.ops.fastjepa, full))(flops)
 
 
@@ -47,8 +67,8 @@ def operation(name: str, impl: str) -> Callable[..., Any]:
 def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give both forms of an operation a gradient, also for those who call `torch.ops` themselves."""
     for full in (name, f"{name}_reference"):
-        torch.library.register_autograd(
-            f"{NAMESPACE}::{full}", _of(backward, full), setup_context=setup_context, lib=_library
+        library.register_autograd(
+            f"{NAMESPACE}::{full}", _of(backward, full), setup_context=setup_context, lib=_operators
         )
 
 

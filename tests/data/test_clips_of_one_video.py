@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastjepa.data import dataset as dataset_module
-from fastjepa.data.badfiles import BadFiles, TooManyBadFiles
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.decode import VideoError, probe, read_frames
 from fastjepa.data.loader import make_loader, running
+from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
 from fastjepa.data.sampling import ClipPlan
 from fastjepa.data.transforms import cut
 from fastjepa.masks import MaskCollator, Ragged
@@ -256,11 +256,11 @@ def test_without_any_long_enough_video_the_loader_says_so_in_one_sentence(paths,
 
 
 def test_a_list_without_a_quota_takes_any_number(tmp_path):
-    listed = BadFiles(tmp_path / "short_files.jsonl", 3, None)
+    listed = ReplacedFiles(tmp_path / "short_files.jsonl", 3, None)
     entries = [(f"{n}.mp4", "short") for n in range(50)]
     assert listed.report(entries) == entries
     assert listed.report(entries) == []
-    assert len(BadFiles(tmp_path / "short_files.jsonl", 3, None).reasons) == 50
+    assert len(ReplacedFiles(tmp_path / "short_files.jsonl", 3, None).reasons) == 50
 
 
 class LengthsOnly:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastjepa.data import dataset as dataset_module
-from fastjepa.data.badfiles import BadFiles, TooManyBadFiles
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.decode import VideoError, probe, read_frames
 from fastjepa.data.loader import SlotBatches, make_loader, running
+from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
 from fastjepa.data.sampling import ClipPlan
 from fastjepa.data.transforms import cut
 from fastjepa.masks import MaskCollator, Ragged
@@ -333,14 +333,14 @@ def entries(count, start=0):
 
 def test_each_bad_file_is_written_down_once(tmp_path):
     path = tmp_path / "bad_files.jsonl"
-    bad_files = BadFiles(path, 1000, 0.01)
+    bad_files = ReplacedFiles(path, 1000, 0.01)
     assert not path.exists()
     assert bad_files.report(entries(2) + entries(1)) == entries(2)
     assert bad_files.report(entries(3)) == entries(1, start=2)
     assert bad_files.report([]) == []
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert written == [{"path": p, "reason": r} for p, r in entries(3)]
-    again = BadFiles(path, 1000, 0.01)
+    again = ReplacedFiles(path, 1000, 0.01)
     assert again.reasons == dict(entries(3))
     assert again.report(entries(4)) == entries(1, start=3)
     assert len(path.read_text().splitlines()) == 4
@@ -348,19 +348,19 @@ def test_each_bad_file_is_written_down_once(tmp_path):
 
 def test_strange_names_of_bad_files_survive(tmp_path):
     names = [("/videos/a\nb.mp4", 'with "quotes"'), ("/videos/\udcff.mp4", "ünïcode"), ("/videos/\u2028.mp4", "")]
-    BadFiles(tmp_path / "bad.jsonl", 100, 0).report(names)
-    assert BadFiles(tmp_path / "bad.jsonl", 100, 0).reasons == dict(names)
+    ReplacedFiles(tmp_path / "bad.jsonl", 100, 0).report(names)
+    assert ReplacedFiles(tmp_path / "bad.jsonl", 100, 0).reasons == dict(names)
 
 
 def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     path = tmp_path / "bad_files.jsonl"
-    BadFiles(path, 100, 0).report(entries(3))
+    ReplacedFiles(path, 100, 0).report(entries(3))
     for cut_at in (-1, -20):
         path.write_text(path.read_text()[:cut_at])
-        reopened = BadFiles(path, 100, 0)
+        reopened = ReplacedFiles(path, 100, 0)
         assert reopened.reasons == dict(entries(2))
         assert reopened.report(entries(3)) == entries(1, start=2)
-        assert BadFiles(path, 100, 0).reasons == dict(entries(3))
+        assert ReplacedFiles(path, 100, 0).reasons == dict(entries(3))
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     [(5, 0.0, 10), (5, 1.0, 10), (999, 0.01, 10), (1100, 0.01, 11), (10_000, 0.0, 10), (40, 0.5, 20)],
 )
 def test_ten_bad_files_or_the_given_share_are_tolerated(tmp_path, total, fraction, allowed):
-    bad_files = BadFiles(tmp_path / "bad_files.jsonl", total, fraction)
+    bad_files = ReplacedFiles(tmp_path / "bad_files.jsonl", total, fraction)
     assert len(bad_files.report(entries(allowed))) == allowed
     with pytest.raises(TooManyBadFiles) as caught:
         bad_files.report(entries(1, start=allowed))
@@ -377,13 +377,13 @@ def test_ten_bad_files_or_the_given_share_are_tolerated(tmp_path, total, fractio
         f"they are listed in {tmp_path}/bad_files.jsonl"
     )
     with pytest.raises(TooManyBadFiles):  # a resumed run does not get a new quota
-        BadFiles(tmp_path / "bad_files.jsonl", total, fraction).report([])
+        ReplacedFiles(tmp_path / "bad_files.jsonl", total, fraction).report([])
     assert len((tmp_path / "bad_files.jsonl").read_text().splitlines()) == allowed + 1
 
 
 def test_a_list_of_bad_files_that_cannot_be_written_is_said_and_still_counted(tmp_path):
     said = []
-    bad = BadFiles(tmp_path / "gone" / "bad_files.jsonl", 100, 0.01, said.append)
+    bad = ReplacedFiles(tmp_path / "gone" / "bad_files.jsonl", 100, 0.01, said.append)
     assert bad.report([("a.mp4", "why")]) == [("a.mp4", "why")]
     assert "cannot be written" in said[0]
     with pytest.raises(TooManyBadFiles):

@@ -1,10 +1,14 @@
 """Frame numbers of the published sampler: every recorded call, with the integers that it drew."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from fastjepa.data.dataset import ClipDataset
+from fastjepa.data.replaced import TooManyBadFiles
 from fastjepa.data.sampling import ClipPlan, clip_frames, clip_stride, segment_frames
 
 
@@ -76,10 +80,26 @@ def test_draws_are_made_in_the_published_ranges_and_order(calls):
         assert call["draw_ranges"] == ([] if rng is None else rng.asked), call
 
 
-def test_the_window_that_the_filter_goes_by_is_the_published_one(calls):
+class Blank:
+    """A reader of one black video of this length."""
+
+    paths = ("one.mp4",)
+
+    def __init__(self, length):
+        self.length = length
+
+    def info(self, video):
+        return SimpleNamespace(frames=self.length, height=8, width=8, rate=None)
+
+    def read(self, video, frames):
+        return np.zeros((len(frames), 8, 8, 3), dtype=np.uint8)
+
+
+def test_videos_are_refused_for_their_length_where_the_published_code_does(calls):
     for call, _ in calls:
         frames, stride, _, _ = rule(call)
         plan = ClipPlan(0, np.arange(1), frames, stride, (0.3, 1.0), (0.75, 1.35), True)
-        wanted = call["args"].get("filter_short_videos", False) and call["n"] < plan.window()
-        assert call["rejected"] == wanted, call
+        filtered = call["args"].get("filter_short_videos", False)
+        with pytest.raises(TooManyBadFiles) if call["rejected"] else nullcontext():
+            ClipDataset(Blank(call["n"]), plan, 8, filter_short=filtered)[0]
     assert sum(call["rejected"] for call, _ in calls) == 2

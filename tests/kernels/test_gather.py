@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from fastjepa.masks import apply_masks
 from fastjepa_kernels import explain, gather_tokens, scatter_tokens, use
@@ -50,18 +50,18 @@ def test_gradients_in_float64():
 def test_the_operators_keep_their_contract(name, kept):
     x = values(2, 9, 6, dtype=torch.float32, requires_grad=True)
     index = index_of(3, 2, kept, tokens=9)
-    opcheck(getattr(OPS, f"gather_tokens{name}").default, (x, index, True))
-    opcheck(
+    library.opcheck(getattr(OPS, f"gather_tokens{name}").default, (x, index, True))
+    library.opcheck(
         getattr(OPS, f"gather_tokens{name}").default,
         (x.detach().transpose(0, 1).contiguous().transpose(0, 1), index, True),
     )
-    opcheck(
+    library.opcheck(
         getattr(OPS, f"gather_tokens_backward{name}").default, (values(6, kept, 6, dtype=torch.float32), index, 9, True)
     )
     y = values(2, kept, 6, dtype=torch.float32, requires_grad=True)
     fill = values(6, dtype=torch.float32, requires_grad=True)
-    opcheck(getattr(OPS, f"scatter_tokens{name}").default, (y, index[0], 9, fill))
-    opcheck(getattr(OPS, f"scatter_tokens{name}").default, (y, index[0], 9, None))
+    library.opcheck(getattr(OPS, f"scatter_tokens{name}").default, (y, index[0], 9, fill))
+    library.opcheck(getattr(OPS, f"scatter_tokens{name}").default, (y, index[0], 9, None))
 
 
 def test_a_whole_graph_is_compiled_and_lengths_are_dynamic():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -127,14 +127,14 @@ def test_gradients_are_the_derivatives() -> None:
 def test_torch_accepts_the_operators(name: str) -> None:
     x, weight, bias = leaf(normal(2, 3, 8)), leaf(normal(8)), leaf(normal(8))
     one = getattr(torch.ops.fastjepa, name).default
-    torch.library.opcheck(one, (x, weight, bias, 1e-6, torch.bfloat16))
-    torch.library.opcheck(one, (x.detach().transpose(0, 1), None, None, 1e-6, torch.float32))
+    library.opcheck(one, (x, weight, bias, 1e-6, torch.bfloat16))
+    library.opcheck(one, (x.detach().transpose(0, 1), None, None, 1e-6, torch.float32))
     add = getattr(torch.ops.fastjepa, f"add_{name}").default
-    torch.library.opcheck(add, (x, leaf(normal(2, 3, 8, dtype=torch.bfloat16)), weight, bias, 1e-6))
+    library.opcheck(add, (x, leaf(normal(2, 3, 8, dtype=torch.bfloat16)), weight, bias, 1e-6))
     backward = getattr(torch.ops.fastjepa, name.replace("norm", "norm_backward")).default
     mean = normal(2, 3)
     for extra, factor, flags in ((None, None, (False, False)), (normal(2, 3, 8), normal(8), (True, True))):
-        torch.library.opcheck(backward, (normal(2, 3, 8), extra, x.detach(), factor, mean, mean.exp(), *flags))
+        library.opcheck(backward, (normal(2, 3, 8), extra, x.detach(), factor, mean, mean.exp(), *flags))
 
 
 def test_compiles_whole_with_few_recompiles_over_many_lengths() -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 import fastjepa_kernels
 from fastjepa_kernels import target_loss
@@ -99,15 +99,13 @@ def test_registration_is_sound(name: str, exponent: float) -> None:
     strided = prediction.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     run = getattr(torch.ops.fastjepa, name).default
     for x in (prediction, strided):
-        torch.library.opcheck(run, (x.detach().requires_grad_(), target, index, exponent, 1e-5))
+        library.opcheck(run, (x.detach().requires_grad_(), target, index, exponent, 1e-5))
     mixed = (prediction.bfloat16().requires_grad_(), target, index.int(), exponent, 1e-5)
-    torch.library.opcheck(run, mixed)
+    library.opcheck(run, mixed)
     _, mean, rstd = run(strided, target, index, exponent, 1e-5)
     backward = getattr(torch.ops.fastjepa, name.replace("loss", "loss_backward")).default
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        backward, (torch.tensor(2.0), strided, target, index, mean, rstd, exponent), test_utils=checks
-    )
+    library.opcheck(backward, (torch.tensor(2.0), strided, target, index, mean, rstd, exponent), test_utils=checks)
 
 
 def test_compiles_as_one_graph_and_rarely_again_for_other_lengths() -> None:

@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastjepa_kernels import adamw_ema_, ema_update_, explain
@@ -158,7 +158,7 @@ def test_the_references_follow_float64():
 @pytest.mark.parametrize("name", ["ema_update_", "ema_update__reference"])
 def test_opcheck_of_the_average(name):
     op = getattr(torch.ops.fastjepa, name).default
-    torch.library.opcheck(op, (tensors(0), tensors(1, torch.bfloat16), torch.tensor(0.25)))
+    library.opcheck(op, (tensors(0), tensors(1, torch.bfloat16), torch.tensor(0.25)))
 
 
 @pytest.mark.parametrize("name", ["adamw_ema_", "adamw_ema__reference"])
@@ -169,7 +169,7 @@ def test_opcheck_of_the_step(name, full):
     scalars = torch.tensor([[0.99, 1e-3, 0.1, 1.0, 0.0, 0.01]]).repeat(len(SHAPES), 1)
     more = (tensors(5), [x.bfloat16() for x in tensors(6)]) if full else ([], [])
     op = getattr(torch.ops.fastjepa, name).default
-    torch.library.opcheck(op, (*inputs.values(), *more, scalars, 0.9, 0.999, 1e-8))
+    library.opcheck(op, (*inputs.values(), *more, scalars, 0.9, 0.999, 1e-8))
 
 
 def test_compiled_in_one_graph_with_the_same_result():

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton.launch import Shipped, on_device_of, power_of_two
+from fastjepa_kernels._triton.launch import Shipped, on_device_of, power_of_two, rows_in_place
 
 MOST_LANES = 1024
 
@@ -91,11 +91,6 @@ def _lanes(width: int) -> int:
     return min(MOST_LANES, power_of_two(width))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Neighbouring channels are all that is asked of a layout; any strides of clips and tokens are read in place."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _inverse(index: Tensor, tokens: int) -> Tensor:
     """int32 [M, B, N]: the place of every token in its mask, -1 where it is not kept."""
     inverse = torch.full((*index.shape[:2], tokens), -1, dtype=torch.int32, device=index.device)
@@ -104,9 +99,9 @@ def _inverse(index: Tensor, tokens: int) -> Tensor:
     return inverse
 
 
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, D], index [M, B, K] -> [M * B, K, D]."""
-    x, index = _rows(x), index.contiguous()
+def gather(x: Tensor, index: Tensor, unique: bool = True) -> Tensor:
+    """x [B, N, D], index [M, B, K] -> [M * B, K, D]. `unique` is for the backward pass alone."""
+    x, index = rows_in_place(x), index.contiguous()
     masks, clips, kept = index.shape
     width = x.shape[2]
     out = x.new_empty(masks * clips, kept, width)
@@ -141,7 +136,7 @@ def gather_backward(gradient: Tensor, index: Tensor, tokens: int, unique: bool) 
 
 def scatter(x: Tensor, index: Tensor, tokens: int, fill: Tensor | None) -> Tensor:
     """x [B, K, D], index [B, K] -> [B, N, D]."""
-    x, index = _rows(x), index.contiguous()
+    x, index = rows_in_place(x), index.contiguous()
     clips, kept, width = x.shape
     out = x.new_empty(clips, tokens, width)
     if out.numel():

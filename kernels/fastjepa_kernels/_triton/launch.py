@@ -26,6 +26,11 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
+def rows_in_place(x: Tensor) -> Tensor:
+    """Neighbouring channels are all that is asked of a layout; any strides of clips and tokens are read in place."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton.launch import Shipped, on_device_of, power_of_two
+from fastjepa_kernels._triton.launch import Shipped, on_device_of, power_of_two, rows_in_place
 
 # Values of a tile that are held at once; a longer row is a tile of its own.
 TILE = 2048
@@ -125,7 +125,7 @@ SUM = {"LANES": 32, "ROWS": 64}
 
 def _rows(x: Tensor) -> Tensor:
     """x [..., D] -> [outer, inner, D]: two strides are read in place, of more dims where they fold into two."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_in_place(x)
     return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
 
 

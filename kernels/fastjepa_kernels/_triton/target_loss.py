@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton.launch import Shipped, on_device_of, power_of_two
+from fastjepa_kernels._triton.launch import Shipped, on_device_of, power_of_two, rows_in_place
 
 SUMS_AT_ONCE = 4096
 
@@ -30,6 +30,18 @@ def _power(size, EXPONENT: tl.constexpr):
 
 
 @triton.jit
+def _row(
+    prediction, target, index, row, lane, inside, clips, kept, p_clip, p_token, t_clip, t_token
+):  # fmt: skip
+    """Prediction and target of a kept row, float32; 0 beyond its channels."""
+    pair, place = row // kept, row % kept
+    token = tl.load(index + row).to(tl.int64)
+    p = tl.load(prediction + pair * p_clip + place * p_token + lane, mask=inside, other=0.0).to(tl.float32)
+    t = tl.load(target + (pair % clips) * t_clip + token * t_token + lane, mask=inside, other=0.0).to(tl.float32)
+    return p, t
+
+
+@triton.jit
 def row_kernel(
     prediction, target, index, partial, mean, rstd, clips, kept, p_clip, p_token, t_clip, t_token,
     EXPONENT: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
@@ -38,10 +50,7 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < WIDTH
-    pair, place = row // kept, row % kept
-    token = tl.load(index + row).to(tl.int64)
-    t = tl.load(target + (pair % clips) * t_clip + token * t_token + lane, mask=inside, other=0.0).to(tl.float32)
-    p = tl.load(prediction + pair * p_clip + place * p_token + lane, mask=inside, other=0.0).to(tl.float32)
+    p, t = _row(prediction, target, index, row, lane, inside, clips, kept, p_clip, p_token, t_clip, t_token)
     centre = tl.sum(t, axis=0) / WIDTH
     centred = tl.where(inside, t - centre, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
@@ -70,10 +79,7 @@ def row_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < WIDTH
-    pair, place = row // kept, row % kept
-    token = tl.load(index + row).to(tl.int64)
-    t = tl.load(target + (pair % clips) * t_clip + token * t_token + lane, mask=inside, other=0.0).to(tl.float32)
-    p = tl.load(prediction + pair * p_clip + place * p_token + lane, mask=inside, other=0.0).to(tl.float32)
+    p, t = _row(prediction, target, index, row, lane, inside, clips, kept, p_clip, p_token, t_clip, t_token)
     difference = p - (t - tl.load(mean + row)) * tl.load(rstd + row)
     if EXPONENT == 2.0:
         slope = difference
@@ -85,11 +91,6 @@ def row_backward_kernel(
     tl.store(out + row * WIDTH + lane, (slope * scale).to(out.dtype.element_ty), mask=inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Neighbouring channels are all that is asked of a layout; any strides of clips and tokens are read in place."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _sizes(width: int) -> dict[str, int]:
     lanes = power_of_two(width)
     return {"WIDTH": width, "LANES": lanes, "num_warps": min(16, max(1, lanes // 256))}
@@ -99,7 +100,7 @@ def loss(
     prediction: Tensor, target: Tensor, index: Tensor, exponent: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """prediction [M * B, K, D], target [B, N, D], index [M, B, K] -> the loss, mean and 1 / deviation of the rows."""
-    prediction, target, index = _rows(prediction), _rows(target), index.contiguous()
+    prediction, target, index = rows_in_place(prediction), rows_in_place(target), index.contiguous()
     _, clips, kept = index.shape
     sizes = _sizes(prediction.shape[2])
     partial, mean, rstd = (
@@ -121,7 +122,7 @@ def loss_backward(
     upstream: Tensor, prediction: Tensor, target: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, exponent: float
 ) -> Tensor:
     """Gradient [M * B, K, D] of the prediction."""
-    prediction, target, index = _rows(prediction), _rows(target), index.contiguous()
+    prediction, target, index = rows_in_place(prediction), rows_in_place(target), index.contiguous()
     _, clips, kept = index.shape
     out = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     with on_device_of(prediction):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastjepa_kernels._triton.launch import Shipped, on_device_of
 
@@ -58,6 +59,8 @@ def ema_update_(targets: list[Tensor], onlines: list[Tensor], move: Tensor) -> N
                 grid = (triton.cdiv(flat.numel(), LANES),)
                 ema_kernel[grid](flat, online.contiguous(), move, flat.numel(), LANES=LANES)
             _put_back(target, flat)
+    # Autograd does not see what a kernel writes: a graph that saved these tensors must refuse to run backward.
+    increment_version(targets)
 
 
 def adamw_ema_(
@@ -88,6 +91,7 @@ def adamw_ema_(
             for tensor, updated, there in zip(written, flat, (True, True, True, bool(targets), bool(copies))):
                 if there:
                     _put_back(tensor, updated)
+    increment_version([*parameters, *exp_avgs, *exp_avg_sqs, *targets, *copies])
 
 
 def _put_back(tensor: Tensor, flat: Tensor) -> None:

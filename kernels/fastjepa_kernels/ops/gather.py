@@ -8,56 +8,26 @@ from torch import Tensor
 from fastjepa_kernels.reference import gather as reference
 from fastjepa_kernels.registry import differentiable, operation, register
 
-
-def _gather(x: Tensor, index: Tensor, unique: bool) -> Tensor:
-    return reference.gather(x, index)
-
-
-def _gather_triton(x: Tensor, index: Tensor, unique: bool) -> Tensor:
-    from fastjepa_kernels._triton import gather as kernels
-
-    return kernels.gather(x, index)
-
-
-def _gather_backward_triton(gradient: Tensor, index: Tensor, tokens: int, unique: bool) -> Tensor:
-    from fastjepa_kernels._triton import gather as kernels
-
-    return kernels.gather_backward(gradient, index, tokens, unique)
-
-
-def _scatter_triton(x: Tensor, index: Tensor, tokens: int, fill: Tensor | None) -> Tensor:
-    from fastjepa_kernels._triton import gather as kernels
-
-    return kernels.scatter(x, index, tokens, fill)
-
-
-def _no_flops(*shapes: Any, **named: Any) -> int:
-    return 0
-
-
 register(
     "gather_tokens",
     "(Tensor x, Tensor index, bool unique) -> Tensor",
-    reference=_gather,
-    triton=_gather_triton,
+    reference=reference.gather,
+    triton="gather.gather",
     fake=lambda x, index, unique: x.new_empty(index.shape[0] * index.shape[1], index.shape[2], x.shape[2]),
-    flops=_no_flops,
 )
 register(
     "gather_tokens_backward",
     "(Tensor gradient, Tensor index, SymInt tokens, bool unique) -> Tensor",
     reference=reference.gather_backward,
-    triton=_gather_backward_triton,
+    triton="gather.gather_backward",
     fake=lambda gradient, index, tokens, unique: gradient.new_empty(index.shape[1], tokens, gradient.shape[2]),
-    flops=_no_flops,
 )
 register(
     "scatter_tokens",
     "(Tensor x, Tensor index, SymInt tokens, Tensor? fill) -> Tensor",
     reference=reference.scatter,
-    triton=_scatter_triton,
+    triton="gather.scatter",
     fake=lambda x, index, tokens, fill: x.new_empty(x.shape[0], tokens, x.shape[2]),
-    flops=_no_flops,
 )
 
 

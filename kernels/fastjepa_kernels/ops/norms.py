@@ -14,28 +14,6 @@ from fastjepa_kernels.registry import differentiable, operation, register
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def _norm_triton(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastjepa_kernels._triton import norms as kernels
-
-    return kernels.layer_norm(x, weight, bias, eps, out_dtype)
-
-
-def _add_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastjepa_kernels._triton import norms as kernels
-
-    return kernels.add_layer_norm(x, residual, weight, bias, eps)
-
-
-def _backward_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from fastjepa_kernels._triton import norms as kernels
-
-    return kernels.layer_norm_backward(*arguments)
-
-
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape[:-1], dtype=wide), x.new_empty(x.shape[:-1], dtype=wide)
@@ -68,35 +46,27 @@ def _backward_fake(
     return x.new_empty(x.shape), for_weight, for_bias
 
 
-def _no_flops(*shapes: Any, **named: Any) -> int:
-    """Torch's counter counts none for its own layer_norm; both forms of a model have the same FLOPs."""
-    return 0
-
-
 register(
     "layer_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
     reference=reference.layer_norm,
-    triton=_norm_triton,
+    triton="norms.layer_norm",
     fake=_norm_fake,
-    flops=_no_flops,
 )
 register(
     "add_layer_norm",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.add_layer_norm,
-    triton=_add_norm_triton,
+    triton="norms.add_layer_norm",
     fake=_add_norm_fake,
-    flops=_no_flops,
 )
 register(
     "layer_norm_backward",
     "(Tensor gradient, Tensor? extra, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool weight_gradient, "
     "bool bias_gradient) -> (Tensor, Tensor, Tensor)",
     reference=reference.layer_norm_backward,
-    triton=_backward_triton,
+    triton="norms.layer_norm_backward",
     fake=_backward_fake,
-    flops=_no_flops,
 )
 
 

@@ -8,22 +8,6 @@ from fastjepa_kernels.reference import target_loss as reference
 from fastjepa_kernels.registry import differentiable, operation, register
 
 
-def _loss_triton(
-    prediction: Tensor, target: Tensor, index: Tensor, exponent: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastjepa_kernels._triton import target_loss as kernels
-
-    return kernels.loss(prediction, target, index, exponent, eps)
-
-
-def _loss_backward_triton(
-    upstream: Tensor, prediction: Tensor, target: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, exponent: float
-) -> Tensor:
-    from fastjepa_kernels._triton import target_loss as kernels
-
-    return kernels.loss_backward(upstream, prediction, target, index, mean, rstd, exponent)
-
-
 def _loss_fake(
     prediction: Tensor, target: Tensor, index: Tensor, exponent: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,26 +17,20 @@ def _loss_fake(
     return loss, mean, rstd
 
 
-def _no_flops(*shapes: Any, **named: Any) -> int:
-    return 0  # torch's counter leaves out what is done value by value
-
-
 register(
     "target_loss",
     "(Tensor prediction, Tensor target, Tensor index, float exponent, float eps) -> (Tensor, Tensor, Tensor)",
     reference=reference.loss,
-    triton=_loss_triton,
+    triton="target_loss.loss",
     fake=_loss_fake,
-    flops=_no_flops,
 )
 register(
     "target_loss_backward",
     "(Tensor upstream, Tensor prediction, Tensor target, Tensor index, Tensor mean, Tensor rstd, float exponent)"
     " -> Tensor",
     reference=reference.loss_backward,
-    triton=_loss_backward_triton,
+    triton="target_loss.loss_backward",
     fake=lambda upstream, prediction, target, index, mean, rstd, exponent: prediction.new_empty(prediction.shape),
-    flops=_no_flops,
 )
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, D], index [M, B, K] -> [M * B, K, D], mask after mask."""
+def gather(x: Tensor, index: Tensor, unique: bool = True) -> Tensor:
+    """x [B, N, D], index [M, B, K] -> [M * B, K, D], mask after mask. `unique` is for the backward pass alone."""
     masks, clips, kept = index.shape
     expanded = index.long().unsqueeze(-1).expand(-1, -1, -1, x.shape[2])
     return torch.gather(x.expand(masks, *x.shape), 2, expanded).reshape(masks * clips, kept, x.shape[2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa_kernels import add_layer_norm, layer_norm
+from fastjepa_kernels import add_layer_norm, explain, layer_norm
 from fastjepa_kernels._triton import norms as kernels
 from fastjepa_kernels.reference import norms as reference
 from fastjepa_kernels.testing.poison import guarded, intact
@@ -165,3 +165,11 @@ def test_what_triton_does_not_take_is_refused() -> None:
     with pytest.raises(ValueError, match="float64"):
         layer_norm(normal(1, 8).double(), impl="triton")
     assert layer_norm(normal(1, 8192), impl="triton").isfinite().all()
+
+
+def test_what_triton_does_not_take_runs_through_the_reference_where_the_choice_is_free() -> None:
+    for x in (normal(2, 8193), normal(2, 8).double()):
+        assert torch.equal(layer_norm(x), layer_norm(x, impl="reference"))
+        assert explain("layer_norm", x.double()) == (
+            "layer_norm: reference, because the kernels compute in float32, got float64"
+        )

@@ -16,7 +16,7 @@ class TooManyBadFiles(RuntimeError):
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].rstrip()
 
 
-class BadFiles:
+class ReplacedFiles:
     """The unreadable files of a run, or those that are too short, listed in `path` (a line each: path, reason).
 
     `total` is the number of files that there are; `max_fraction` of them may be listed. None sets no quota: files that

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.masks.tokens import Ragged, TokenSet, apply_masks, gather_tokens, split_runs
+from fastjepa.masks.tokens import Ragged, TokenSet, apply_masks, split_runs
 from fastjepa.models import VisionTransformer, VisionTransformerPredictor, packing
+from fastjepa.models.operations import LIBRARY, Operations, Targets, widened
 from fastjepa.models.predictor import draw_of_run
 
 Execution = Literal["packed", "reference"]
@@ -37,7 +37,8 @@ class JEPA(nn.Module):
     The target encoder is a copy of `encoder` made here, without gradients. `loss_exp` q gives mean |p - t| ** q / q;
     `reg_coeff` weighs the variance regulariser. `execution` chooses how the same numbers are computed: "reference" runs
     one pass a mask set, the way the public code does, and takes any encoder and predictor with the same calls; "packed"
-    does the work that the mathematics needs and takes this library's networks (`fastjepa.models.packing`).
+    does the work that the mathematics needs and takes this library's networks (`fastjepa.models.packing`), and runs
+    its pieces through `operations`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class JEPA(nn.Module):
         loss_exp: float = 1.0,
         reg_coeff: float = 0.0,
         execution: Execution = "packed",
+        operations: Operations = LIBRARY,
     ) -> None:
         super().__init__()
         if execution not in ("packed", "reference"):
@@ -55,17 +57,20 @@ class JEPA(nn.Module):
         ours = isinstance(encoder, VisionTransformer) and isinstance(predictor, VisionTransformerPredictor)
         if execution == "packed" and not ours:
             raise ValueError("packed execution takes a VisionTransformer and its predictor: use execution='reference'")
+        if execution == "reference" and operations is not LIBRARY:
+            raise ValueError("only packed execution runs through other operations: use execution='packed'")
         self.encoder = encoder
         self.predictor = predictor
         self.target_encoder = deepcopy(encoder).requires_grad_(False)
         self.loss_exp = loss_exp
         self.reg_coeff = reg_coeff
         self.execution = execution
+        self.operations = operations
 
     @torch.no_grad()
     def target_features(self, clips: Tensor) -> Tensor:
         """Target features of every token, normalised without affine, at least float32: [B, C, T, H, W] -> [B, N, E]."""
-        return _normalised(self.target_encoder(clips))
+        return Targets(self.target_encoder(clips)).features
 
     def forward(
         self,
@@ -94,58 +99,52 @@ class JEPA(nn.Module):
                 raise ValueError(f"a mask set describes {described} clips, the batch has {len(clips)}")
         run = self._packed if self.execution == "packed" else self._reference
         predictions, targets = run(clips, masks_context, masks_target, draws)
-        sets = list(zip(predictions, targets, masks_target))
-        loss_jepa = torch.stack([self._error(p, t, token_set) for p, t, token_set in sets]).mean()
+        errors = [targets.error(p, token_set, self.loss_exp) for p, token_set in zip(predictions, masks_target)]
+        loss_jepa = torch.stack(errors).mean()
         loss, loss_reg = loss_jepa, None
         if self.reg_coeff:
-            spread = torch.stack([_spread(p, token_set) for p, _, token_set in sets]).mean(dim=0)
+            spread = torch.stack([_spread(p, token_set) for p, token_set in zip(predictions, masks_target)]).mean(dim=0)
             loss_reg = torch.relu(1.0 - spread).mean()
             loss = loss_jepa + self.reg_coeff * loss_reg
         output = JEPAOutput(loss, loss_jepa, loss_reg)
         if collect:
-            output.predictions, output.targets = [p.detach() for p in predictions], targets
+            output.predictions = [p.detach() for p in predictions]
+            output.targets = [targets.rows(token_set) for token_set in masks_target]
         return output
 
     def _reference(
         self, clips: Tensor, context: Sequence[TokenSet], target: Sequence[TokenSet], draws: Sequence[Draw] | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """(predictions, targets) a mask set, the way the public code runs: every patch embedded in every pass."""
-        features = self.target_features(clips)
-        goals = [gather_tokens(features, token_set) for token_set in target]
+    ) -> tuple[list[Tensor], Targets]:
+        """Predictions a mask set, and targets, the way the public code runs: every patch embedded in every pass."""
+        with torch.no_grad():
+            targets = Targets(self.target_encoder(clips))
         predictions = []
         for number, (c_set, t_set) in enumerate(zip(context, target)):
             parts, start = [], 0
             for rows, (kept, wanted) in split_runs([c_set, t_set]):
-                goal = apply_masks(features[rows], wanted)
+                goal = apply_masks(targets.features[rows], wanted)
                 seen = self.encoder(clips[rows], kept)
                 draw = (None, None) if draws is None else draw_of_run(draws[number], rows, start, wanted.shape)
                 parts.append(self.predictor(seen, goal, kept, wanted, number, *draw))
                 start += wanted.numel()
             dense = isinstance(t_set, Tensor)
             predictions.append(torch.cat(parts) if dense else torch.cat([part.flatten(0, 1) for part in parts]))
-        return predictions, goals
+        return predictions, targets
 
     def _packed(
         self, clips: Tensor, context: Sequence[TokenSet], target: Sequence[TokenSet], draws: Sequence[Draw] | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], Targets]:
         """The same numbers: patches cut once, both sets in one encoder pass and in one predictor pass."""
         encoder, target_encoder, predictor = self.encoder, self.target_encoder, self.predictor
         assert isinstance(encoder, VisionTransformer) and isinstance(target_encoder, VisionTransformer)  # noqa: PT018
         assert isinstance(predictor, VisionTransformerPredictor)
-        patches = packing.cut_patches(encoder, clips)
+        operations = self.operations
+        patches = operations.cut(encoder, clips)
         with torch.no_grad():
-            features = _normalised(packing.encode_all(target_encoder, patches))
-        goals = [gather_tokens(features, token_set) for token_set in target]
-        contexts = packing.encode_sets(encoder, patches, context)
-        return packing.predict_sets(predictor, contexts, goals, context, target, draws), goals
-
-    def _error(self, prediction: Tensor, target: Tensor, token_set: TokenSet) -> Tensor:
-        difference = (_wide(prediction) - target).abs()
-        if self.loss_exp != 1.0:
-            difference = difference**self.loss_exp
-        if isinstance(token_set, Tensor):
-            return difference.mean() / self.loss_exp
-        return (difference.mean(dim=-1) * token_set.weights().to(difference.dtype)).sum() / self.loss_exp
+            targets = operations.targets(packing.encode_all(target_encoder, patches, operations))
+            goals = None if predictor.mask_tokens is not None else [targets.rows(token_set) for token_set in target]
+        contexts = packing.encode_sets(encoder, patches, context, operations)
+        return packing.predict_sets(predictor, contexts, goals, context, target, draws, operations), targets
 
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor, *, every_parameter: bool = False) -> None:
@@ -159,19 +158,7 @@ class JEPA(nn.Module):
             for target, online in zip(self.target_encoder.parameters(), self.encoder.parameters())
             if online.requires_grad or every_parameter
         ]
-        # 1 - m in double precision: momenta come within 1e-5 of 1, where float32 would lose most of its digits.
-        move = (1.0 - torch.as_tensor(momentum, dtype=torch.float64, device=pairs[0][0].device)).float()
-        # In slices, so that the temporary differences stay small beside a large encoder.
-        for start in range(0, len(pairs), 32):
-            targets, onlines = ([p[side] for p in pairs[start : start + 32]] for side in (0, 1))
-            differences = torch._foreach_sub(onlines, targets)
-            torch._foreach_mul_(differences, move)
-            torch._foreach_add_(targets, differences)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays, so that a float64 model is float64 throughout."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        self.operations.move_([target for target, _ in pairs], [online for _, online in pairs], momentum)
 
 
 def _spread(prediction: Tensor, token_set: TokenSet) -> Tensor:
@@ -183,11 +170,5 @@ def _spread(prediction: Tensor, token_set: TokenSet) -> Tensor:
     if not isinstance(token_set, Tensor):
         shapes = [index.shape for _, index in token_set.runs()]
         runs = [p.unflatten(0, tuple(s)) for p, s in zip(prediction.split([s.numel() for s in shapes]), shapes)]
-    deviations = [_wide(run).var(dim=1, correction=min(1, run.shape[1] - 1)).add(1e-4).sqrt() for run in runs]
+    deviations = [widened(run).var(dim=1, correction=min(1, run.shape[1] - 1)).add(1e-4).sqrt() for run in runs]
     return torch.cat(deviations)
-
-
-def _normalised(features: Tensor) -> Tensor:
-    """Layer norm without affine, at least in float32."""
-    features = _wide(features)
-    return F.layer_norm(features, features.shape[-1:], eps=1e-5)

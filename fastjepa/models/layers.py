@@ -84,14 +84,15 @@ class Attention(nn.Module):
         if not self.use_sdpa:
             return self.attn_drop(self.probabilities(q, k)) @ v
         dropout = self.attn_drop.p if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self._scale)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.sdpa_scale)
 
     def probabilities(self, q: Tensor, k: Tensor) -> Tensor:
         """The softmax of the scores, computed explicitly: [B, H, M, d] and [B, H, N, d] -> [B, H, M, N]."""
-        return torch.softmax(q @ k.transpose(-2, -1) * self._scale, dim=-1)
+        return torch.softmax(q @ k.transpose(-2, -1) * self.sdpa_scale, dim=-1)
 
     @property
-    def _scale(self) -> float:
+    def sdpa_scale(self) -> float:
+        """The scale of the scores that is really used."""
         return self.head_dim**-0.5 if self.use_sdpa and self.sdpa_ignores_scale else self.scale
 
     def _out(self, mixed: Tensor) -> Tensor:

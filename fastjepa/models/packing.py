@@ -1,80 +1,52 @@
 """The packed pass: the same numbers as one forward pass a mask set, with the work that the mathematics needs.
 
 Kept patches alone are embedded, by a matrix product; the rows of all mask sets run through the linear layers as one
-[R, D] matrix, and attention is one dense call for each stretch of equally long clips; the predictor's last block
-computes queries and MLP for target rows only.
+[R, D] matrix, and attention stays inside each clip; the predictor's last block computes queries and MLP for target rows
+only. How each piece is computed is up to `Operations`.
 
-R rows, D width, E encoder width, P predictor width, H heads, d channels of a head.
+B clips, N tokens, R rows, D width, E encoder width, P predictor width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from fastjepa.masks.tokens import Ragged, TokenSet, flat_rows, flat_tokens, split_runs
-from fastjepa.models.layers import Attention, Block
+from fastjepa.masks.tokens import Ragged, TokenSet, flat_tokens, split_runs
+from fastjepa.models.layers import Block
+from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, split, stretches_of
 from fastjepa.models.predictor import VisionTransformerPredictor, draw_of_run
 from fastjepa.models.vision_transformer import VisionTransformer
 
 
-class Stretch(NamedTuple):
-    """Neighbouring clips that keep equally many rows."""
-
-    clips: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Patches:
-    """A batch cut into tokens once for all passes: pixels [B, N, C * tubelet * patch * patch] and the token grid."""
-
-    pixels: Tensor
-    grid: tuple[int, ...]
-
-
-def cut_patches(encoder: VisionTransformer, clips: Tensor) -> Patches:
-    """[B, C, T, H, W] (or [B, C, H, W]) into the pixels of every token, in the order of the embedding's weights."""
-    grid = encoder.token_grid(clips)
-    video = clips if encoder.is_video else clips.unsqueeze(2)
-    frames, side = (encoder.tubelet_size if encoder.is_video else 1), encoder.patch_size
-    pattern = "b c (t f) (h p) (w q) -> b (t h w) (c f p q)"
-    return Patches(rearrange(video, pattern, f=frames, p=side, q=side), grid)
-
-
-def encode_all(encoder: VisionTransformer, patches: Patches) -> Tensor:
+def encode_all(encoder: VisionTransformer, patches: Patches, operations: Operations = LIBRARY) -> Tensor:
     """Features of every token, like `encoder(clips)`: [B, N, E]."""
-    tokens = _embed(encoder, patches.pixels, encoder.positions(patches.grid))
-    features = encoder.encode(tokens)
-    assert isinstance(features, Tensor), "the packed pass takes no out_layers"
-    return features
+    assert encoder.out_layers is None, "the packed pass takes no out_layers"
+    x = operations.embed_all(encoder, patches)
+    clips = len(patches.pixels)
+    stretches = [Stretch(clips, len(x) // clips)]
+    features, _ = _run_blocks(operations, list(encoder.blocks), encoder.norm, x, stretches, kept=True)
+    return features.unflatten(0, (clips, -1))
 
 
-def encode_sets(encoder: VisionTransformer, patches: Patches, sets: Sequence[TokenSet]) -> list[Tensor]:
+def encode_sets(
+    encoder: VisionTransformer, patches: Patches, sets: Sequence[TokenSet], operations: Operations = LIBRARY
+) -> list[Tensor]:
     """Features of the kept tokens, one tensor a mask set: [B, K, E], or [R, E] rows where lengths differ."""
-    index = torch.cat([flat_rows(token_set, patches.pixels.shape[1]) for token_set in sets])
-    token = torch.cat([flat_tokens(token_set) for token_set in sets])
-    kept = patches.pixels.flatten(0, 1).index_select(0, index)
-    x = _embed(encoder, kept, encoder.positions(patches.grid)[0].index_select(0, token))
-    stretches = [stretch for token_set in sets for stretch in _stretches(token_set)]
-    for block in encoder.blocks:
-        assert isinstance(block, Block)
-        x = x + _attend(block.attn, block.norm1(x), stretches)
-        x = x + block.mlp(block.norm2(x))
-    return _unpack(encoder.norm(x), sets)
+    x = operations.embed_sets(encoder, patches, sets)
+    stretches = [stretch for token_set in sets for stretch in stretches_of(token_set)]
+    return _unpack(_run_blocks(operations, list(encoder.blocks), encoder.norm, x, stretches)[0], sets)
 
 
 def predict_sets(
     predictor: VisionTransformerPredictor,
     contexts: Sequence[Tensor],
-    goals: Sequence[Tensor],
+    goals: Sequence[Tensor] | None,
     masks_context: Sequence[TokenSet],
     masks_target: Sequence[TokenSet],
     draws: Sequence[tuple[Tensor, Tensor]] | None = None,
+    operations: Operations = LIBRARY,
 ) -> list[Tensor]:
     """Predictions at the target tokens, one tensor a mask set in the form of `masks_target`.
 
@@ -83,19 +55,42 @@ def predict_sets(
     """
     x, stretches, targets = _predictor_rows(predictor, contexts, goals, masks_context, masks_target, draws)
     *blocks, last = predictor.predictor_blocks
-    for block in blocks:
-        assert isinstance(block, Block)
-        x = x + _attend(block.attn, block.norm1(x), stretches)
-        x = x + block.mlp(block.norm2(x))
     assert isinstance(last, Block)
-    y = _target_rows_of_last_block(last, x, stretches, targets)
-    return _unpack(predictor.predictor_proj(predictor.predictor_norm(y)), masks_target)
+    normed, x = _run_blocks(operations, blocks, last.norm1, x, stretches)
+    y = _target_rows_of_last_block(operations, last, predictor.predictor_norm, normed, x, stretches, targets)
+    return _unpack(predictor.predictor_proj(y), masks_target)
+
+
+def _run_blocks(
+    operations: Operations,
+    blocks: list[nn.Module],
+    after: nn.Module,
+    x: Tensor,
+    stretches: list[Stretch],
+    kept: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Blocks and the norm `after` them over a packed [R, D] matrix: (normalised rows, rows).
+
+    Each residual addition is one step with the norm that follows it, also across blocks. `kept` where no matrix
+    product reads the normalised rows next.
+    """
+    norms = [*(block.norm1 for block in blocks), after]
+    normed = operations.norm(norms[0], x, kept=kept and not blocks)  # type: ignore[arg-type]
+    for block, following in zip(blocks, norms[1:]):
+        last = kept and following is after
+        assert isinstance(block, Block)
+        attention, mlp = block.attn, block.mlp
+        mixed = operations.attend(attention, normed, stretches)
+        normed, x = operations.add_norm(block.norm2, attention.proj, mixed, x, attention.proj_drop)
+        hidden = operations.hidden(mlp, normed)
+        normed, x = operations.add_norm(following, mlp.fc2, hidden, x, mlp.drop, kept=last)  # type: ignore[arg-type]
+    return normed, x
 
 
 def _predictor_rows(
     predictor: VisionTransformerPredictor,
     contexts: Sequence[Tensor],
-    goals: Sequence[Tensor],
+    goals: Sequence[Tensor] | None,
     masks_context: Sequence[TokenSet],
     masks_target: Sequence[TokenSet],
     draws: Sequence[tuple[Tensor, Tensor]] | None,
@@ -110,74 +105,47 @@ def _predictor_rows(
     c_shapes, t_shapes = [run[2] for run in runs], [run[3] for run in runs]
     embedded = predictor.predictor_embed(torch.cat([context.flatten(0, -2) for context in contexts]))
     seen = embedded + table.index_select(0, torch.cat([flat_tokens(s) for s in masks_context]))
-    places = _split(table.index_select(0, torch.cat([flat_tokens(s) for s in masks_target])), t_shapes)
+    places = split(table.index_select(0, torch.cat([flat_tokens(s) for s in masks_target])), t_shapes)
     if predictor.mask_tokens is not None:
         asked = [predictor.mask_token(number) + place for (number, *_), place in zip(runs, places)]
     else:
-        goal = _split(predictor.predictor_embed(torch.cat([g.flatten(0, -2) for g in goals])), t_shapes)
+        assert goals is not None, "a noised predictor starts from the target features"
+        goal = split(predictor.predictor_embed(torch.cat([g.flatten(0, -2) for g in goals])), t_shapes)
         asked, start, before = [], 0, 0
         for (number, rows, _, shape), features, place in zip(runs, goal, places):
             start, before = (start if number == before else 0), number
             draw = (None, None) if draws is None else draw_of_run(draws[number], rows, start, shape)
             asked.append(predictor.diffuse(features, *draw) + place)
             start += shape.numel()
-    rows_of_runs = [torch.cat(pair, dim=1).flatten(0, 1) for pair in zip(_split(seen, c_shapes), asked)]
+    rows_of_runs = [torch.cat(pair, dim=1).flatten(0, 1) for pair in zip(split(seen, c_shapes), asked)]
     stretches = [Stretch(c[0], c[1] + t[1]) for c, t in zip(c_shapes, t_shapes)]
     return torch.cat(rows_of_runs), stretches, [t[1] for t in t_shapes]
 
 
-def _target_rows_of_last_block(block: Block, x: Tensor, stretches: list[Stretch], targets: list[int]) -> Tensor:
-    """The last block for target rows alone: context rows give keys and values, and nothing reads their output."""
-    attention, width = block.attn, x.shape[1]
-    normed = block.norm1(x)
+def _target_rows_of_last_block(
+    operations: Operations,
+    block: Block,
+    after: nn.Module,
+    normed: Tensor,
+    x: Tensor,
+    stretches: list[Stretch],
+    targets: list[int],
+) -> Tensor:
+    """The last block and the norm after it, for target rows alone: nothing reads what context rows would become."""
+    attention, mlp, width = block.attn, block.mlp, x.shape[1]
     weight, bias = attention.qkv.weight, attention.qkv.bias
-    wanted = [rows[:, -count:] for rows, count in zip(_split(normed, stretches), targets)]
+    wanted = [rows[:, -count:] for rows, count in zip(split(normed, stretches), targets)]
     shapes = [rows.shape[:2] for rows in wanted]
     query = F.linear(
         torch.cat([r.flatten(0, 1) for r in wanted]), weight[:width], None if bias is None else bias[:width]
     )
     key_value = F.linear(normed, weight[width:], None if bias is None else bias[width:])
     mixed = []
-    for q, kv in zip(_split(query, shapes), _split(key_value, stretches)):
-        key, value = kv.chunk(2, dim=-1)
-        mixed.append(_mix(attention, q, key, value))
-    y = torch.cat([rows[:, -count:].flatten(0, 1) for rows, count in zip(_split(x, stretches), targets)])
-    y = y + attention.proj_drop(attention.proj(torch.cat(mixed)))
-    return y + block.mlp(block.norm2(y))
-
-
-def _attend(attention: Attention, x: Tensor, stretches: list[Stretch]) -> Tensor:
-    """Self-attention inside each clip of a packed [R, D] matrix."""
-    mixed = [_mix(attention, *rows.chunk(3, dim=-1)) for rows in _split(attention.qkv(x), stretches)]
-    return attention.proj_drop(attention.proj(torch.cat(mixed)))
-
-
-def _mix(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[b, M, D] queries over [b, N, D] keys and values -> [b * M, D]."""
-    q, k, v = (t.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for t in (query, key, value))
-    return attention.mix(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def _split(rows: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """[R, D] as one [clips, length, D] for each stretch. One split: its gradient is one concatenation, no zeros."""
-    return [
-        part.unflatten(0, (clips, length))
-        for part, (clips, length) in zip(rows.split([clips * length for clips, length in shapes]), shapes)
-    ]
-
-
-def _embed(encoder: VisionTransformer, pixels: Tensor, positions: Tensor) -> Tensor:
-    """The patch embedding as a matrix product, positions added: [..., pixels] -> [..., E]."""
-    projection = encoder.patch_embed.proj
-    assert isinstance(projection, nn.Conv2d | nn.Conv3d)
-    tokens = F.linear(pixels, projection.weight.flatten(1), projection.bias)
-    return (tokens + positions).to(tokens.dtype)
-
-
-def _stretches(token_set: TokenSet) -> list[Stretch]:
-    if isinstance(token_set, Tensor):
-        return [Stretch(*token_set.shape)]
-    return [Stretch(*index.shape) for _, index in token_set.runs()]
+    for q, kv in zip(split(query, shapes), split(key_value, stretches)):
+        mixed.append(operations.mix(attention, q, *kv.chunk(2, dim=-1)))
+    y = torch.cat([rows[:, -count:].flatten(0, 1) for rows, count in zip(split(x, stretches), targets)])
+    normed, y = operations.add_norm(block.norm2, attention.proj, torch.cat(mixed), y, attention.proj_drop)
+    return operations.add_norm(after, mlp.fc2, operations.hidden(mlp, normed), y, mlp.drop)[0]
 
 
 def _unpack(rows: Tensor, sets: Sequence[TokenSet]) -> list[Tensor]:

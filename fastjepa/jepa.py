@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from fastjepa.masks.tokens import Ragged, TokenSet, apply_masks, split_runs
 from fastjepa.models import VisionTransformer, VisionTransformerPredictor, packing
 from fastjepa.models.operations import LIBRARY, Operations, Targets, widened
-from fastjepa.models.predictor import draw_of_run
+from fastjepa.models.predictor import Draw, draw_of_run
 
 Execution = Literal["packed", "reference"]
-Draw = tuple[Tensor, Tensor]
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastjepa.masks.tokens import Ragged, TokenSet, flat_rows, flat_tokens, gather_tokens
 from fastjepa.models.layers import MLP, Attention
+from fastjepa.models.predictor import Draw, VisionTransformerPredictor
 from fastjepa.models.vision_transformer import VisionTransformer
 
 
@@ -79,6 +80,34 @@ class Operations:
         token = torch.cat([flat_tokens(token_set) for token_set in sets])
         kept = patches.pixels.flatten(0, 1).index_select(0, index)
         return _embed(encoder, kept, encoder.positions(patches.grid)[0].index_select(0, token))
+
+    def with_mask_tokens(
+        self,
+        predictor: VisionTransformerPredictor,
+        context: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        mask_token: Tensor,
+    ) -> Tensor:
+        """What the predictor's blocks read: context rows [b, Kc, P], then the mask token [1, 1, P] Kt times, each row
+        with the position of its token: [b, Kc + Kt, P].
+        """
+        table = predictor.predictor_pos_embed[0]
+        return torch.cat([context + table[context_index], mask_token + table[target_index]], dim=1)
+
+    def with_noised_targets(
+        self,
+        predictor: VisionTransformerPredictor,
+        context: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        goal: Tensor,
+        draw: Draw | None,
+    ) -> Tensor:
+        """The same with embedded target features [b, Kt, P], normalised and noised, in the place of the mask token."""
+        table = predictor.predictor_pos_embed[0]
+        asked = predictor.diffuse(goal, *(draw or (None, None)))
+        return torch.cat([context + table[context_index], asked + table[target_index]], dim=1)
 
     def targets(self, features: Tensor) -> Targets:
         """What the target encoder gives [B, N, E], made ready for the loss."""

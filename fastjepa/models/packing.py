@@ -53,7 +53,7 @@ def predict_sets(
     `contexts` are the features of `masks_context` ([B, K, E] or [R, E]), `goals` those of `masks_target`, which only a
     noised predictor reads; `draws` hands in its (timesteps, noise), a pair a set.
     """
-    x, stretches, targets = _predictor_rows(predictor, contexts, goals, masks_context, masks_target, draws)
+    x, stretches, targets = _predictor_rows(operations, predictor, contexts, goals, masks_context, masks_target, draws)
     *blocks, last = predictor.predictor_blocks
     assert isinstance(last, Block)
     normed, x = _run_blocks(operations, blocks, last.norm1, x, stretches)
@@ -88,6 +88,7 @@ def _run_blocks(
 
 
 def _predictor_rows(
+    operations: Operations,
     predictor: VisionTransformerPredictor,
     contexts: Sequence[Tensor],
     goals: Sequence[Tensor] | None,
@@ -96,30 +97,30 @@ def _predictor_rows(
     draws: Sequence[tuple[Tensor, Tensor]] | None,
 ) -> tuple[Tensor, list[Stretch], list[int]]:
     """What enters the predictor's blocks [R, P], its stretches of context and target rows, and their target counts."""
-    table = predictor.predictor_pos_embed[0]
     runs = [
-        (number, rows, c_index.shape, t_index.shape)
+        (number, rows, c_index, t_index)
         for number, pair in enumerate(zip(masks_context, masks_target))
         for rows, (c_index, t_index) in split_runs(pair)
     ]
-    c_shapes, t_shapes = [run[2] for run in runs], [run[3] for run in runs]
+    c_shapes, t_shapes = [run[2].shape for run in runs], [run[3].shape for run in runs]
     embedded = predictor.predictor_embed(torch.cat([context.flatten(0, -2) for context in contexts]))
-    seen = embedded + table.index_select(0, torch.cat([flat_tokens(s) for s in masks_context]))
-    places = split(table.index_select(0, torch.cat([flat_tokens(s) for s in masks_target])), t_shapes)
+    seen = split(embedded, c_shapes)
     if predictor.mask_tokens is not None:
-        asked = [predictor.mask_token(number) + place for (number, *_), place in zip(runs, places)]
+        parts = [
+            operations.with_mask_tokens(predictor, context, c_index, t_index, predictor.mask_token(number))
+            for context, (number, _, c_index, t_index) in zip(seen, runs)
+        ]
     else:
         assert goals is not None, "a noised predictor starts from the target features"
         goal = split(predictor.predictor_embed(torch.cat([g.flatten(0, -2) for g in goals])), t_shapes)
-        asked, start, before = [], 0, 0
-        for (number, rows, _, shape), features, place in zip(runs, goal, places):
+        parts, start, before = [], 0, 0
+        for context, features, (number, rows, c_index, t_index) in zip(seen, goal, runs):
             start, before = (start if number == before else 0), number
-            draw = (None, None) if draws is None else draw_of_run(draws[number], rows, start, shape)
-            asked.append(predictor.diffuse(features, *draw) + place)
-            start += shape.numel()
-    rows_of_runs = [torch.cat(pair, dim=1).flatten(0, 1) for pair in zip(split(seen, c_shapes), asked)]
+            draw = None if draws is None else draw_of_run(draws[number], rows, start, t_index.shape)
+            parts.append(operations.with_noised_targets(predictor, context, c_index, t_index, features, draw))
+            start += t_index.numel()
     stretches = [Stretch(c[0], c[1] + t[1]) for c, t in zip(c_shapes, t_shapes)]
-    return torch.cat(rows_of_runs), stretches, [t[1] for t in t_shapes]
+    return torch.cat([part.flatten(0, 1) for part in parts]), stretches, [t[1] for t in t_shapes]
 
 
 def _target_rows_of_last_block(

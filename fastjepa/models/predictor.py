@@ -19,6 +19,8 @@ from fastjepa.models.vision_transformer import size_pair
 
 NOISE_STEPS = 1000
 Noise = Literal["published", "linear"]
+# Timesteps int64 [B] and noise float32 of the embedded targets' shape.
+Draw = tuple[Tensor, Tensor]
 
 
 def signal_left(noise: Noise) -> Tensor:
@@ -162,7 +164,7 @@ def _single_mask(masks: Tensor | Sequence[Tensor]) -> Tensor:
     return masks[0]
 
 
-def draw_of_run(draw: tuple[Tensor, Tensor], rows: slice, start: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def draw_of_run(draw: Draw, rows: slice, start: int, shape: Sequence[int]) -> Draw:
     """The part of a mask set's (timesteps [B], noise) that belongs to some of its clips.
 
     `noise` is [B, Kt, P], or [R, P] where lengths differ; the clips are `rows` of the batch, their noise begins at row

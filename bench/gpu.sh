@@ -4,6 +4,7 @@
 #     bench/gpu.sh ceilings tests
 #
 #   ceilings   what the machine can do at our shapes (bench/ceilings.py), one result file per group of figures
+#   kernels    every operation of fastjepa_kernels against eager, compiled and library PyTorch (bench/test_kernels.py)
 #   tests      the tests that need a GPU (pytest -m gpu), their output as a text file
 #
 # A stage has 540 seconds. One that fails or takes longer does not stop the next, but the script then ends with 1.
@@ -17,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
 out=${OUT:-bench/results}
 limit=540
-valid="ceilings tests"
+valid="ceilings kernels tests"
 
 if (($# == 0)); then
     echo "Usage: bench/gpu.sh STAGE..., where a stage is one of: $valid." >&2
@@ -38,6 +39,14 @@ run_ceilings() {
     # --device cuda: where CUDA is broken this must fail, not measure the processor. CEILINGS_ARGS comes last and wins.
     # shellcheck disable=SC2086
     limited "$python" bench/ceilings.py --device cuda --out "$out" ${CEILINGS_ARGS:-}
+}
+
+run_kernels() {
+    local file
+    file="$out/kernels-$(date -u +%Y-%m-%d).json"
+    # The repository's own options skip benches. Without CUDA all of them are skipped: then no file means no result.
+    limited "$python" -m pytest -q -rs -o addopts="--import-mode=importlib --strict-markers" bench/test_kernels.py \
+        --benchmark-only --benchmark-json="$file" && [[ -s $file ]]
 }
 
 run_tests() {

@@ -39,9 +39,7 @@ def layer_norm(
     channels).
     """
     _check("layer_norm", x, weight, bias, eps)
-    out_dtype = x.dtype if out_dtype is None else out_dtype
-    if not out_dtype.is_floating_point:
-        raise ValueError(f"layer_norm: out_dtype must be a floating dtype, got {out_dtype}")
+    out_dtype = _out_dtype("layer_norm", out_dtype, x)
     run = operation("layer_norm", choose("layer_norm", impl, x, out_dtype, channels=x.shape[-1]))
     return run(x, weight, bias, float(eps), out_dtype)[0]
 
@@ -53,39 +51,77 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    x_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The step between two blocks: x [..., D], residual [..., D] -> (normalised sum, sum), [..., D] each.
 
-    The sum, the new residual, is added in float32 and rounded to the dtype of `residual`; the normalised form of that
-    rounded sum has the dtype of `x`. So a float32 residual stream goes with bfloat16 blocks. Parameters, layouts and
-    statistics as for `layer_norm`.
+    The sum, the new residual, is residual + row_scale * scale * (x + x_bias), each factor only where it is given:
+    `x_bias` [D] is the bias of the linear layer that made x, which then runs without it, `scale` [D] is LayerScale,
+    `row_scale` [B], one number for each entry of the first dim of x, is DropPath (0 or 1 / (1 - rate)) and has no
+    gradient. The sum is formed in float32 and rounded to the dtype of `residual`; the normalised form of that rounded
+    sum has `out_dtype`, or the dtype of `x`. So a float32 residual stream goes with bfloat16 blocks. Dtypes of
+    parameters and factors are free; layouts and statistics as for `layer_norm`.
 
-    Forward reads two values and writes two for each of R * D, about 9 FLOPs each. Backward reads the sum and both
-    gradients and writes one, which is the gradient of both inputs (copied where their dtypes differ); the rest is as
-    for `layer_norm`, repeatable and without atomics. It replaces `residual + x` with `F.layer_norm` after it, which
-    reads the sum again, and adds the residual's gradient in a pass of its own. Not where the sum is not used again, and
-    not under a compiler that fuses the two.
+    Forward reads two values and writes two for each of R * D, about 9 FLOPs each (12 with all factors). Backward reads
+    the sum and both gradients and writes one, which is the gradient of both inputs; a second one in the same pass where
+    there is a factor, or dtypes differ. The gradients of `x_bias` and `scale` are column sums that ride in it as those
+    of weight and bias do, repeatable and without atomics: 4 D bytes each for at most 512 programs. Only a `scale` with
+    a gradient keeps x for the backward pass, and reads it there.
 
-    Errors: ValueError as for `layer_norm`, and for a residual of another shape or device.
+    It replaces `residual + x` with `F.layer_norm` after it, which reads the sum again and adds the residual's gradient
+    in a pass of its own; bias, LayerScale and DropPath before it, a pass each way for each; and the sum over rows for
+    the gradient of the linear layer's bias, which reads all of dx. Not where the sum is not used again, and not under a
+    compiler that fuses the two.
+
+    Errors: ValueError as for `layer_norm`, for a residual of another shape or device, for factors of another shape, and
+    for a `row_scale` that asks for a gradient.
     """
-    _check("add_layer_norm", x, weight, bias, eps)
+    _check("add_layer_norm", x, weight, bias, eps, x_bias=x_bias, scale=scale)
     if residual.shape != x.shape or residual.device != x.device or not residual.dtype.is_floating_point:
         raise ValueError(
             f"add_layer_norm: expected a floating residual {list(x.shape)} on {x.device}, got {list(residual.shape)}, "
             f"{residual.dtype} on {residual.device}"
         )
-    run = operation("add_layer_norm", choose("add_layer_norm", impl, x, residual.dtype, channels=x.shape[-1]))
-    normalised, total, _, _ = run(x, residual, weight, bias, float(eps))
+    if row_scale is not None:
+        _check_row_scale("add_layer_norm", row_scale, x)
+    out_dtype = _out_dtype("add_layer_norm", out_dtype, x)
+    chosen = choose("add_layer_norm", impl, x, residual.dtype, out_dtype, channels=x.shape[-1])
+    run = operation("add_layer_norm", chosen)
+    normalised, total, _, _ = run(x, residual, weight, bias, float(eps), x_bias, scale, row_scale, out_dtype)
     return normalised, total
 
 
-def _check(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+def _out_dtype(name: str, out_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if not out_dtype.is_floating_point:
+        raise ValueError(f"{name}: out_dtype must be a floating dtype, got {out_dtype}")
+    return out_dtype
+
+
+def _check_row_scale(name: str, row_scale: Tensor, x: Tensor) -> None:
+    if x.ndim < 2:
+        raise ValueError(f"{name}: row_scale needs x [B, ..., D], got {list(x.shape)}")
+    if row_scale.shape != x.shape[:1] or row_scale.device != x.device or not row_scale.dtype.is_floating_point:
+        raise ValueError(
+            f"{name}: expected a floating row_scale [{x.shape[0]}] on {x.device}, got {list(row_scale.shape)}, "
+            f"{row_scale.dtype} on {row_scale.device}"
+        )
+    if row_scale.requires_grad:
+        raise ValueError(f"{name}: row_scale gets no gradient, got one that asks for it: detach it")
+
+
+def _check(
+    name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **factors: Tensor | None
+) -> None:
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name}: x must be of a floating dtype, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name}: expected x [..., D] with at least one channel, got {list(x.shape)}")
-    for what, given in (("weight", weight), ("bias", bias)):
+    for what, given in (("weight", weight), ("bias", bias), *factors.items()):
         if given is None:
             continue
         if given.shape != x.shape[-1:] or given.device != x.device or not given.dtype.is_floating_point:

@@ -130,7 +130,8 @@ def test_torch_accepts_the_operators(name: str) -> None:
     library.opcheck(one, (x, weight, bias, 1e-6, torch.bfloat16))
     library.opcheck(one, (x.detach().transpose(0, 1), None, None, 1e-6, torch.float32))
     add = getattr(torch.ops.fastjepa, f"add_{name}").default
-    library.opcheck(add, (x, leaf(normal(2, 3, 8, dtype=torch.bfloat16)), weight, bias, 1e-6))
+    residual = leaf(normal(2, 3, 8, dtype=torch.bfloat16))
+    library.opcheck(add, (x, residual, weight, bias, 1e-6, None, None, None, torch.float32))
     backward = getattr(torch.ops.fastjepa, name.replace("norm", "norm_backward")).default
     mean = normal(2, 3)
     for extra, factor, flags in ((None, None, (False, False)), (normal(2, 3, 8), normal(8), (True, True))):

@@ -1,6 +1,5 @@
-"""The package by itself: what it needs, what it prints, what its kernels need of a GPU."""
+"""The package by itself: what it needs and what it prints."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastjepa_kernels.testing.compile_only import SHARED_LIMIT, TARGETS, compile_for
-
 KERNELS = Path(__file__).parents[2] / "kernels"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is absent: there is none for this system"
-)
 
 
 def python(code, *arguments, **extra):
@@ -54,51 +48,3 @@ def test_verbs(verb, words):
     done = python("", "-m", "fastjepa_kernels", verb)
     assert done.returncode == 0, done.stderr
     assert words in done.stdout
-
-
-@needs_triton
-def test_a_target_that_is_not_known_is_refused():
-    done = python("", "-m", "fastjepa_kernels", "compile", "--targets", "sm_91")
-    assert done.returncode == 2
-    assert "--targets: expected some of sm_80, sm_90, sm_100, given sm_91" in done.stderr
-
-
-@needs_triton
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_compiles_without_spills_and_without_float64(target, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from fastjepa_kernels._triton.catalogue import shipped
-
-    # The first and the last setting of every kernel; `python -m fastjepa_kernels compile` takes minutes and shows all.
-    settings = {}
-    for entry in shipped():
-        settings.setdefault(entry.kernel, []).append(entry)
-    assert len(settings) >= 12
-    for entry in [
-        entry for group in settings.values() for entry in {group[0].name: group[0], group[-1].name: group[-1]}.values()
-    ]:
-        needs = compile_for(target, entry.kernel, entry.signature, entry.constants, warps=entry.warps)
-        assert needs.spilled == 0, (entry.name, needs)
-        assert needs.float64 == 0, (entry.name, needs)
-        assert needs.shared <= SHARED_LIMIT[target], (entry.name, needs)
-
-
-@needs_triton
-def test_the_counts_are_real():
-    """A kernel that needs double precision and too many registers is seen to."""
-    from fastjepa_kernels._triton import gather
-
-    types = {
-        "x": "*fp64",
-        "index": "*i64",
-        "out": "*fp64",
-        "clips": "i32",
-        "kept": "i32",
-        "x_clip": "i32",
-        "x_token": "i32",
-    }
-    needs = compile_for("sm_90", gather.gather_kernel, types, {"WIDTH": 384, "LANES": 512})
-    assert needs.registers > 8
-    summed = {"gradient": "*fp64", "inverse": "*i32", "out": "*fp64", "clips": "i32", "kept": "i32", "tokens": "i32"}
-    heavy = compile_for("sm_90", gather.sum_kernel, summed, {"MASKS": 2, "WIDTH": 8192, "LANES": 8192}, warps=1)
-    assert heavy.spilled > 0

@@ -2,13 +2,40 @@
 
 from collections.abc import Iterator
 
-from fastjepa_kernels._triton import gather, norms, target_loss, updates
+from fastjepa_kernels._triton import (
+    assemble,
+    attention,
+    attention_backward,
+    attention_ready,
+    gather,
+    linear_gelu,
+    mlp,
+    noise,
+    norms,
+    patch_embed,
+    philox,
+    rope,
+    target_loss,
+    updates,
+)
 from fastjepa_kernels._triton.launch import Shipped
 
+MODULES = (
+    assemble, attention, attention_backward, attention_ready, gather, linear_gelu, mlp, noise, norms, patch_embed,
+    philox, rope, target_loss, updates,
+)  # fmt: skip
 
-def shipped() -> Iterator[Shipped]:
-    """All of them, module by module."""
-    yield from gather.shipped()
-    yield from norms.shipped()
-    yield from target_loss.shipped()
-    yield from updates.shipped()
+
+def shipped(architecture: str = "any") -> Iterator[Shipped]:
+    """All of them, module by module, with the settings that `config.lookup` gives for "sm_90" and the like."""
+    for module in MODULES:
+        yield from module.shipped(architecture)
+
+
+def candidates(operation: str, width: int) -> list[dict[str, int]]:
+    """The settings that `tune` tries for an operation at a width. Errors: ValueError where a module names none."""
+    for module in MODULES:
+        found = module.candidates(width).get(operation)
+        if found:
+            return found
+    raise ValueError(f"{operation}: no candidates for width {width} in any module of kernels")

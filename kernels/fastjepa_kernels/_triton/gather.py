@@ -5,15 +5,15 @@ it, so every row of the result is written exactly once, in a fixed order of addi
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton.launch import Shipped, on_device_of, power_of_two, rows_in_place
-
-MOST_LANES = 1024
+from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned, power_of_two, rows_in_place
+from fastjepa_kernels.config import lookup
 
 
 @triton.jit
@@ -87,8 +87,10 @@ def scatter_kernel(
     tl.store(out + row * WIDTH + lane, values, mask=inside)
 
 
-def _lanes(width: int) -> int:
-    return min(MOST_LANES, power_of_two(width))
+def _sizes(operation: str, width: int, **where: Any) -> dict[str, int]:
+    """A longer row than MOST_LANES is shared by several programs."""
+    settings = lookup(operation, width=width, **where)
+    return {"WIDTH": width, "LANES": min(settings.pop("MOST_LANES"), power_of_two(width)), **settings}
 
 
 def _inverse(index: Tensor, tokens: int) -> Tensor:
@@ -105,11 +107,12 @@ def gather(x: Tensor, index: Tensor, unique: bool = True) -> Tensor:
     masks, clips, kept = index.shape
     width = x.shape[2]
     out = x.new_empty(masks * clips, kept, width)
-    lanes = _lanes(width)
     if out.numel():
+        rows = masks * clips * kept
+        sizes = _sizes("gather_tokens", width, device=x.device, dtype=x.dtype, length=rows)
         with on_device_of(x):
-            grid = (masks * clips * kept, triton.cdiv(width, lanes))
-            gather_kernel[grid](x, index, out, clips, kept, x.stride(0), x.stride(1), WIDTH=width, LANES=lanes)
+            grid = (rows, triton.cdiv(width, sizes["LANES"]))
+            gather_kernel[grid](x, index, out, clips, kept, x.stride(0), x.stride(1), **sizes)
     return out
 
 
@@ -121,8 +124,10 @@ def gather_backward(gradient: Tensor, index: Tensor, tokens: int, unique: bool) 
     out = gradient.new_empty(clips, tokens, width)
     if not out.numel():
         return out
-    sizes = {"MASKS": masks, "WIDTH": width, "LANES": _lanes(width)}
-    grid = (clips * tokens, triton.cdiv(width, sizes["LANES"]))
+    rows = clips * tokens
+    sizes = _sizes("gather_tokens_backward", width, device=out.device, dtype=out.dtype, length=rows)
+    sizes["MASKS"] = masks
+    grid = (rows, triton.cdiv(width, sizes["LANES"]))
     with on_device_of(gradient):
         if unique:
             sum_kernel[grid](gradient, _inverse(index, tokens), out, clips, kept, tokens, **sizes)
@@ -140,28 +145,36 @@ def scatter(x: Tensor, index: Tensor, tokens: int, fill: Tensor | None) -> Tenso
     clips, kept, width = x.shape
     out = x.new_empty(clips, tokens, width)
     if out.numel():
-        lanes = _lanes(width)
+        rows = clips * tokens
+        sizes = _sizes("scatter_tokens", width, device=x.device, dtype=x.dtype, length=rows)
         with on_device_of(x):
-            scatter_kernel[(clips * tokens, triton.cdiv(width, lanes))](
+            scatter_kernel[(rows, triton.cdiv(width, sizes["LANES"]))](
                 x, _inverse(index.unsqueeze(0), tokens), x if fill is None else fill.contiguous(), out, kept, tokens,
-                x.stride(0), x.stride(1), FILLED=fill is not None, WIDTH=width, LANES=lanes,
+                x.stride(0), x.stride(1), FILLED=fill is not None, **sizes,
             )  # fmt: skip
     return out
 
 
-def shipped() -> Iterator[Shipped]:
-    """Every kernel at a predictor's, an encoder's and an odd width."""
+def shipped(architecture: str = "any") -> Iterator[Shipped]:
+    """Every kernel at a predictor's and an encoder's width."""
     sizes = dict.fromkeys(("clips", "kept", "tokens", "x_clip", "x_token"), "i32")
     yield Shipped("invert", invert_kernel, {**sizes, "index": "*i64", "inverse": "*i32"}, {})
     for dtype in ("bf16", "fp32"):
         values = dict.fromkeys(("x", "out", "gradient", "fill"), f"*{dtype}")
         types = {**sizes, **values, "index": "*i64", "inverse": "*i32", "order": "*i64", "first": "*i64"}
-        for width in (384, 1000, 1280):
-            fixed = {"WIDTH": width, "LANES": _lanes(width)}
-            for name, kernel, more in (
-                ("gather", gather_kernel, {}),
-                ("sum", sum_kernel, {"MASKS": 2}),
-                ("segment sum", segment_sum_kernel, {"MASKS": 2}),
-                ("scatter", scatter_kernel, {"FILLED": True}),
+        for width in (384, 1280):
+            for name, kernel, operation, more in (
+                ("gather", gather_kernel, "gather_tokens", {}),
+                ("sum", sum_kernel, "gather_tokens_backward", {"MASKS": 2}),
+                ("segment sum", segment_sum_kernel, "gather_tokens_backward", {"MASKS": 2}),
+                ("scatter", scatter_kernel, "scatter_tokens", {"FILLED": True}),
             ):
-                yield Shipped(f"{name} {dtype} {width}", kernel, types, {**fixed, **more})
+                fixed = {**_sizes(operation, width, architecture=architecture, dtype=dtype), **more}
+                yield pinned(f"{name} {dtype} {width}", kernel, types, fixed)
+
+
+def candidates(width: int) -> dict[str, list[dict[str, int]]]:
+    """What `tune` tries, for each of the three operations alike."""
+    lanes = [n for n in (256, 512, 1024, 2048, 4096) if n < 2 * power_of_two(width)] or [256]
+    rows = combinations(MOST_LANES=lanes, num_warps=(1, 2, 4, 8))
+    return dict.fromkeys(("gather_tokens", "gather_tokens_backward", "scatter_tokens"), rows)

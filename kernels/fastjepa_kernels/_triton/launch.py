@@ -1,7 +1,9 @@
 """What every launcher needs: the right current device, and block sizes."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +19,20 @@ class Shipped:
     signature: dict[str, str]
     constants: dict[str, Any]
     warps: int = 4
+    stages: int = 3
+
+
+def pinned(name: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> Shipped:
+    """`constants` may hold num_warps and num_stages, as a launch takes them and `config.lookup` gives them."""
+    fixed = dict(constants)
+    return Shipped(
+        name, kernel, signature, warps=fixed.pop("num_warps", 4), stages=fixed.pop("num_stages", 3), constants=fixed
+    )
+
+
+def combinations(**choices: Iterable[int]) -> list[dict[str, int]]:
+    """Candidates of `tune`: every combination of the values of each setting."""
+    return [dict(zip(choices, values)) for values in product(*choices.values())]
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

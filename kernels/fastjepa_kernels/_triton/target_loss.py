@@ -5,15 +5,15 @@ again, with mean and deviation kept from before.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton.launch import Shipped, on_device_of, power_of_two, rows_in_place
-
-SUMS_AT_ONCE = 4096
+from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned, power_of_two, rows_in_place
+from fastjepa_kernels.config import lookup
 
 
 @triton.jit
@@ -91,9 +91,9 @@ def row_backward_kernel(
     tl.store(out + row * WIDTH + lane, (slope * scale).to(out.dtype.element_ty), mask=inside)
 
 
-def _sizes(width: int) -> dict[str, int]:
-    lanes = power_of_two(width)
-    return {"WIDTH": width, "LANES": lanes, "num_warps": min(16, max(1, lanes // 256))}
+def _sizes(operation: str, width: int, **where: Any) -> dict[str, int]:
+    """Of "target_loss" and its backward pass: a row is held whole, by as many threads as spread its values well."""
+    return {"WIDTH": width, "LANES": power_of_two(width), **lookup(operation, width=width, **where)}
 
 
 def loss(
@@ -102,19 +102,19 @@ def loss(
     """prediction [M * B, K, D], target [B, N, D], index [M, B, K] -> the loss, mean and 1 / deviation of the rows."""
     prediction, target, index = rows_in_place(prediction), rows_in_place(target), index.contiguous()
     _, clips, kept = index.shape
-    sizes = _sizes(prediction.shape[2])
+    where, rows = prediction.device, index.numel()
+    sizes = _sizes("target_loss", prediction.shape[2], device=where, dtype=prediction.dtype, length=rows)
+    added = lookup("target_loss_total", device=where, length=rows)
     partial, mean, rstd = (
         torch.empty(prediction.shape[:2], dtype=torch.float32, device=prediction.device) for _ in range(3)
     )
     out = torch.empty((), dtype=torch.float32, device=prediction.device)
     with on_device_of(prediction):
-        row_kernel[(index.numel(),)](
+        row_kernel[(rows,)](
             prediction, target, index, partial, mean, rstd, clips, kept, *prediction.stride()[:2],
             *target.stride()[:2], EXPONENT=exponent, EPS=eps, **sizes,
         )  # fmt: skip
-        total_kernel[(1,)](
-            partial, out, index.numel(), EXPONENT=exponent, WIDTH=sizes["WIDTH"], LANES=SUMS_AT_ONCE, num_warps=8
-        )
+        total_kernel[(1,)](partial, out, rows, EXPONENT=exponent, WIDTH=sizes["WIDTH"], **added)
     return out, mean, rstd
 
 
@@ -125,27 +125,36 @@ def loss_backward(
     prediction, target, index = rows_in_place(prediction), rows_in_place(target), index.contiguous()
     _, clips, kept = index.shape
     out = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    where = {"device": out.device, "dtype": out.dtype, "length": index.numel()}
+    sizes = _sizes("target_loss_backward", out.shape[2], **where)
     with on_device_of(prediction):
         row_backward_kernel[(index.numel(),)](
             upstream, prediction, target, index, mean.contiguous(), rstd.contiguous(), out, index.numel(), clips, kept,
-            *prediction.stride()[:2], *target.stride()[:2], EXPONENT=exponent, **_sizes(prediction.shape[2]),
+            *prediction.stride()[:2], *target.stride()[:2], EXPONENT=exponent, **sizes,
         )  # fmt: skip
     return out
 
 
-def shipped() -> Iterator[Shipped]:
+def shipped(architecture: str = "any") -> Iterator[Shipped]:
     """Every kernel at the usual, an odd and the largest width, with the exponents that have code of their own."""
     numbers = ("rows", "clips", "kept", "p_clip", "p_token", "t_clip", "t_token")
     floats = dict.fromkeys(("partial", "mean", "rstd", "upstream"), "*fp32")
     for exponent in (1.0, 2.0, 1.5):
-        fixed = {"EXPONENT": exponent, "WIDTH": 1280, "LANES": SUMS_AT_ONCE}
-        yield Shipped(f"loss total q={exponent}", total_kernel, {**floats, "rows": "i32", "out": "*fp32"}, fixed, 8)
+        fixed = {"EXPONENT": exponent, "WIDTH": 1280, **lookup("target_loss_total", architecture=architecture)}
+        yield pinned(f"loss total q={exponent}", total_kernel, {**floats, "rows": "i32", "out": "*fp32"}, fixed)
         for dtype, width in (("bf16", 1280), ("fp32", 1000), ("bf16", 8192), ("fp32", 8192)):
             values = dict.fromkeys(("prediction", "target", "out"), f"*{dtype}")
             types = {**dict.fromkeys(numbers, "i32"), **floats, **values, "index": "*i64"}
-            sizes = _sizes(width)
-            warps = sizes.pop("num_warps")
-            fixed = {**sizes, "EXPONENT": exponent}
             name = f"{dtype} {width} q={exponent}"
-            yield Shipped(f"loss {name}", row_kernel, types, {**fixed, "EPS": 1e-5}, warps)
-            yield Shipped(f"loss backward {name}", row_backward_kernel, types, fixed, warps)
+            sizes = _sizes("target_loss", width, architecture=architecture, dtype=dtype)
+            yield pinned(f"loss {name}", row_kernel, types, {**sizes, "EXPONENT": exponent, "EPS": 1e-5})
+            sizes = _sizes("target_loss_backward", width, architecture=architecture, dtype=dtype)
+            yield pinned(f"loss backward {name}", row_backward_kernel, types, {**sizes, "EXPONENT": exponent})
+
+
+def candidates(width: int) -> dict[str, list[dict[str, int]]]:
+    """What `tune` tries: one warp, or more with 2 to 64 values of a row a thread."""
+    spread = {n: power_of_two(width) // n // 32 for n in (1, 2, 4, 8, 16)}
+    rows = [{"num_warps": n} for n, values in spread.items() if n == 1 or 2 <= values <= 64]
+    total = combinations(LANES=(1024, 2048, 4096, 8192), num_warps=(4, 8, 16))
+    return {"target_loss": rows, "target_loss_backward": rows, "target_loss_total": total}

@@ -17,12 +17,18 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one thread: registers and spilled bytes; of one block: shared bytes; counted instructions of the kernel."""
+    """Of one thread: registers and spilled bytes; of one block: shared bytes; counted instructions of the kernel.
+
+    `tensor_core` counts all products on tensor cores, `wgmma` those of them that are Hopper's asynchronous ones,
+    `copies` the asynchronous copies from global to shared memory.
+    """
 
     registers: int
     spilled: int
     shared: int
     tensor_core: int
+    wgmma: int
+    copies: int
     float64: int
 
 
@@ -67,5 +73,7 @@ def _resources(cubin: bytes, shared: int) -> Resources:
         spilled=found["STACK"],
         shared=shared,
         tensor_core=len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code)),
+        wgmma=len(re.findall(r"\bHGMMA\b", code)),
+        copies=len(re.findall(r"\bLDGSTS\b", code)),
         float64=len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP)\b", code)),
     )

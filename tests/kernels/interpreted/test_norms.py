@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastjepa_kernels import add_layer_norm, explain, layer_norm
 from fastjepa_kernels._triton import norms as kernels
+from fastjepa_kernels.config import forced
 from fastjepa_kernels.reference import norms as reference
 from fastjepa_kernels.testing.poison import guarded, intact
 from fastjepa_kernels.testing.yardstick import check
@@ -73,7 +74,8 @@ def test_forward_is_as_exact_as_eager(dtype: torch.dtype, length: int, width: in
         out, mean, rstd = reference.layer_norm(total.to(x.dtype), w, b, EPS, x.dtype)
         return out, total.to(x.dtype), mean, rstd
 
-    compare(lambda *given: kernels.add_layer_norm(*given, EPS), added, x, residual, weight, bias)
+    plain = EPS, None, None, None, dtype
+    compare(lambda *given: kernels.add_layer_norm(*given, *plain), added, x, residual, weight, bias)
     assert all(intact(t) for t in (x, residual, weight, bias))
 
 
@@ -97,16 +99,15 @@ def test_backward_is_as_exact_as_eager(dtype: torch.dtype, length: int, width: i
 
 
 @pytest.mark.parametrize("programs", [1, 3, 4])
-def test_rows_shared_by_few_programs(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+def test_rows_shared_by_few_programs(programs: int) -> None:
     """Several tiles a program, a last program with less, and more partial rows than the second kernel takes at once."""
-    monkeypatch.setattr(kernels, "MOST_PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "SUM", {"LANES": 32, "ROWS": 2})
     gradient, x, weight = normal(77, 96), normal(77, 96, seed=1), normal(96, seed=2)
     _, mean, rstd = reference.layer_norm(x, None, None, EPS, x.dtype)
     arguments = gradient, None, x, weight, mean, rstd, True, True
-    for ours, theirs in zip(kernels.layer_norm_backward(*arguments), reference.layer_norm_backward(*arguments)):
+    with forced("layer_norm_backward", PROGRAMS=programs), forced("layer_norm_sum", ROWS=2):
+        one, two = (kernels.layer_norm_backward(*arguments) for _ in range(2))
+    for ours, theirs in zip(one, reference.layer_norm_backward(*arguments)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    one, two = (kernels.layer_norm_backward(*arguments) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(one, two))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastjepa_kernels import target_loss, use
+from fastjepa_kernels.config import forced
 from fastjepa_kernels.dispatch import interpreted
 from fastjepa_kernels.reference import target_loss as reference
 from fastjepa_kernels.testing.poison import guarded, intact
@@ -106,13 +107,11 @@ def test_strides_are_read_in_place() -> None:
         assert got[1].is_contiguous()
 
 
-def test_more_rows_than_one_addition_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastjepa_kernels._triton import target_loss as kernels
-
-    monkeypatch.setattr(kernels, "SUMS_AT_ONCE", 16)
+def test_more_rows_than_one_addition_takes() -> None:
     prediction, target, index = _inputs(33, 24)
     loss, expected = (_run(impl, 1.0, index)[0] for impl in ("triton", "reference"))
-    check(loss, expected, prediction, target)
+    with forced("target_loss_total", LANES=16):
+        check(loss, expected, prediction, target)
 
 
 def test_results_repeat_bit_for_bit_and_int32_is_the_same() -> None:

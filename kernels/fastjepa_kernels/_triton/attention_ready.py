@@ -1,0 +1,240 @@
+"""Rows made ready for attention once, not in every block that reads them: chosen, biased, turned; and the way back.
+
+Turning a row costs about as much arithmetic as multiplying it, and keeps a GPU from copying it past the registers. So
+queries, keys and values that take part are written one after another, and attention runs on those; their gradients are
+turned back, summed for the bias and written where the rows came from.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastjepa_kernels._triton.attention_rows import begin_of, chunk, load, origin, span, store, store_chunk, tokens
+from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned, rows_in_place
+from fastjepa_kernels._triton.norms import sum_parts
+from fastjepa_kernels.attention_inputs import Inputs
+from fastjepa_kernels.config import lookup
+
+SIZES = ("most", "blocks", "heads", "x_clip", "x_row", "x_head")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def ready_kernel(
+    x, index, lengths, starts, bias, out, most, blocks, heads, x_clip, x_row, x_head,
+    HEAD: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr, LENGTHS: tl.constexpr, UNIT: tl.constexpr,
+    BIAS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LOG2_THETA: tl.constexpr, COMPAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows of a clip and head a program, rounded after bias and after turn; absent ones are not written."""
+    program = tl.program_id(0).to(tl.int64)
+    head = program // blocks % heads
+    clip = program // blocks // heads
+    begin, count = span(clip, most, starts, lengths, FLAT, LENGTHS)
+    place = (program % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    present = place < count
+    token = tokens(index, begin, place, present, INDEX)
+    first = origin(x, clip, begin, head, x_clip, x_row, x_head, FLAT, UNIT)
+    a, b = load(first, token * (x_row * UNIT), present, HEAD)
+    if BIAS:
+        row = bias + head * HEAD
+        a = add_chunk(a, row, HEAD, 0)
+        if chunk(HEAD, 1):
+            b = add_chunk(b, row, HEAD, 1)
+    if HEIGHT:
+        a, b = turn(a, b, token, HEAD, HEIGHT, WIDTH, LOG2_THETA, COMPAT, False)
+    store(out, ((begin + place) * heads + head) * HEAD, present, a, b, HEAD)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def back_kernel(
+    x, index, lengths, starts, gradient, sums, most, blocks, heads, x_clip, x_row, x_head,
+    HEAD: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr, LENGTHS: tl.constexpr, UNIT: tl.constexpr,
+    SUMS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LOG2_THETA: tl.constexpr, COMPAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK ready rows turned back into x, where the rows came from, and its sum over them."""
+    program = tl.program_id(0).to(tl.int64)
+    head = program // blocks % heads
+    clip = program // blocks // heads
+    begin, count = span(clip, most, starts, lengths, FLAT, LENGTHS)
+    place = (program % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    present = place < count
+    token = tokens(index, begin, place, present, INDEX)
+    a, b = load(gradient, ((begin + place) * heads + head) * HEAD, present, HEAD)
+    if HEIGHT:
+        a, b = turn(a, b, token, HEAD, HEIGHT, WIDTH, LOG2_THETA, COMPAT, True)
+    if SUMS:
+        store_sums(sums + ((clip * blocks + program % blocks) * heads + head) * HEAD, a, b, HEAD)
+    # Without an index rows that take no part are within reach, and their zeros are written here.
+    written = present if FLAT or INDEX else place < most
+    first = origin(x, clip, begin, head, x_clip, x_row, x_head, FLAT, UNIT)
+    store(first, token * (x_row * UNIT), written, a, b, HEAD)
+
+
+@triton.jit
+def add_chunk(values, bias, HEAD: tl.constexpr, N: tl.constexpr):
+    """A row [d] added to all rows in float32."""
+    lane = begin_of(HEAD, N) + tl.arange(0, chunk(HEAD, N))
+    row = tl.load(bias + lane, mask=lane < HEAD, other=0.0).to(tl.float32)
+    return (values.to(tl.float32) + row[None, :]).to(values.dtype)
+
+
+@triton.jit
+def store_sums(x, a, b, HEAD: tl.constexpr):
+    """The sums over all rows, one row [d] of float32."""
+    first = tl.arange(0, 1)
+    offset, present = first, first == 0
+    store_chunk(x, offset, present, tl.sum(a.to(tl.float32), axis=0)[None, :], HEAD, 0)
+    if chunk(HEAD, 1):
+        store_chunk(x, offset, present, tl.sum(b.to(tl.float32), axis=0)[None, :], HEAD, 1)
+
+
+@triton.jit
+def turn(
+    a, b, token, HEAD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LOG2_THETA: tl.constexpr,
+    COMPAT: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Rotary positions on all chunks, float32: the map of queries and keys, or BACK its transpose, for gradients."""
+    x = turn_chunk(a, token, HEAD, 0, HEIGHT, WIDTH, LOG2_THETA, COMPAT, BACK)
+    y = x
+    if chunk(HEAD, 1):
+        y = turn_chunk(b, token, HEAD, 1, HEIGHT, WIDTH, LOG2_THETA, COMPAT, BACK)
+    return x, y
+
+
+@triton.jit
+def turn_chunk(
+    x, token, HEAD: tl.constexpr, N: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    LOG2_THETA: tl.constexpr, COMPAT: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Chunk N; segments begin at even channels, so a pair never lies in two of them, nor in two chunks."""
+    segment: tl.constexpr = HEAD // 3 // 2 * 2
+    half: tl.constexpr = segment // 2
+    lane = begin_of(HEAD, N) + tl.arange(0, chunk(HEAD, N))
+    number = lane % segment % half if COMPAT else lane % segment // 2
+    # Channels after the third segment stand still.
+    pace = tl.where(lane < 3 * segment, tl.exp2(number.to(tl.float32) * (-LOG2_THETA / half)), 0.0)
+    token = token.to(tl.int32)[:, None]
+    axis = (lane // segment)[None, :]
+    place = tl.where(axis == 0, token // (HEIGHT * WIDTH), tl.where(axis == 1, token // WIDTH % HEIGHT, token % WIDTH))
+    cosine, sine = circle(place.to(tl.float32) * pace[None, :])
+    x = x.to(tl.float32)
+    if BACK:
+        return x * cosine - swap(x * sine)
+    else:
+        return x * cosine + swap(x) * sine
+
+
+@triton.jit
+def swap(x):
+    """(a, b) -> (-b, a) for neighbouring channels: both lie in one thread."""
+    first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return tl.reshape(tl.join(-second, first), [x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def circle(angle):
+    """Cosine and sine to 2 units in the last place, for 0 <= angle < 10000, without the library's slow path.
+
+    Source: Cephes, sinf and cosf: the quarter turn in three parts, polynomials on the eighth of a turn around 0.
+    """
+    quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
+    rest = angle - quarters * 1.5703125 - quarters * 4.837512969970703e-4 - quarters * 7.549789954891882e-8
+    square = rest * rest
+    odd = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * rest + rest
+    even = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square
+    even = even * square - 0.5 * square + 1.0
+    quarter = quarters.to(tl.int32) & 3
+    swapped = (quarter & 1) == 1
+    cosine, sine = tl.where(swapped, odd, even), tl.where(swapped, even, odd)
+    return tl.where((quarter == 1) | (quarter == 2), -cosine, cosine), tl.where(quarter >= 2, -sine, sine)
+
+
+def ready(case: Inputs) -> Inputs:
+    """The same attention with separate rows [B, K, H, d], or [R, H, d], that need no index, bias or turn."""
+    made = []
+    for part, (x, (index, lengths, most)) in enumerate(zip(case.views(), _sides(case))):
+        x = rows_in_place(x)
+        # In flat form x is [1, R, H, d].
+        lead = (case.clips, most) if case.starts is None else x.shape[1:2]
+        out = x.new_empty(*lead, case.heads, case.head)
+        row = x if case.bias is None else case.bias[part].contiguous()
+        _launch(ready_kernel, case, part, x, (index, lengths, most), (row, out), BIAS=case.bias is not None)
+        made.append(out)
+    q, k, v = made
+    return case._replace(q=q, k=k, v=v, q_index=None, kv_index=None, bias=None, grid=[])
+
+
+def back(case: Inputs, made: tuple[Tensor, ...], bias_wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ready rows -> those of what they were made of: q, k and v, and of the bias in float32, or [0]."""
+    gradients = case.empty_gradients(fill=case.q_index is not None or case.kv_index is not None)
+    dq, dk, dv = gradients
+    dbias = case.q.new_empty((3, case.heads, case.head) if bias_wanted else (0,), dtype=torch.float32)
+    parts = case._replace(q=dq, k=None if case.packed else dk, v=None if case.packed else dv).views()
+    for part, (x, gradient, side) in enumerate(zip(parts, made, _sides(case))):
+        rows = triton.cdiv(side[2], _settings(case)["BLOCK"]) * case.clips
+        sums = dbias.new_empty(rows if bias_wanted else 0, case.heads * case.head)
+        _launch(back_kernel, case, part, x, side, (gradient, sums), SUMS=bias_wanted)
+        if bias_wanted and not rows:
+            dbias[part].zero_()
+        elif bias_wanted:
+            with on_device_of(x):
+                sum_parts(sums, dbias[part], rows)
+    return dq, dk, dv, dbias
+
+
+def _sides(case: Inputs) -> list[tuple[Tensor | None, Tensor | None, int]]:
+    """Index, lengths and the most rows of a clip, of queries, keys and values."""
+    keys = (case.kv_index, case.kv_lengths, case.keys)
+    return [(case.q_index, case.q_lengths, case.queries), keys, keys]
+
+
+def _settings(case: Inputs) -> dict[str, int]:
+    return lookup("indexed_attention_ready", device=case.q.device, dtype=case.q.dtype, width=case.head)
+
+
+def _launch(kernel, case, part, x, side, pointers, **flags) -> None:
+    index, lengths, most = side
+    settings = _settings(case)
+    blocks = triton.cdiv(most, settings["BLOCK"])
+    if not blocks * case.clips:
+        return
+    strides = x.stride()[:3]
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    _, height, width = case.grid if case.grid and part < 2 else (0, 0, 0)
+    chosen = (index, lengths, case.starts)
+    with on_device_of(x):
+        kernel[(blocks * case.heads * case.clips,)](
+            x, *(x if one is None else one.contiguous() for one in chosen), *pointers, most, blocks, case.heads,
+            *(stride // unit for stride in strides), HEAD=case.head, FLAT=case.starts is not None,
+            INDEX=index is not None, LENGTHS=lengths is not None, UNIT=unit, HEIGHT=height, WIDTH=width,
+            LOG2_THETA=math.log2(case.theta), COMPAT=case.compat, **settings, **flags,
+        )  # fmt: skip
+
+
+def shipped(architecture: str = "any") -> Iterator[Shipped]:
+    """Both kernels at the first-class head sizes, in bfloat16 and float32."""
+    fixed = {
+        **dict.fromkeys(("INDEX", "LENGTHS", "BIAS", "SUMS"), True), "FLAT": False, "UNIT": 8, "HEIGHT": 16,
+        "WIDTH": 16, "LOG2_THETA": math.log2(1e4), "COMPAT": False,
+    }  # fmt: skip
+    for name in ("bf16", "fp32"):
+        types = {
+            **dict.fromkeys(SIZES, "i32"), **dict.fromkeys(("index", "lengths", "starts"), "*i64"),
+            **dict.fromkeys(("x", "out", "gradient"), f"*{name}"), "bias": "*fp32", "sums": "*fp32",
+        }  # fmt: skip
+        for head in (24, 32, 64, 80, 88, 104, 128):
+            settings = lookup("indexed_attention_ready", architecture=architecture, dtype=name, width=head)
+            for title, kernel in (("ready", ready_kernel), ("back", back_kernel)):
+                constants = {key: value for key, value in fixed.items() if key in kernel.arg_names}
+                constants |= {"HEAD": head, **settings}
+                yield pinned(f"attention {title} {name} {head}", kernel, types, constants)
+
+
+def candidates(width: int) -> dict[str, list[dict[str, int]]]:
+    """What `tune` tries, `width` being the size of a head."""
+    return {"indexed_attention_ready": combinations(BLOCK=(16, 32, 64), num_warps=(2, 4, 8))}

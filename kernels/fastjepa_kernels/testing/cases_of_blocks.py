@@ -1,0 +1,186 @@
+"""Cases of what a transformer block is made of: patches, attention, rotary positions, the feed-forward half."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastjepa_kernels as ours
+from fastjepa_kernels.testing.case import Case, Shape, random
+
+GRID = (8, 16, 16)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def _attention_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    clips, tokens, heads, head = shape["clips"], shape["tokens"], shape["heads"], shape["width"]
+    return random(clips, tokens, 3, heads, head, like=(device, dtype), seed=1), _some(shape, device)
+
+
+def _some(shape: Shape, device: torch.device) -> Tensor:
+    """index [B, K] of kept tokens, in no order."""
+    generator = torch.Generator(device).manual_seed(7)
+    order = torch.rand(shape["clips"], shape["tokens"], generator=generator, device=device).argsort(dim=-1)
+    return order[:, : shape["kept"]].contiguous()
+
+
+def _attention(impl: Any, x: Tensor, index: Tensor) -> tuple[Tensor]:
+    return (ours.indexed_attention(x, q_index=index, kv_index=index, impl=impl),)
+
+
+def _attention_eager(x: Tensor, index: Tensor) -> tuple[Tensor]:
+    q, k, v = _rows(x, index)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return ((scores.softmax(dim=-1) @ v).transpose(1, 2),)
+
+
+def _attention_library(x: Tensor, index: Tensor) -> tuple[Tensor]:
+    q, k, v = _rows(x, index)
+    return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2),)
+
+
+def _rows(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    places = index[:, :, None, None, None].expand(-1, -1, *x.shape[2:])
+    return tuple(part.transpose(1, 2) for part in x.gather(1, places).unbind(2))
+
+
+def _turned(impl: Any, x: Tensor, index: Tensor) -> tuple[Tensor]:
+    return (ours.indexed_attention(x, q_index=index, kv_index=index, rope=ours.Rope(GRID), impl=impl),)
+
+
+def _turned_eager(x: Tensor, index: Tensor) -> tuple[Tensor]:
+    q, k, v = (part.transpose(1, 2) for part in _rows(x, index))
+    q, k = _turn(q, index).to(x.dtype), _turn(k, index).to(x.dtype)
+    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
+    return ((scores.softmax(dim=-1) @ v.transpose(1, 2)).transpose(1, 2),)
+
+
+def _turn(x: Tensor, ids: Tensor) -> Tensor:
+    """[B, K, H, d] in float32 at least."""
+    part = 2 * (x.shape[-1] // 3 // 2)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values = x.to(wide)
+    frequency = 1e4 ** (-torch.arange(part // 2, device=x.device, dtype=wide) / (part / 2))
+    pieces = []
+    for axis, place in enumerate((ids // (GRID[1] * GRID[2]), ids // GRID[2] % GRID[1], ids % GRID[2])):
+        angle = (place.unsqueeze(-1).to(wide) * frequency).unsqueeze(-2)
+        first, second = values[..., axis * part : (axis + 1) * part].unflatten(-1, (-1, 2)).unbind(-1)
+        turned = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
+        pieces.append(torch.stack(turned, -1).flatten(-2))
+    return torch.cat([*pieces, values[..., 3 * part :]], -1)
+
+
+def _rope_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    size = shape["clips"], shape["kept"], shape["heads"], shape["width"]
+    return random(*size, like=(device, dtype), seed=1), _some(shape, device)
+
+
+def _rope(impl: Any, x: Tensor, ids: Tensor) -> tuple[Tensor]:
+    return (ours.rope3d(x, ids, ours.Rope(GRID), impl=impl),)
+
+
+def _gelu_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    like, width = (device, dtype), shape["width"]
+    hidden = shape["hidden"]
+    return (
+        random(shape["rows"], width, like=like, seed=1),
+        random(hidden, width, like=like, seed=2, scale=width**-0.5),
+        random(hidden, like=like, seed=3),
+    )
+
+
+def _gelu_eager(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (F.gelu(F.linear(x, weight, bias)),)
+
+
+def _patch_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    side, patch, clips = shape["side"], shape["patch"], shape["clips"]
+    generator = torch.Generator(device).manual_seed(1)
+    size = clips, 3, shape["frames"], side, side
+    video = torch.randint(256, size, generator=generator, device=device, dtype=torch.uint8)
+    values, like = 3 * 2 * patch * patch, (device, dtype)
+    return (
+        video,
+        random(shape["width"], 3, 2, patch, patch, like=like, seed=2, scale=values**-0.5),
+        random(shape["width"], like=like, seed=3),
+        _some(shape, device),
+        random(shape["tokens"], shape["width"], like=(device, torch.float32), seed=4),
+    )
+
+
+def _patch(form: Any) -> Any:
+    def run(impl: Any, video: Tensor, weight: Tensor, bias: Tensor, index: Tensor, position: Tensor) -> tuple[Tensor]:
+        sizes: dict[str, Any] = {
+            "tubelet": 2,
+            "patch": weight.shape[-1],
+            "position": position,
+            "mean": MEAN,
+            "std": STD,
+        }
+        named: Any = form if impl == "triton" else "auto"
+        return (ours.patch_embed_gather(video, weight, bias, index, **sizes, form=named, impl=impl),)
+
+    return run
+
+
+def _patch_eager(video: Tensor, weight: Tensor, bias: Tensor, index: Tensor, position: Tensor) -> tuple[Tensor]:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    level, spread = (torch.tensor(x, device=video.device, dtype=wide).view(-1, 1, 1, 1) for x in (MEAN, STD))
+    pixels = ((video.to(wide) / 255 - level) / spread).to(weight.dtype)
+    tokens = F.conv3d(pixels, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+    whole = (tokens + position).to(weight.dtype)
+    return (whole.gather(1, index.unsqueeze(-1).expand(-1, -1, whole.shape[2])),)
+
+
+def _heads(clips: int, tokens: int, kept: int, heads: int, head: int) -> Shape:
+    return {"clips": clips, "tokens": tokens, "kept": kept, "heads": heads, "width": head, "rows": kept}
+
+
+def _clip(clips: int, frames: int, side: int, patch: int, kept: int, width: int) -> Shape:
+    tokens = frames // 2 * (side // patch) ** 2
+    return {"clips": clips, "frames": frames, "side": side, "patch": patch, "tokens": tokens, "kept": kept,
+            "width": width, "rows": clips * kept}  # fmt: skip
+
+
+def _product(rows: int, width: int) -> Shape:
+    return {"rows": rows, "width": width, "hidden": 4 * width}
+
+
+_ATTENTION = {"small": _heads(2, 40, 33, 2, 32), "odd": _heads(1, 9, 7, 1, 88)}
+_PRODUCTS = {"small": _product(33, 48), "odd": _product(7, 40), "encoder": _product(24 * 560, 1280),
+             "predictor": _product(24 * 1400, 384)}  # fmt: skip
+_CLIPS = {"small": _clip(2, 4, 32, 8, 11, 48), "odd": _clip(1, 2, 24, 8, 7, 40),
+          "encoder": _clip(24, 16, 224, 16, 560, 1280)}  # fmt: skip
+
+BLOCK_CASES = (
+    Case(
+        "indexed_attention", _attention_inputs, _attention, _attention_eager,
+        {**_ATTENTION, "encoder": _heads(24, 1568, 560, 16, 80), "predictor": _heads(24, 1568, 1400, 16, 24)},
+        {"indexed_attention": "forward", "indexed_attention_query": "backward", "indexed_attention_key": "backward"},
+        (0,), _attention_library,
+    ),
+    Case(
+        "indexed_attention turned", _attention_inputs, _turned, _turned_eager,
+        {**_ATTENTION, "encoder": _heads(24, 2048, 560, 16, 80)}, {"indexed_attention_ready": "forward"}, (0,),
+    ),
+    Case(
+        "rope3d", _rope_inputs, _rope, lambda x, ids: (_turn(x, ids).to(x.dtype),),
+        {**_ATTENTION, "encoder": _heads(24, 2048, 560, 16, 80)}, {"rope3d": "forward"}, (0,),
+    ),
+    Case(
+        "linear_gelu", _gelu_inputs,
+        lambda impl, *inputs: (ours.linear_gelu(*inputs, form="library", impl=impl),), _gelu_eager, _PRODUCTS,
+        {"bias_gelu": "forward", "bias_gelu_backward": "backward"}, (0, 1, 2),
+    ),
+    Case(
+        "linear_gelu fused", _gelu_inputs,
+        lambda impl, *inputs: (ours.linear_gelu(*inputs, form="fused", impl=impl),), _gelu_eager, _PRODUCTS,
+        {"linear_gelu": "forward"}, (0, 1, 2),
+    ),
+    Case("patch_embed_gather", _patch_inputs, _patch("cut"), _patch_eager, _CLIPS, {}, (1, 2)),
+    Case(
+        "patch_embed_gather fused", _patch_inputs, _patch("fused"), _patch_eager, _CLIPS,
+        {"patch_embed_gather": "forward"}, (1, 2),
+    ),
+)  # fmt: skip

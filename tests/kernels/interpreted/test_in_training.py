@@ -1,0 +1,52 @@
+"""A few steps of training through the Triton kernels, interpreted: the losses of their plain form."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from fastjepa.fused import Fused
+from fastjepa.noise import noise_draws
+from fastjepa.optim import OptimizerPass, Schedule
+from tests.small_jepa import clips, make, masks
+
+STEPS = 2
+
+
+def train(impl: str, noised: bool) -> list[float]:
+    jepa = make(noised=noised, widths=(32, 48), operations=Fused(impl)).float()
+    schedule = Schedule(10, 2, 1e-2, 1e-3, 1e-4, 0.04, 0.4, 0.9, 1.0)
+    update = OptimizerPass(jepa, schedule)
+    context, target = masks(2)
+    losses = []
+    for step in range(STEPS):
+        draws = noise_draws(0, range(2 * step, 2 * step + 2), target, 48, torch.device("cpu"), keyed=True)
+        loss = jepa(clips(2).float(), context, target, draws if noised else None).loss
+        update.backward(loss)
+        update.step(step, loss.detach())
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often each kernel was launched."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    counted: Counter = Counter()
+    run = InterpretedFunction.run
+
+    def counting(self, *arguments, **named):
+        counted[self.fn.__name__] += 1
+        return run(self, *arguments, **named)
+
+    monkeypatch.setattr(InterpretedFunction, "run", counting)
+    return counted
+
+
+@pytest.mark.parametrize("noised", [False, True], ids=["mask_tokens", "noised"])
+def test_a_few_steps_give_the_losses_of_the_plain_form(noised: bool, launches: Counter) -> None:
+    expected = train("reference", noised)
+    assert not launches
+    assert train("triton", noised) == pytest.approx(expected, rel=1e-5)
+    assert len(launches) >= 10, launches

@@ -12,10 +12,11 @@ from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, MaskCollator, RandomTubeMaskCollator
 from fastjepa.models import build_vit, vit_predictor
 from fastjepa.models.initialise import redraw_linears
+from fastjepa.models.operations import LIBRARY, Operations
 from fastjepa.optim import OptimizerPass, Schedule
 
 
-def build_jepa(s: Settings) -> JEPA:
+def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
     """Encoder, predictor and target encoder on the CPU, in float32: the same weights for the same seed."""
     torch.manual_seed(s.optim.seed)
     shared = {
@@ -43,7 +44,14 @@ def build_jepa(s: Settings) -> JEPA:
     if s.compat.reinit:
         redraw_linears(encoder, s.model.init_std)
         redraw_linears(predictor, s.model.init_std)
-    return JEPA(encoder, predictor, loss_exp=s.loss.exponent, reg_coeff=s.loss.reg_coeff, execution=s.runtime.execution)
+    return JEPA(
+        encoder,
+        predictor,
+        loss_exp=s.loss.exponent,
+        reg_coeff=s.loss.reg_coeff,
+        execution=s.runtime.execution,
+        operations=operations,
+    )
 
 
 def build_masks(s: Settings) -> GeneratorCollator:

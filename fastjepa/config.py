@@ -189,6 +189,12 @@ class Runtime(Section):
         "how the step is computed: packed does only the work that is needed, reference runs like the public code",
         "free",
     )
+    kernels: Literal["auto", "library", "reference", "triton"] = setting(
+        "auto",
+        "what computes the pieces of the packed step: library is torch's own functions, triton the fused kernels, "
+        "reference their plain form; auto takes kernels only where they are measured to be faster",
+        "free",
+    )
     threads: Count | None = setting(None, "CPU threads of the training process; null leaves it to torch", "free")
     deterministic: bool = setting(False, "deterministic kernels: bitwise repeatable on a GPU, slower", "free")
 

@@ -15,6 +15,7 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
     yield from _batches(s)
     yield from _schedule(s)
     yield from _ranges(s)
+    yield from _execution(s)
 
 
 # Heads of the named encoders, which the predictor shares unless it is given its own.
@@ -41,6 +42,23 @@ def _networks(s: Settings) -> Iterator[Mistake]:
             (f"model.{key}", "model.targets"),
             f"model.{key}: expected the default {str(expected).lower()} with model.targets {targets}, "
             f"given {str(given).lower()}",
+        )
+
+
+def _execution(s: Settings) -> Iterator[Mistake]:
+    kernels = s.runtime.kernels
+    if s.runtime.execution == "reference" and kernels in ("reference", "triton"):
+        yield (
+            ("runtime.kernels", "runtime.execution"),
+            f"runtime.kernels: expected auto or library with runtime.execution reference, which runs like the public "
+            f"code, given {kernels}",
+        )
+    size = s.model.predictor_dim // (s.model.predictor_heads or HEADS[s.model.name])
+    if kernels in ("reference", "triton") and (size % 8 or not 16 <= size <= 128):
+        yield (
+            ("runtime.kernels", "model.predictor_dim", "model.predictor_heads"),
+            f"runtime.kernels: expected auto or library with a predictor head size of {size} (the kernels take 16 to "
+            f"128 in steps of 8), given {kernels}",
         )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastjepa.masks.tokens import Ragged, TokenSet, apply_masks, split_runs
+from fastjepa.masks.tokens import TokenSet, apply_masks, number_of_clips, split_runs
 from fastjepa.models import VisionTransformer, VisionTransformerPredictor, packing
 from fastjepa.models.operations import LIBRARY, Operations, Targets, widened
 from fastjepa.models.predictor import Draw, draw_of_run
@@ -58,6 +58,8 @@ class JEPA(nn.Module):
             raise ValueError("packed execution takes a VisionTransformer and its predictor: use execution='reference'")
         if execution == "reference" and operations is not LIBRARY:
             raise ValueError("only packed execution runs through other operations: use execution='packed'")
+        for network in (encoder, predictor):
+            operations.check(network)
         self.encoder = encoder
         self.predictor = predictor
         self.target_encoder = deepcopy(encoder).requires_grad_(False)
@@ -93,7 +95,7 @@ class JEPA(nn.Module):
         if draws is not None and len(draws) != len(masks_context):
             raise ValueError(f"draws come one a mask set, got {len(draws)} for {len(masks_context)} sets")
         for token_set in (*masks_context, *masks_target):
-            described = len(token_set.lengths if isinstance(token_set, Ragged) else token_set)
+            described = number_of_clips(token_set)
             if described != len(clips):
                 raise ValueError(f"a mask set describes {described} clips, the batch has {len(clips)}")
         run = self._packed if self.execution == "packed" else self._reference

@@ -185,7 +185,8 @@ class Trainer:
             draws = None
             if s.model.targets == "noised":
                 width = s.model.predictor_dim
-                draws = noise_draws(s.optim.seed, batch.slots, batch.masks_target, width, self.device)
+                keyed = self.jepa.operations.keyed_noise
+                draws = noise_draws(s.optim.seed, batch.slots, batch.masks_target, width, self.device, keyed=keyed)
             with parallel.autocast(self.device, s.optim.dtype):
                 out = self.jepa(batch.clips, batch.masks_context, batch.masks_target, draws)
                 if look and part + 1 == parts:

@@ -17,6 +17,7 @@ from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
 from fastjepa.data.source import open_videos
 from fastjepa.evaluation import should_probe
 from fastjepa.exits import Exit
+from fastjepa.fused import operations_for
 from fastjepa.interop import WeightsRefused, load_weights, read_weights
 from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog
@@ -31,7 +32,8 @@ def start(settings: Settings, name: str) -> Exit:
     try:
         device, reason = parallel.set_up(settings.runtime)
         masks = build_masks(settings)
-        jepa = build_jepa(settings).to(device)
+        operations, why = operations_for(settings.runtime.kernels, device)
+        jepa = build_jepa(settings, operations).to(device)
         videos = open_videos(settings.data.path, settings.optim.seed, _progress())
         should_probe(settings, videos)
         weights = _initial_weights(settings, name, videos.fingerprint, jepa)
@@ -51,6 +53,7 @@ def start(settings: Settings, name: str) -> Exit:
             *weights,
             f"data       {videos.description}; {len(videos.train)} for pretraining",
             f"device     {device} ({reason}); {workers} loader workers; decoder {decoder}",
+            f"kernels    {why}",
             *describe(settings, plan, jepa),
         ):
             log.say(line)

@@ -47,12 +47,17 @@ class Ragged:
 TokenSet = Tensor | Ragged
 
 
+def number_of_clips(token_set: TokenSet) -> int:
+    """How many clips a mask set describes."""
+    return len(token_set.lengths if isinstance(token_set, Ragged) else token_set)
+
+
 def split_runs(sets: Sequence[TokenSet]) -> Iterator[tuple[slice, list[Tensor]]]:
     """Cut a batch where the length of any of the sets changes: (rows, one dense [b, K] tensor a set).
 
     With cutting to a group minimum a run is a truncation group; without cutting it is mostly a single clip.
     """
-    batch = {len(s.lengths) if isinstance(s, Ragged) else len(s) for s in sets}
+    batch = {number_of_clips(s) for s in sets}
     if len(batch) != 1:
         raise ValueError(f"mask sets of one step describe different numbers of clips: {sorted(batch)}")
     size = batch.pop()

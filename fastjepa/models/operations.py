@@ -7,16 +7,16 @@ rows fall into clips.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastjepa.masks.tokens import Ragged, TokenSet, flat_rows, flat_tokens, gather_tokens
+from fastjepa.masks.tokens import Ragged, TokenSet, flat_rows, flat_tokens, gather_tokens, split_runs
 from fastjepa.models.layers import MLP, Attention
-from fastjepa.models.predictor import Draw, VisionTransformerPredictor
+from fastjepa.models.predictor import Draw, VisionTransformerPredictor, draw_of_run
 from fastjepa.models.vision_transformer import VisionTransformer
 
 
@@ -60,7 +60,15 @@ class Targets:
 
 
 class Operations:
-    """Every piece of the packed pass that has a kernel."""
+    """Every piece of the packed pass that has a kernel.
+
+    `keyed_noise` says whether `assemble` takes `RowNoise` in its draws and makes the noise where it is used.
+    """
+
+    keyed_noise = False
+
+    def check(self, network: nn.Module) -> None:
+        """Errors: ValueError where a network has pieces that these operations would not compute as it does."""
 
     def cut(self, encoder: VisionTransformer, clips: Tensor) -> Patches:
         """[B, C, T, H, W] (or [B, C, H, W]): here into the pixels of every token, [B, N, C * tubelet * patch ** 2]."""
@@ -81,33 +89,39 @@ class Operations:
         kept = patches.pixels.flatten(0, 1).index_select(0, index)
         return _embed(encoder, kept, encoder.positions(patches.grid)[0].index_select(0, token))
 
-    def with_mask_tokens(
+    def assemble(
         self,
         predictor: VisionTransformerPredictor,
-        context: Tensor,
-        context_index: Tensor,
-        target_index: Tensor,
-        mask_token: Tensor,
+        embedded: Tensor,
+        masks_context: Sequence[TokenSet],
+        masks_target: Sequence[TokenSet],
+        goal: Tensor | None,
+        draws: Sequence[Draw] | None,
     ) -> Tensor:
-        """What the predictor's blocks read: context rows [b, Kc, P], then the mask token [1, 1, P] Kt times, each row
-        with the position of its token: [b, Kc + Kt, P].
+        """What the predictor's blocks read, clip by clip its context rows and then its target rows: [R, P].
+
+        `embedded` [Rc, P] are the projected context features of all sets, `goal` [Rt, P] those of the targets where the
+        predictor has no mask tokens. Each row gets the position of its token.
         """
         table = predictor.predictor_pos_embed[0]
-        return torch.cat([context + table[context_index], mask_token + table[target_index]], dim=1)
-
-    def with_noised_targets(
-        self,
-        predictor: VisionTransformerPredictor,
-        context: Tensor,
-        context_index: Tensor,
-        target_index: Tensor,
-        goal: Tensor,
-        draw: Draw | None,
-    ) -> Tensor:
-        """The same with embedded target features [b, Kt, P], normalised and noised, in the place of the mask token."""
-        table = predictor.predictor_pos_embed[0]
-        asked = predictor.diffuse(goal, *(draw or (None, None)))
-        return torch.cat([context + table[context_index], asked + table[target_index]], dim=1)
+        runs = [
+            (number, rows, c_index, t_index)
+            for number, pair in enumerate(zip(masks_context, masks_target))
+            for rows, (c_index, t_index) in split_runs(pair)
+        ]
+        seen = split(embedded, [c_index.shape for *_, c_index, _ in runs])
+        goals = [None] * len(runs) if goal is None else split(goal, [t_index.shape for *_, t_index in runs])
+        parts, start, before = [], 0, 0
+        for context, features, (number, rows, c_index, t_index) in zip(seen, goals, runs):
+            start, before = (start if number == before else 0), number
+            if features is None:
+                asked = predictor.mask_token(number)
+            else:
+                draw = None if draws is None else draw_of_run(draws[number], rows, start, t_index.shape)
+                asked = predictor.diffuse(features, *(draw or (None, None)))
+            start += t_index.numel()
+            parts.append(torch.cat([context + table[c_index], asked + table[t_index]], dim=1).flatten(0, 1))
+        return torch.cat(parts)
 
     def targets(self, features: Tensor) -> Targets:
         """What the target encoder gives [B, N, E], made ready for the loss."""
@@ -131,9 +145,13 @@ class Operations:
         """The first half of the feed-forward layer: [R, D] -> [R, hidden features]."""
         return mlp.drop(mlp.act(mlp.fc1(x)))
 
-    def attend(self, attention: Attention, x: Tensor, stretches: Sequence[Stretch]) -> Tensor:
+    def layout(self, stretches: list[Stretch], device: torch.device) -> Any:
+        """What `attend` needs to know of how rows fall into clips, made once a pass."""
+        return stretches
+
+    def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
         """Self-attention inside each clip, before the output projection: [R, D] -> [R, D]."""
-        rows = split(attention.qkv(x), stretches)
+        rows = split(attention.qkv(x), layout)
         return torch.cat([self.mix(attention, *part.chunk(3, dim=-1)) for part in rows])
 
     def mix(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -171,6 +189,11 @@ def stretches_of(token_set: TokenSet) -> list[Stretch]:
     if isinstance(token_set, Ragged):
         return [Stretch(*index.shape) for _, index in token_set.runs()]
     return [Stretch(*token_set.shape)]
+
+
+def run_shapes(context: TokenSet, target: TokenSet) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """(clips, context rows) and (clips, target rows) of every run of clips with equally many of both."""
+    return [(c_index.shape, t_index.shape) for _, (c_index, t_index) in split_runs([context, target])]
 
 
 def widened(x: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.masks.tokens import Ragged, TokenSet, flat_tokens, split_runs
+from fastjepa.masks.tokens import Ragged, TokenSet, flat_tokens
 from fastjepa.models.layers import Block
-from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, split, stretches_of
-from fastjepa.models.predictor import VisionTransformerPredictor, draw_of_run
+from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, run_shapes, split, stretches_of
+from fastjepa.models.predictor import Draw, VisionTransformerPredictor
 from fastjepa.models.vision_transformer import VisionTransformer
 
 
@@ -45,7 +45,7 @@ def predict_sets(
     goals: Sequence[Tensor] | None,
     masks_context: Sequence[TokenSet],
     masks_target: Sequence[TokenSet],
-    draws: Sequence[tuple[Tensor, Tensor]] | None = None,
+    draws: Sequence[Draw] | None = None,
     operations: Operations = LIBRARY,
 ) -> list[Tensor]:
     """Predictions at the target tokens, one tensor a mask set in the form of `masks_target`.
@@ -53,7 +53,14 @@ def predict_sets(
     `contexts` are the features of `masks_context` ([B, K, E] or [R, E]), `goals` those of `masks_target`, which only a
     noised predictor reads; `draws` hands in its (timesteps, noise), a pair a set.
     """
-    x, stretches, targets = _predictor_rows(operations, predictor, contexts, goals, masks_context, masks_target, draws)
+    embedded = predictor.predictor_embed(torch.cat([context.flatten(0, -2) for context in contexts]))
+    goal = None
+    if predictor.mask_tokens is None:
+        assert goals is not None, "a noised predictor starts from the target features"
+        goal = predictor.predictor_embed(torch.cat([g.flatten(0, -2) for g in goals]))
+    x = operations.assemble(predictor, embedded, masks_context, masks_target, goal, draws)
+    runs = [shapes for pair in zip(masks_context, masks_target) for shapes in run_shapes(*pair)]
+    stretches, targets = [Stretch(c[0], c[1] + t[1]) for c, t in runs], [t[1] for _, t in runs]
     *blocks, last = predictor.predictor_blocks
     assert isinstance(last, Block)
     normed, x = _run_blocks(operations, blocks, last.norm1, x, stretches)
@@ -76,51 +83,16 @@ def _run_blocks(
     """
     norms = [*(block.norm1 for block in blocks), after]
     normed = operations.norm(norms[0], x, kept=kept and not blocks)  # type: ignore[arg-type]
+    layout = operations.layout(stretches, x.device)
     for block, following in zip(blocks, norms[1:]):
         last = kept and following is after
         assert isinstance(block, Block)
         attention, mlp = block.attn, block.mlp
-        mixed = operations.attend(attention, normed, stretches)
+        mixed = operations.attend(attention, normed, layout)
         normed, x = operations.add_norm(block.norm2, attention.proj, mixed, x, attention.proj_drop)
         hidden = operations.hidden(mlp, normed)
         normed, x = operations.add_norm(following, mlp.fc2, hidden, x, mlp.drop, kept=last)  # type: ignore[arg-type]
     return normed, x
-
-
-def _predictor_rows(
-    operations: Operations,
-    predictor: VisionTransformerPredictor,
-    contexts: Sequence[Tensor],
-    goals: Sequence[Tensor] | None,
-    masks_context: Sequence[TokenSet],
-    masks_target: Sequence[TokenSet],
-    draws: Sequence[tuple[Tensor, Tensor]] | None,
-) -> tuple[Tensor, list[Stretch], list[int]]:
-    """What enters the predictor's blocks [R, P], its stretches of context and target rows, and their target counts."""
-    runs = [
-        (number, rows, c_index, t_index)
-        for number, pair in enumerate(zip(masks_context, masks_target))
-        for rows, (c_index, t_index) in split_runs(pair)
-    ]
-    c_shapes, t_shapes = [run[2].shape for run in runs], [run[3].shape for run in runs]
-    embedded = predictor.predictor_embed(torch.cat([context.flatten(0, -2) for context in contexts]))
-    seen = split(embedded, c_shapes)
-    if predictor.mask_tokens is not None:
-        parts = [
-            operations.with_mask_tokens(predictor, context, c_index, t_index, predictor.mask_token(number))
-            for context, (number, _, c_index, t_index) in zip(seen, runs)
-        ]
-    else:
-        assert goals is not None, "a noised predictor starts from the target features"
-        goal = split(predictor.predictor_embed(torch.cat([g.flatten(0, -2) for g in goals])), t_shapes)
-        parts, start, before = [], 0, 0
-        for context, features, (number, rows, c_index, t_index) in zip(seen, goal, runs):
-            start, before = (start if number == before else 0), number
-            draw = None if draws is None else draw_of_run(draws[number], rows, start, t_index.shape)
-            parts.append(operations.with_noised_targets(predictor, context, c_index, t_index, features, draw))
-            start += t_index.numel()
-    stretches = [Stretch(c[0], c[1] + t[1]) for c, t in zip(c_shapes, t_shapes)]
-    return torch.cat([part.flatten(0, 1) for part in parts]), stretches, [t[1] for t in t_shapes]
 
 
 def _target_rows_of_last_block(

@@ -4,6 +4,7 @@ B clips, Nc context tokens, Kt target tokens, E encoder width, P predictor width
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -19,8 +20,21 @@ from fastjepa.models.vision_transformer import size_pair
 
 NOISE_STEPS = 1000
 Noise = Literal["published", "linear"]
-# Timesteps int64 [B] and noise float32 of the embedded targets' shape.
-Draw = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class RowNoise:
+    """Noise that is made where it is used: `keys` int64 [B, Kt], or [R] where lengths differ, and a 0-dim `seed`.
+
+    Source of the numbers: `fastjepa_kernels.philox_normal`.
+    """
+
+    keys: Tensor
+    seed: Tensor
+
+
+# Timesteps int64 [B] and noise: float32 of the embedded targets' shape, or how to make it.
+Draw = tuple[Tensor, Tensor | RowNoise]
 
 
 def signal_left(noise: Noise) -> Tensor:
@@ -164,13 +178,15 @@ def _single_mask(masks: Tensor | Sequence[Tensor]) -> Tensor:
     return masks[0]
 
 
-def draw_of_run(draw: Draw, rows: slice, start: int, shape: Sequence[int]) -> Draw:
+def draw_of_run(draw: Draw, rows: slice, start: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The part of a mask set's (timesteps [B], noise) that belongs to some of its clips.
 
     `noise` is [B, Kt, P], or [R, P] where lengths differ; the clips are `rows` of the batch, their noise begins at row
     `start` of R, and `shape` is their (number, Kt).
     """
     timesteps, noise = draw
+    if isinstance(noise, RowNoise):
+        raise ValueError("noise by key is made by kernels: hand in the noise itself, or run through fastjepa.fused")
     part = noise[rows] if noise.ndim == 3 else noise[start : start + shape[0] * shape[1]].unflatten(0, tuple(shape))
     return timesteps[rows], part
 

@@ -1,0 +1,238 @@
+"""The packed pass through `fastjepa_kernels`: `runtime.kernels` decides here, once, which implementation that is.
+
+Matrix products stay the library's; everything between them is one pass over memory each. Under autocast the kernels
+are given what autocast would cast, and write what the next matrix product reads.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastjepa_kernels as kernels
+from fastjepa.masks.tokens import TokenSet, flat_tokens, gather_tokens, number_of_clips, split_runs
+from fastjepa.models.layers import MLP, Attention, Block
+from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, Targets, split, stretches_of
+from fastjepa.models.predictor import NOISE_STEPS, Draw, RowNoise, VisionTransformerPredictor
+from fastjepa.models.vision_transformer import VisionTransformer
+
+Kernels = Literal["auto", "library", "reference", "triton"]
+
+
+def operations_for(name: Kernels, device: torch.device) -> tuple[Operations, str]:
+    """What the packed pass runs through on this device, and why. Errors: ValueError where that cannot run here."""
+    if name == "library":
+        return LIBRARY, "torch's own functions, asked for"
+    if name == "auto":
+        return LIBRARY, "torch's own functions: no measurement says that fastjepa_kernels are faster here"
+    if name == "triton":
+        reason = kernels.why_not_triton(torch.empty(0, device=device))
+        if reason:
+            raise ValueError(f"runtime.kernels: expected what runs on this machine, given triton: {reason}")
+    return Fused(name), f"fastjepa_kernels, {name} implementations, asked for"
+
+
+class FusedTargets(Targets):
+    """Features as the target encoder leaves them; the loss normalises the rows it compares."""
+
+    def __init__(self, features: Tensor, impl: kernels.Impl) -> None:
+        self.raw = features
+        self.impl: kernels.Impl = impl
+
+    @property
+    def features(self) -> Tensor:  # type: ignore[override]
+        """All of them, normalised."""
+        return self._normalised(self.raw)
+
+    def rows(self, token_set: TokenSet) -> Tensor:
+        """The normalised features of a mask set; only those are normalised."""
+        return self._normalised(gather_tokens(self.raw, token_set))
+
+    def error(self, prediction: Tensor, token_set: TokenSet, exponent: float) -> Tensor:
+        """One pass for each stretch of clips with equally many rows."""
+        if isinstance(token_set, Tensor):
+            return self._error(prediction, self.raw, token_set, exponent)
+        # A clip that is asked for nothing has no error.
+        parts = [
+            self._error(rows, self.raw[clips], index, exponent) * len(index)
+            for rows, (clips, index) in zip(split(prediction, stretches_of(token_set)), token_set.runs())
+            if index.numel()
+        ]
+        return torch.stack(parts).sum() / len(token_set.lengths)
+
+    def _error(self, prediction: Tensor, features: Tensor, index: Tensor, exponent: float) -> Tensor:
+        return kernels.target_loss(prediction, features, index, exponent=exponent, impl=self.impl)
+
+    def _normalised(self, rows: Tensor) -> Tensor:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        return kernels.layer_norm(rows, eps=1e-5, out_dtype=wide, impl=self.impl)
+
+
+class Fused(Operations):
+    """Every piece through one implementation of `fastjepa_kernels`."""
+
+    keyed_noise = True
+
+    def __init__(self, impl: kernels.Impl) -> None:
+        self.impl: kernels.Impl = impl
+
+    def check(self, network: nn.Module) -> None:
+        """The kernels compute layer norms, the exact GELU, and attention without dropout."""
+        for name, module in network.named_modules():
+            wrong = (
+                (isinstance(module, Attention) and module.attn_drop.p > 0, "attention without dropout"),
+                (isinstance(module, Attention) and not module.use_sdpa, "use_sdpa=True"),
+                (isinstance(module, MLP) and not _exact_gelu(module.act), "the exact GELU"),
+                (isinstance(module, Block) and not isinstance(module.norm1, nn.LayerNorm), "layer norms"),
+            )
+            for found, expected in wrong:
+                if found:
+                    raise ValueError(f"fastjepa_kernels: expected {expected} in {name}: use runtime.kernels=library")
+
+    def cut(self, encoder: VisionTransformer, clips: Tensor) -> Patches:
+        """The clips as they are: patches are cut where they are embedded, those that are kept alone."""
+        return Patches(clips if encoder.is_video else clips.unsqueeze(2), encoder.token_grid(clips))
+
+    def embed_all(self, encoder: VisionTransformer, patches: Patches) -> Tensor:
+        """One pass from pixels to embedded tokens with their positions."""
+        return self._embed(encoder, patches, patches.pixels, None)
+
+    def embed_sets(self, encoder: VisionTransformer, patches: Patches, sets: Sequence[TokenSet]) -> Tensor:
+        """One call for each stretch of clips with equally many kept tokens."""
+        parts = [
+            self._embed(encoder, patches, patches.pixels[rows], index)
+            for token_set in sets
+            for rows, (index,) in split_runs([token_set])
+        ]
+        return torch.cat(parts)
+
+    def _embed(self, encoder: VisionTransformer, patches: Patches, clips: Tensor, index: Tensor | None) -> Tensor:
+        projection = encoder.patch_embed.proj
+        assert isinstance(projection, nn.Conv2d | nn.Conv3d)
+        return kernels.patch_embed_gather(
+            clips, projection.weight.flatten(1), projection.bias, index,
+            tubelet=encoder.tubelet_size if encoder.is_video else 1, patch=encoder.patch_size,
+            position=encoder.positions(patches.grid)[0], impl=self.impl,
+        ).flatten(0, 1)  # fmt: skip
+
+    def assemble(
+        self,
+        predictor: VisionTransformerPredictor,
+        embedded: Tensor,
+        masks_context: Sequence[TokenSet],
+        masks_target: Sequence[TokenSet],
+        goal: Tensor | None,
+        draws: Sequence[Draw] | None,
+    ) -> Tensor:
+        """One launch for all clips of all sets, every row written once."""
+        table, clips = predictor.predictor_pos_embed[0], number_of_clips(masks_context[0])
+        indices, lengths = [], []
+        for sets in (masks_context, masks_target):
+            indices.append(torch.cat([flat_tokens(s) for s in sets]))
+            lengths.append(_cumulative([stretch for s in sets for stretch in stretches_of(s)], table.device))
+        token: Tensor | None = None
+        asked: dict[str, Any] = {}
+        if goal is None:
+            tokens = [predictor.mask_token(n).view(1, -1).expand(clips, -1) for n in range(len(masks_target))]
+            token = torch.cat(tokens)
+        else:
+            asked = {"targets": goal, **self._drawn(predictor, goal, clips, masks_target, draws)}
+        return kernels.assemble_tokens(
+            embedded, indices[0], indices[1], table, token, **asked,
+            context_lengths=lengths[0], target_lengths=lengths[1],
+            out_dtype=torch.promote_types(embedded.dtype, table.dtype), impl=self.impl,
+        )  # fmt: skip
+
+    def _drawn(
+        self,
+        predictor: VisionTransformerPredictor,
+        goal: Tensor,
+        clips: int,
+        masks_target: Sequence[TokenSet],
+        draws: Sequence[Draw] | None,
+    ) -> dict[str, Tensor]:
+        """The share of the signal of every clip, and the noise or what to make it from."""
+        if draws is None:
+            steps = torch.randint(NOISE_STEPS, (clips * len(masks_target),), device=goal.device)
+            noise: dict[str, Tensor] = {"noise": torch.randn_like(goal)}
+        else:
+            steps, made = torch.cat([draw[0] for draw in draws]), [draw[1] for draw in draws]
+            keyed = [noise for noise in made if isinstance(noise, RowNoise)]
+            given = [noise.flatten(0, -2) for noise in made if isinstance(noise, Tensor)]
+            if (keyed and given) or any(noise.seed is not keyed[0].seed for noise in keyed):
+                raise ValueError("draws come with their noise, or all of them with keys to make it from and one seed")
+            if keyed:
+                noise = {"row_key": torch.cat([noise.keys.flatten() for noise in keyed]), "seed": keyed[0].seed}
+            else:
+                noise = {"noise": torch.cat(given)}
+        return {"alpha": predictor.signal_left[steps], **noise}  # type: ignore[index]
+
+    def targets(self, features: Tensor) -> Targets:
+        """The features themselves: they are normalised where they are read."""
+        return FusedTargets(features, self.impl)
+
+    def norm(self, norm: nn.Module, x: Tensor, *, kept: bool = False) -> Tensor:
+        """One pass, written in the dtype of the next matrix product, or in float32 at least where it is kept."""
+        assert isinstance(norm, nn.LayerNorm)
+        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, out_dtype=_written(x, kept), impl=self.impl)
+
+    def add_norm(
+        self, norm: nn.Module, projection: nn.Linear, y: Tensor, x: Tensor, drop: nn.Dropout, *, kept: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The product without its bias; bias, residual and norm in one pass, which gives the bias its gradient too."""
+        assert isinstance(norm, nn.LayerNorm)
+        bias: Tensor | None = projection.bias
+        if drop.p and drop.training:  # what is dropped includes the bias
+            product, bias = drop(projection(y)), None
+        else:
+            product = F.linear(y, projection.weight)
+        return kernels.add_layer_norm(
+            product, x, norm.weight, norm.bias, norm.eps, x_bias=bias, out_dtype=_written(x, kept),
+            impl=self.impl,
+        )  # fmt: skip
+
+    def hidden(self, mlp: MLP, x: Tensor) -> Tensor:
+        """Bias and GELU in one pass after the product."""
+        return mlp.drop(kernels.linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias, impl=self.impl))
+
+    def layout(self, stretches: list[Stretch], device: torch.device) -> tuple[Tensor, int]:
+        """Where clips begin, and the longest."""
+        return _cumulative(stretches, device), max(s.length for s in stretches)
+
+    def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
+        """One launch for all clips, straight from the packed projection and into its gradient."""
+        heads = (3, attention.num_heads, attention.head_dim)
+        mixed = kernels.indexed_attention(
+            attention.qkv(x).unflatten(-1, heads), cu_seqlens=layout[0], max_length=layout[1],
+            scale=attention.sdpa_scale, impl=self.impl,
+        )  # fmt: skip
+        return mixed.flatten(1)
+
+    def mix(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Queries of fewer rows than keys and values."""
+        heads = (attention.num_heads, attention.head_dim)
+        q, k, v = (t.unflatten(-1, heads) for t in (query, key, value))
+        return kernels.indexed_attention(q, k, v, scale=attention.sdpa_scale, impl=self.impl).flatten(2).flatten(0, 1)
+
+    def move_(self, targets: list[Tensor], onlines: list[Tensor], momentum: float | Tensor) -> None:
+        """Target, online weight and result in one pass."""
+        kernels.ema_update_(targets, onlines, momentum, impl=self.impl)
+
+
+def _exact_gelu(act: nn.Module) -> bool:
+    return isinstance(act, nn.GELU) and act.approximate == "none"
+
+
+def _cumulative(stretches: Sequence[Stretch], device: torch.device) -> Tensor:
+    """Where each clip's rows begin, and their end: int32 [clips + 1], made on the device."""
+    lengths = [torch.full((s.clips,), s.length, dtype=torch.int32, device=device) for s in stretches]
+    return F.pad(torch.cat(lengths).cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _written(x: Tensor, kept: bool) -> torch.dtype:
+    """The dtype of a norm's result: what follows is a matrix product, unless the result is kept."""
+    if kept:
+        return torch.promote_types(x.dtype, torch.float32)
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

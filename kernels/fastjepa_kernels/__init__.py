@@ -5,10 +5,10 @@ its reference.
 """
 
 from fastjepa_kernels.assemble import assemble_tokens
-from fastjepa_kernels.attention import indexed_attention
 from fastjepa_kernels.attention_dispatch import attention, explain_attention
 from fastjepa_kernels.dispatch import Impl, explain, use, why_not_triton
 from fastjepa_kernels.functional import gather_tokens, scatter_tokens
+from fastjepa_kernels.indexed import indexed_attention
 from fastjepa_kernels.integrations.patcher import patch
 from fastjepa_kernels.losses import target_loss
 from fastjepa_kernels.mlp import linear_gelu

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastjepa_kernels.indexed import indexed_attention
+
 # Before this one, cuDNN gives NaN for a clip without rows.
 CUDNN_WITH_EMPTY_CLIPS = 92500
 
@@ -221,24 +223,17 @@ def _xformers(inputs: Inputs) -> Tensor:
     return fmha.memory_efficient_attention(q, k, v, attn_bias=mask, scale=inputs.scale).squeeze(0)
 
 
-def _indexed_attention() -> Callable[..., Tensor] | None:
-    return getattr(importlib.import_module("fastjepa_kernels"), "indexed_attention", None)
-
-
 def _why_not_indexed(inputs: Inputs) -> list[str]:
     size = inputs.q.shape[-1]
     return _where(
-        (_indexed_attention() is None, "this package has no indexed_attention"),
         (size % 8 != 0 or not 16 <= size <= 128, f"it takes heads of 16, 24, ... 128, got {size}"),
         (inputs.ragged and inputs.kv_cu_seqlens is not inputs.cu_seqlens, "its ragged form takes no kv_cu_seqlens"),
     )
 
 
 def _indexed(inputs: Inputs) -> Tensor:
-    run = _indexed_attention()
-    assert run is not None
-    splits = {"cu_seqlens": inputs.cu_seqlens, "max_length": inputs.max_length} if inputs.ragged else {}
-    return run(inputs.q, inputs.k, inputs.v, scale=inputs.scale, **splits)
+    splits: dict[str, Any] = {"cu_seqlens": inputs.cu_seqlens, "max_length": inputs.max_length} if inputs.ragged else {}
+    return indexed_attention(inputs.q, inputs.k, inputs.v, scale=inputs.scale, **splits)
 
 
 def _why_not_padded(inputs: Inputs) -> list[str]:

@@ -10,7 +10,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastjepa_kernels
 from fastjepa_kernels import attention, explain_attention
 from fastjepa_kernels import attention_backends as backends
 from fastjepa_kernels import attention_dispatch as dispatch
@@ -389,25 +388,14 @@ def test_reasons_of_xformers(xformers):
         attention(*dense(), backend="xformers")
 
 
-def test_indexed_attention_runs_by_name_where_it_is_there(monkeypatch):
-    seen = []
-
-    def indexed_attention(q, k=None, v=None, *, scale=None, cu_seqlens=None, max_length=None):
-        seen.append((cu_seqlens, max_length))
-        return plain(q, k, v, scale)
-
-    monkeypatch.setattr(fastjepa_kernels, "indexed_attention", indexed_attention, raising=False)
+def test_indexed_attention_runs_by_name():
     qkv = dense()
     torch.testing.assert_close(attention(*qkv, backend="indexed"), plain(*qkv))
     qkv, splits = ragged(False)
     torch.testing.assert_close(attention(*qkv, **splits, backend="indexed"), plain(*qkv))
-    assert seen == [(None, None), (splits["cu_seqlens"], splits["max_length"])]
     qkv, splits = ragged(True)
     with pytest.raises(ValueError, match="takes no kv_cu_seqlens"):
         attention(*qkv, **splits, backend="indexed")
-    monkeypatch.delattr(fastjepa_kernels, "indexed_attention")
-    with pytest.raises(ValueError, match="this package has no indexed_attention"):
-        attention(*dense(), backend="indexed")
 
 
 def test_explanations():

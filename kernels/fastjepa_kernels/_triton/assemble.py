@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjepa_kernels._triton import philox
-from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned
-from fastjepa_kernels._triton.noise import folded, noised_tile, pointer
+from fastjepa_kernels._triton.launch import Shipped, combinations, folded, on_device_of, pinned, pointer
+from fastjepa_kernels._triton.noise import noised_tile
 from fastjepa_kernels.config import lookup
 
 # What stands at the targets.

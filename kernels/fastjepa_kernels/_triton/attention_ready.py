@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjepa_kernels._triton.angles import sine_cosine
 from fastjepa_kernels._triton.attention_rows import begin_of, chunk, load, origin, span, store, store_chunk, tokens
 from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned, rows_in_place
 from fastjepa_kernels._triton.norms import sum_parts
@@ -121,7 +122,7 @@ def turn_chunk(
     token = token.to(tl.int32)[:, None]
     axis = (lane // segment)[None, :]
     place = tl.where(axis == 0, token // (HEIGHT * WIDTH), tl.where(axis == 1, token // WIDTH % HEIGHT, token % WIDTH))
-    cosine, sine = circle(place.to(tl.float32) * pace[None, :])
+    sine, cosine = sine_cosine(place.to(tl.float32) * pace[None, :])
     x = x.to(tl.float32)
     if BACK:
         return x * cosine - swap(x * sine)
@@ -134,24 +135,6 @@ def swap(x):
     """(a, b) -> (-b, a) for neighbouring channels: both lie in one thread."""
     first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     return tl.reshape(tl.join(-second, first), [x.shape[0], x.shape[1]])
-
-
-@triton.jit
-def circle(angle):
-    """Cosine and sine to 2 units in the last place, for 0 <= angle < 10000, without the library's slow path.
-
-    Source: Cephes, sinf and cosf: the quarter turn in three parts, polynomials on the eighth of a turn around 0.
-    """
-    quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
-    rest = angle - quarters * 1.5703125 - quarters * 4.837512969970703e-4 - quarters * 7.549789954891882e-8
-    square = rest * rest
-    odd = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * rest + rest
-    even = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square
-    even = even * square - 0.5 * square + 1.0
-    quarter = quarters.to(tl.int32) & 3
-    swapped = (quarter & 1) == 1
-    cosine, sine = tl.where(swapped, odd, even), tl.where(swapped, even, odd)
-    return tl.where((quarter == 1) | (quarter == 2), -cosine, cosine), tl.where(quarter >= 2, -sine, sine)
 
 
 def ready(case: Inputs) -> Inputs:

@@ -47,6 +47,17 @@ def rows_in_place(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def folded(x: Tensor) -> Tensor:
+    """x [..., D] -> [outer, inner, D]: two strides are read in place, of more dims where they fold into two."""
+    x = rows_in_place(x)
+    return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
+
+
+def pointer(given: Tensor | None, other: Tensor) -> Tensor:
+    """A tensor that is not there is never read; another stands in for its pointer."""
+    return other if given is None else given.contiguous()
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()

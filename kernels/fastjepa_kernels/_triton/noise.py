@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastjepa_kernels._triton import philox
 from fastjepa_kernels._triton.gather import invert_kernel
-from fastjepa_kernels._triton.launch import Shipped, on_device_of, pinned, rows_in_place
+from fastjepa_kernels._triton.launch import Shipped, folded, on_device_of, pinned, pointer
 from fastjepa_kernels._triton.philox import noise_tile
 
 # Where the position of a row stands: nowhere, in a row that repeats with a period, in the table row of its index.
@@ -100,17 +100,6 @@ def backward_kernel(
     result = (moved - level[:, None] - unit * along[:, None]) * signal[:, None]
     written = present[:, None] & (lane < WIDTH)[None, :]
     tl.store(dx + row[:, None] * WIDTH + lane[None, :], result.to(dx.dtype.element_ty), mask=written)
-
-
-def folded(x: Tensor) -> Tensor:
-    """x [..., D] -> [outer, inner, D]: two strides are read in place, of more dims where they fold into two."""
-    x = rows_in_place(x)
-    return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
-
-
-def pointer(given: Tensor | None, other: Tensor) -> Tensor:
-    """A tensor that is not there is never read; another stands in for its pointer."""
-    return other if given is None else given.contiguous()
 
 
 def _forward(

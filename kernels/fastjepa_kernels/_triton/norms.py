@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned, power_of_two, rows_in_place
+from fastjepa_kernels._triton.launch import (
+    Shipped,
+    combinations,
+    folded,
+    on_device_of,
+    pinned,
+    pointer,
+    power_of_two,
+)
 from fastjepa_kernels.config import lookup
 
 # Channels up to which the sums of all four parameters fit into registers; longer rows take a second pass.
@@ -174,12 +182,6 @@ def sum_parts(parts: Tensor, out: Tensor, count: int) -> None:
     sum_kernel[grid](parts, out, count, WIDTH=width, **settings)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [..., D] -> [outer, inner, D]: two strides are read in place, of more dims where they fold into two."""
-    x = rows_in_place(x)
-    return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
-
-
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,23 +221,18 @@ def _forward(
     total = out if residual is None else residual.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if out.numel():
-        first = _rows(x)
-        second = first if residual is None else _rows(residual)
+        first = folded(x)
+        second = first if residual is None else folded(residual)
         sizes = _sizes("layer_norm", x.shape[-1], device=x.device, dtype=x.dtype, length=mean.numel())
         with on_device_of(x):
             forward_kernel[(triton.cdiv(mean.numel(), sizes["ROWS"]),)](
-                first, second, *(_dense(given, first) for given in (weight, bias, x_bias, scale, row_scale)), out,
+                first, second, *(pointer(given, first) for given in (weight, bias, x_bias, scale, row_scale)), out,
                 total, mean, rstd, mean.numel(), _clip_rows(mean), first.shape[1], first.stride(0), first.stride(1),
                 second.stride(0), second.stride(1), EPS=eps, ADD=residual is not None, WEIGHT=weight is not None,
                 BIAS=bias is not None, X_BIAS=x_bias is not None, SCALE=scale is not None,
                 ROW_SCALE=row_scale is not None, **sizes,
             )  # fmt: skip
     return out, total, mean, rstd
-
-
-def _dense(given: Tensor | None, other: Tensor) -> Tensor:
-    """Contiguous; where nothing is given, the pointer of another tensor, which is then not read."""
-    return other if given is None else given.contiguous()
 
 
 def _clip_rows(mean: Tensor) -> int:
@@ -322,8 +319,8 @@ def _backward(
         for one in sums:
             one.zero_()
         return of_total, of_x
-    mean, rstd, source = mean.contiguous(), rstd.contiguous(), _rows(total)
-    branch = source if x is None else _rows(x)
+    mean, rstd, source = mean.contiguous(), rstd.contiguous(), folded(total)
+    branch = source if x is None else folded(x)
     sizes = _sizes("layer_norm_backward", width, device=total.device, dtype=total.dtype, length=rows)
     most_programs = sizes.pop("PROGRAMS")
     wanted = sum((weight_gradient, bias_gradient, x_bias_gradient, scale_gradient))
@@ -332,8 +329,8 @@ def _backward(
     parts = mean.new_empty(wanted, programs, width)
     with on_device_of(total):
         backward_kernel[(programs,)](
-            _dense(gradient, source), _dense(extra, source), source, _dense(weight, source), mean, rstd, branch,
-            *(_dense(given, source) for given in (x_bias, scale, row_scale)), of_total, of_x, parts, rows,
+            pointer(gradient, source), pointer(extra, source), source, pointer(weight, source), mean, rstd, branch,
+            *(pointer(given, source) for given in (x_bias, scale, row_scale)), of_total, of_x, parts, rows,
             _clip_rows(mean), source.shape[1], source.stride(0), source.stride(1), branch.stride(0),
             branch.stride(1), tiles, NORM=gradient is not None, EXTRA=extra is not None, WEIGHT=weight is not None,
             X_BIAS=x_bias is not None, SCALE=scale is not None, ROW_SCALE=row_scale is not None,

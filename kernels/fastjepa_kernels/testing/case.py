@@ -21,7 +21,7 @@ Part = Literal["forward", "backward"]
 
 @dataclass(frozen=True)
 class Case:
-    """`run(impl, *inputs)` is ours; `eager(*inputs)`, in any precision, and `library`, the best single call there is.
+    """`run(impl, *inputs)` is ours; `eager(*inputs)`, in any precision, and `best`, the best single call there is.
 
     `gradients` are the places of the inputs that get one. `pinned` names the launch settings that a pass depends on.
     `shapes` are "small" and "odd" for tests, others for benches, and "huge" for more than 2^31 elements.
@@ -34,7 +34,7 @@ class Case:
     shapes: dict[str, Shape]
     pinned: dict[str, Part]
     gradients: tuple[int, ...] = ()
-    library: Call | None = None
+    best: Call | None = None
 
     def ours(self, impl: str = "triton") -> Call:
         """Our call in one implementation, with the arguments of `eager`."""

@@ -199,8 +199,8 @@ CASES = (
         {"target_loss": "forward", "target_loss_total": "forward", "target_loss_backward": "backward"}, (0,),
     ),
     Case("ema_update_", _ema_inputs, _ema, _ema_eager, {**_FLAT, "huge": {"rows": 2**31 + 5}},
-         {"ema_update_": "forward"}, library=_ema_library),
-    Case("adamw_ema_", _adamw_inputs, _adamw, _adamw_eager, _FLAT, {"adamw_ema_": "forward"}, library=_adamw_library),
+         {"ema_update_": "forward"}, best=_ema_library),
+    Case("adamw_ema_", _adamw_inputs, _adamw, _adamw_eager, _FLAT, {"adamw_ema_": "forward"}, best=_adamw_library),
     *BLOCK_CASES,
     *NOISE_CASES,
 )  # fmt: skip

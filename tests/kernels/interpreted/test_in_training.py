@@ -28,22 +28,6 @@ def train(impl: str, noised: bool) -> list[float]:
     return losses
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often each kernel was launched."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    counted: Counter = Counter()
-    run = InterpretedFunction.run
-
-    def counting(self, *arguments, **named):
-        counted[self.fn.__name__] += 1
-        return run(self, *arguments, **named)
-
-    monkeypatch.setattr(InterpretedFunction, "run", counting)
-    return counted
-
-
 @pytest.mark.parametrize("noised", [False, True], ids=["mask_tokens", "noised"])
 def test_a_few_steps_give_the_losses_of_the_plain_form(noised: bool, launches: Counter) -> None:
     expected = train("reference", noised)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import InterpretedFunction
 
 from fastjepa_kernels import patch, use
 from fastjepa_kernels._triton import norms as kernels
@@ -38,20 +37,6 @@ class Operators(TorchDispatchMode):
         if function.namespace == "fastjepa":
             self.calls[function._schema.name.removeprefix("fastjepa::")] += 1
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """The launches of every Triton kernel, by name."""
-    counted: Counter[str] = Counter()
-    run = InterpretedFunction.run
-
-    def count(self, *given, **named):
-        counted[self.fn.__name__] += 1
-        return run(self, *given, **named)
-
-    monkeypatch.setattr(InterpretedFunction, "run", count)
-    return counted
 
 
 def models(make: Callable[[], nn.Module] = Tiny) -> tuple[nn.Module, nn.Module]:

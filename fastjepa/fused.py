@@ -41,9 +41,8 @@ class FusedTargets(Targets):
         self.raw = features
         self.impl: kernels.Impl = impl
 
-    @property
-    def features(self) -> Tensor:  # type: ignore[override]
-        """All of them, normalised."""
+    def every(self) -> Tensor:
+        """All of them, normalised now."""
         return self._normalised(self.raw)
 
     def rows(self, token_set: TokenSet) -> Tensor:

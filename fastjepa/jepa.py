@@ -71,7 +71,7 @@ class JEPA(nn.Module):
     @torch.no_grad()
     def target_features(self, clips: Tensor) -> Tensor:
         """Target features of every token, normalised without affine, at least float32: [B, C, T, H, W] -> [B, N, E]."""
-        return Targets(self.target_encoder(clips)).features
+        return Targets(self.target_encoder(clips)).every()
 
     def forward(
         self,
@@ -123,7 +123,7 @@ class JEPA(nn.Module):
         for number, (c_set, t_set) in enumerate(zip(context, target)):
             parts, start = [], 0
             for rows, (kept, wanted) in split_runs([c_set, t_set]):
-                goal = apply_masks(targets.features[rows], wanted)
+                goal = apply_masks(targets.every()[rows], wanted)
                 seen = self.encoder(clips[rows], kept)
                 draw = (None, None) if draws is None else draw_of_run(draws[number], rows, start, wanted.shape)
                 parts.append(self.predictor(seen, goal, kept, wanted, number, *draw))

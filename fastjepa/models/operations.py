@@ -40,11 +40,15 @@ class Targets:
 
     def __init__(self, features: Tensor) -> None:
         wide = widened(features)
-        self.features = F.layer_norm(wide, wide.shape[-1:], eps=1e-5)
+        self._features = F.layer_norm(wide, wide.shape[-1:], eps=1e-5)
+
+    def every(self) -> Tensor:
+        """The features of all tokens: [B, N, E]."""
+        return self._features
 
     def rows(self, token_set: TokenSet) -> Tensor:
         """The features of a mask set: [B, K, E], or [R, E] rows where lengths differ."""
-        return gather_tokens(self.features, token_set)
+        return gather_tokens(self._features, token_set)
 
     def error(self, prediction: Tensor, token_set: TokenSet, exponent: float) -> Tensor:
         """Mean over clips of each clip's mean of |p - t| ** q / q, q the exponent; `prediction` has the form of `rows`.

@@ -42,6 +42,9 @@ def main(arguments: list[str], clock: tuner.Clock | None = None) -> int:
     elif options.verb == "explain":
         x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
         print("\n".join(dispatch.explain(name, x) for name in OPERATIONS))
+        # What `attention` takes depends on its inputs; this is a ViT's usual head.
+        q = torch.empty(1, 2, 1, 64, dtype=torch.bfloat16, device=x.device)
+        print(fastjepa_kernels.explain_attention(q, q, q))
     elif options.verb == "tune":
         return _tune(options, clock)
     else:

@@ -42,7 +42,12 @@ def test_import_loads_no_triton_and_runs_nothing():
 
 @pytest.mark.parametrize(
     ("verb", "words"),
-    [("info", "fastjepa_kernels 0.1.0"), ("explain", "gather_tokens: "), ("--help", "compile")],
+    [
+        ("info", "fastjepa_kernels 0.1.0"),
+        ("explain", "gather_tokens: "),
+        ("explain", "chosen: sdpa"),
+        ("--help", "compile"),
+    ],
 )
 def test_verbs(verb, words):
     done = python("", "-m", "fastjepa_kernels", verb)

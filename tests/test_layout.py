@@ -51,6 +51,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.jepa", {"models", "masks"}),
         ("fastjepa.optim", {"jepa"}),
         ("fastjepa.noise", {"masks", "models", "streams"}),
+        ("fastjepa.fused", {"masks", "models"}),
         ("fastjepa.data", {"data", "masks", "streams"}),
         ("fastjepa.health", set()),
         ("fastjepa.parallel", {"config"}),

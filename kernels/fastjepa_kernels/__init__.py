@@ -11,9 +11,9 @@ from fastjepa_kernels.functional import gather_tokens, scatter_tokens
 from fastjepa_kernels.indexed import indexed_attention
 from fastjepa_kernels.integrations.patcher import patch
 from fastjepa_kernels.losses import target_loss
-from fastjepa_kernels.mlp import linear_gelu
+from fastjepa_kernels.mlp import linear_gelu, mlp
 from fastjepa_kernels.noise import gather_norm_noise, layer_norm_noise, philox_normal, row_keys
-from fastjepa_kernels.norms import add_layer_norm, layer_norm
+from fastjepa_kernels.norms import add_layer_norm, layer_norm, layer_norm_through
 from fastjepa_kernels.patch_embed import patch_embed_gather
 from fastjepa_kernels.positions import Rope
 from fastjepa_kernels.rope import rope3d
@@ -35,7 +35,9 @@ __all__ = [
     "indexed_attention",
     "layer_norm",
     "layer_norm_noise",
+    "layer_norm_through",
     "linear_gelu",
+    "mlp",
     "patch",
     "patch_embed_gather",
     "philox_normal",

@@ -72,12 +72,12 @@ def _info() -> list[str]:
 
 def _compile(options: argparse.Namespace, targets: list[str]) -> int:
     version, before = resources.read_table(options.check) if options.check else ("", [])
-    print(f"{'kernel':<28}{'target':<8}" + "".join(f"{column:>13}" for column in resources.FIGURES))
+    print(f"{'kernel':<36}{'target':<8}" + "".join(f"{column:>13}" for column in resources.FIGURES))
     rows = []
     for row in resources.compiled(targets, options.processes, options.only):
         rows.append(row)
         figures = "".join(f"{row[column]:>13}" for column in resources.FIGURES)
-        print(f"{row['kernel']:<28}{row['target']:<8}{figures}", flush=True)
+        print(f"{row['kernel']:<36}{row['target']:<8}{figures}", flush=True)
     here = resources.triton_version()
     if options.table:
         resources.write_table(options.table, rows, here)

@@ -8,7 +8,7 @@ inputs; `auto` takes the first of an order that has nothing to say.
 import torch
 from torch import Tensor
 
-from fastjepa_kernels.attention_backends import BACKENDS, Inputs
+from fastjepa_kernels.attention_backends import BACKENDS, Inputs, why_not
 
 # The order that `auto` walks, by device and form. Libraries come first, and our own kernel runs only when asked for, as
 # long as no measurement says otherwise: the source of each order is named.
@@ -50,6 +50,7 @@ def attention(
 
     `deterministic` asks for a backward pass that repeats bit by bit. cuDNN's is left out then; torch's other fused
     kernels keep the promise only under `torch.use_deterministic_algorithms(True)`, which this function does not set.
+    Calls that a library is known to get wrong (`attention_backends.KNOWN_FAILURES`) are not given to it either.
 
     Moves q, k, v and the result once for fused kernels; 4 M N d FLOPs a head and clip forward and 10 M N d backward,
     which torch's counter sees where it knows the library's operation. The host asks the device for nothing, and no
@@ -97,7 +98,7 @@ def explain_attention(
         f"chosen: {chosen}, {why}" + (f" (order: {entry['source']})" if backend == "auto" else ""),
     ]
     for name, one in BACKENDS.items():
-        reasons = one.why_not(inputs)
+        reasons = why_not(name, inputs)
         if reasons:
             told = "no: " + "; ".join(reasons)
         elif name == chosen:
@@ -120,16 +121,15 @@ def _choose(inputs: Inputs, backend: str) -> str:
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"attention: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-        reasons = BACKENDS[backend].why_not(inputs)
+        reasons = why_not(backend, inputs)
         if reasons:
             raise ValueError(f"attention: backend={backend!r} was asked for, but {'; '.join(reasons)}")
         return backend
     for name in _order(inputs)["order"].split():
-        if not BACKENDS[name].why_not(inputs):
+        if not why_not(name, inputs):
             return name
     table = [
-        f"  {name}: {'; '.join(one.why_not(inputs)) or 'fits, and runs when asked for by name'}"
-        for name, one in BACKENDS.items()
+        f"  {name}: {'; '.join(why_not(name, inputs)) or 'fits, and runs when asked for by name'}" for name in BACKENDS
     ]
     raise ValueError("attention: no backend of the order takes these inputs\n" + "\n".join(table))
 

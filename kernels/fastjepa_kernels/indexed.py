@@ -45,10 +45,12 @@ def indexed_attention(
     -> [R, H, d]. A clip may be empty.
 
     `rope` turns queries and keys by the token numbers in the index (the row number in the clip without one), in
-    float32, rounded once. `qkv_bias` [3, H, d] is added to packed rows, so that the projection may run without one, and
-    its gradient is summed in the pass that writes theirs. With either, the rows that take part are first written one
-    after another, once, and their gradients written back by a second kernel: one more copy of those rows each way.
-    `scale` is d ** -0.5 unless given.
+    float32, rounded once. The rows that take part are then first written one after another, once, and their gradients
+    written back by a second kernel: one more copy of those rows each way. `qkv_bias` [3, H, d] is added to packed rows
+    as they are read, in float32, rounded once to their dtype, so that the projection may run without one. Its gradient
+    is the float32 sum of theirs as it is written (with `rope`, before the last rounding): the programs that write it
+    leave a row of sums for each block, and one more launch adds those up. Without `rope` no row is copied. `scale` is
+    d ** -0.5 unless given.
 
     Dtypes: float32 (products in full float32), bfloat16 and float16, one for all rows; d from 16 to 128 in steps of 8.
     Softmax, sums and statistics are of float32. Forward reads each chosen query once and each chosen key and value

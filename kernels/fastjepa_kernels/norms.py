@@ -3,6 +3,8 @@
 D width, R rows (the product of all leading dims). Bytes and FLOPs are of the Triton form.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,53 @@ def layer_norm(
     out_dtype = _out_dtype("layer_norm", out_dtype, x)
     run = operation("layer_norm", choose("layer_norm", impl, x, out_dtype, channels=x.shape[-1]))
     return run(x, weight, bias, float(eps), out_dtype)[0]
+
+
+def layer_norm_through(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    out_dtype: torch.dtype | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Layer normalisation, and x again for who reads it further on: (as `layer_norm`, x), [..., D] each.
+
+    What a residual stream needs at its start: the gradient that comes back through x is added in the backward pass of
+    the normalisation, where autograd would read and write both in a pass of its own. Otherwise as `layer_norm`.
+
+    Errors: ValueError as `layer_norm`.
+    """
+    _check("layer_norm_through", x, weight, bias, eps)
+    out_dtype = _out_dtype("layer_norm_through", out_dtype, x)
+    chosen = choose("layer_norm", impl, x, out_dtype, channels=x.shape[-1])
+    normalised, same = _Through.apply(x, weight, bias, float(eps), out_dtype, chosen)
+    return normalised, same
+
+
+class _Through(torch.autograd.Function):
+    """An operator of torch may not return its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        weight, bias, eps, out_dtype, ctx.impl = given
+        normalised, mean, rstd = operation("layer_norm", ctx.impl)(x, weight, bias, eps, out_dtype)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return normalised, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, extra: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        if gradient is None:
+            return (extra,) + (None,) * 5
+        wanted = ctx.needs_input_grad[1:3]
+        run = operation("layer_norm_backward", ctx.impl)
+        dx, dweight, dbias = run(gradient, extra, x, weight, mean, rstd, *wanted)
+        of_weight = dweight.to(weight.dtype) if wanted[0] else None
+        return dx, of_weight, dbias.to(ctx.bias_dtype) if wanted[1] else None, None, None, None
 
 
 def add_layer_norm(

@@ -16,6 +16,8 @@ from fastjepa_kernels.dispatch import interpreted
 
 NAMESPACE = "fastjepa"
 _operators = library.Library(NAMESPACE, "FRAGMENT")
+# What launches each operation's kernels, by name: all of them once `fastjepa_kernels` is imported.
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
 
 
 def _no_flops(*shapes: Any, **named: Any) -> int:
@@ -48,6 +50,7 @@ def register(
     shapes, as torch's counter does.
     """
     launcher = _launcher(triton)
+    LAUNCHERS[name] = launcher
     for full, cuda, cpu in (
         (name, launcher, launcher if interpreted() else reference),
         (f"{name}_reference", reference, reference),

@@ -55,39 +55,45 @@ def adamw_ema_(
     weight_decay: float | Tensor = 0.01,
     clip_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    targets: Sequence[Tensor] | None = None,
+    targets: Sequence[Tensor | None] | None = None,
     momentum: float | Tensor | None = None,
-    copies: Sequence[Tensor] | None = None,
+    copies: Sequence[Tensor | None] | None = None,
+    target_copies: Sequence[Tensor | None] | None = None,
     impl: Impl = "auto",
 ) -> None:
-    """One AdamW step in place; then, where given, the moving average of `targets` and compute copies of the weights.
+    """One AdamW step in place; then, where given, the moving average of `targets` and compute copies of both.
 
     Parameters, moments (`exp_avg`, `exp_avg_sq` of `torch.optim.AdamW`) and targets are float32, gradients of any
     floating dtype, copies float16 or bfloat16, all of the parameter's shape; `steps` are the 0-dim float32 step counts
-    of torch, on the same device, and go up by one. Gradients are multiplied by `clip_scale` (0-dim) in float32 and not
-    changed. `found_inf` (0-dim) other than 0 leaves everything alone, steps and targets too. `lr`, `weight_decay` and
-    `momentum` are numbers or 0-dim tensors on the device, which the host does not read (under `torch.compile` and in a
-    CUDA graph give tensors: a number becomes part of the graph). Formula and order of operations are those of
+    of torch, on the same device, and go up by one. `copies` get the new weights and `target_copies` the new averages;
+    None in a list stands for a parameter that has no target or no copy. Gradients are multiplied by `clip_scale` in
+    float32 and not changed. `found_inf` (0-dim) other than 0 leaves everything alone, steps and targets too. `lr`,
+    `weight_decay` and `momentum` are numbers or 0-dim tensors on the device, which the host does not read (under
+    `torch.compile` and in a CUDA graph give tensors: a number becomes part of the graph); `weight_decay` and
+    `clip_scale` may be tensors of one value a parameter. Formula and order of operations are those of
     `torch.optim.AdamW` (decoupled decay, no amsgrad); the average takes the new weights.
 
-    Moves for each value 24 bytes, the gradient, 8 bytes with a target and the copy; about 20 FLOPs. It replaces
+    Moves for each value 24 bytes, the gradient, 8 bytes with a target and the copies; about 20 FLOPs. It replaces
     clipping (which reads and writes gradients), fused AdamW, the moving average and a cast, which read the weights
     again each. Repeatable, no atomics. Launches as for `ema_update_` (and some twenty of a few bytes a call, for steps
-    and scalars), with 64 bytes of the table a tensor: they are copied again in a step whose gradients have moved. Not
+    and scalars), with 72 bytes of the table a tensor: they are copied again in a step whose gradients have moved. Not
     for a few small tensors, where `torch.optim.AdamW(fused=True)` costs the host less.
 
-    Errors: ValueError as for `ema_update_`, for `targets` without `momentum` or the reverse, and for betas, eps, lr or
-    decay out of range.
+    Errors: ValueError as for `ema_update_`, for `targets` without `momentum` or the reverse, for copies of targets that
+    are not there, and for betas, eps, lr or decay out of range.
     """
     name = "adamw_ema_"
     first = _check_first(name, "parameters", parameters)
     for what, tensors in (("parameters", parameters), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         _check(name, what, tensors, parameters, (torch.float32,))
     _check(name, "gradients", gradients, parameters, _FLOATING)
-    if targets is not None:
-        _check(name, "targets", targets, parameters, (torch.float32,))
-    if copies is not None:
-        _check(name, "copies", copies, parameters, (torch.float16, torch.bfloat16))
+    halves = (torch.float16, torch.bfloat16)
+    averages = _complete(name, "targets", targets, parameters, (torch.float32,))
+    rounded = _complete(name, "copies", copies, parameters, halves)
+    averages_rounded = _complete(name, "target_copies", target_copies, parameters, halves)
+    for n, copy in enumerate(target_copies or ()):
+        if copy is not None and (targets is None or targets[n] is None):
+            raise ValueError(f"{name}: target_copies[{n}] is given, and targets[{n}] is not")
     if len(steps) != len(parameters) or any(
         step.ndim or step.dtype != torch.float32 or step.device != first.device for step in steps
     ):
@@ -100,19 +106,20 @@ def adamw_ema_(
     skip = _scalar(name, "found_inf", 0.0 if found_inf is None else found_inf, first.device) != 0
     rate = _scalar(name, "lr", lr, first.device)
     shared = (
-        1.0 - rate * _scalar(name, "weight_decay", weight_decay, first.device),
-        _scalar(name, "clip_scale", 1.0 if clip_scale is None else clip_scale, first.device),
+        1.0 - rate * _scalar(name, "weight_decay", weight_decay, first.device, len(parameters)),
+        _scalar(name, "clip_scale", 1.0 if clip_scale is None else clip_scale, first.device, len(parameters)),
         skip.double(),
         _move(name, 1.0 if momentum is None else momentum, first.device),
     )
-    torch._foreach_add_(list(steps), (~skip).float())
+    # Without alpha the number would be read by the host: the call with a plain number is taken first.
+    torch._foreach_add_(list(steps), (~skip).float(), alpha=1)
     # A skipped first step has count 0: any count will do then, and 1 divides by no zero.
     count = torch.stack(list(steps)).double().clamp_min(1)
     decay, scale, skipped, move = (scalar.expand_as(count) for scalar in shared)
     corrections = rate / (1 - betas[0] ** count), (1 - betas[1] ** count).sqrt()
     scalars = torch.stack([decay, *corrections, scale, skipped, move], dim=1).float()
     operation(name, chosen)(
-        list(parameters), list(gradients), list(exp_avgs), list(exp_avg_sqs), list(targets or ()), list(copies or ()),
+        list(parameters), list(gradients), list(exp_avgs), list(exp_avg_sqs), averages, rounded, averages_rounded,
         scalars, *betas, eps,
     )  # fmt: skip
 
@@ -124,11 +131,17 @@ def _check_first(name: str, what: str, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _check(
-    name: str, what: str, tensors: Sequence[Tensor], like: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]
+    name: str,
+    what: str,
+    tensors: Sequence[Tensor],
+    like: Sequence[Tensor],
+    dtypes: tuple[torch.dtype, ...],
+    places: Sequence[int] | None = None,
 ) -> None:
+    """`places` are those in the list that was given, where some are left out here."""
     if len(tensors) != len(like):
         raise ValueError(f"{name}: expected {len(like)} {what}, got {len(tensors)}")
-    for n, (tensor, model) in enumerate(zip(tensors, like)):
+    for n, tensor, model in zip(places or range(len(tensors)), tensors, like):
         if tensor.shape != model.shape or tensor.device != like[0].device or tensor.dtype not in dtypes:
             allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(
@@ -137,15 +150,36 @@ def _check(
             )
 
 
-def _scalar(name: str, what: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """0-dim float64 on the device, by a fill or a cast: the host waits for neither."""
+def _complete(
+    name: str,
+    what: str,
+    tensors: Sequence[Tensor | None] | None,
+    like: Sequence[Tensor],
+    dtypes: tuple[torch.dtype, ...],
+) -> list[Tensor]:
+    """The checked list with an empty tensor for each None; no list where there is none."""
+    if tensors is None:
+        return []
+    if len(tensors) != len(like):
+        raise ValueError(f"{name}: expected {len(like)} {what}, got {len(tensors)}")
+    given = [n for n, tensor in enumerate(tensors) if tensor is not None]
+    if not given:
+        return []
+    _check(name, what, [tensors[n] for n in given], [like[n] for n in given], dtypes, given)  # type: ignore[misc]
+    return [like[n].new_empty(0, dtype=dtypes[-1]) if tensor is None else tensor for n, tensor in enumerate(tensors)]
+
+
+def _scalar(name: str, what: str, value: float | Tensor, device: torch.device, count: int | None = None) -> Tensor:
+    """0-dim float64 on the device, by a fill or a cast: the host waits for neither. `count` allows one a parameter."""
     if not isinstance(value, Tensor):
         if value < 0:
             raise ValueError(f"{name}: {what} must not be below 0, got {value}")
         return torch.full((), value, dtype=torch.float64, device=device)
-    if value.ndim or value.device != device or not value.dtype.is_floating_point:
+    shapes = [(), *([] if count is None else [(count,)])]
+    if tuple(value.shape) not in shapes or value.device != device or not value.dtype.is_floating_point:
+        more = "" if count is None else f", or [{count}],"
         raise ValueError(
-            f"{name}: {what} must be a number or a 0-dim floating tensor on {device}, got {list(value.shape)} of "
+            f"{name}: {what} must be a number or a 0-dim floating tensor{more} on {device}, got {list(value.shape)} of "
             f"{value.dtype} on {value.device}"
         )
     return value.double()

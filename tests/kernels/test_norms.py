@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastjepa_kernels import add_layer_norm, layer_norm
+from fastjepa_kernels import add_layer_norm, layer_norm, layer_norm_through
 
 SHAPES = [(24,), (7, 40), (2, 33, 96), (2, 3, 1, 24)]
 
@@ -55,6 +56,55 @@ def test_sum_and_its_normalised_form_are_those_of_two_steps(shape: tuple[int, ..
     torch.autograd.backward([expected, expected_total], [first, second])
     for mine, other in zip(ours, theirs):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+def test_a_norm_that_hands_its_rows_on_adds_their_gradient_in_its_own_pass(used: tuple[bool, bool]) -> None:
+    inputs = normal(2, 33, 96), normal(96, seed=2) + 1, normal(96, seed=3)
+    ours, theirs = ([leaf(x) for x in inputs] for _ in range(2))
+    results = layer_norm_through(*ours)
+    expected = F.layer_norm(theirs[0], (96,), *theirs[1:], eps=1e-6), theirs[0] * 1
+    assert results[1].equal(ours[0])
+    for found, wanted in zip(results, expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    upstream = normal(2, 33, 96, seed=8), normal(2, 33, 96, seed=9)
+    calls = Calls()
+    with calls:
+        torch.autograd.backward(
+            [one for one, use in zip(results, used) if use], [one for one, use in zip(upstream, used) if use]
+        )
+    torch.autograd.backward(
+        [one for one, use in zip(expected, used) if use], [one for one, use in zip(upstream, used) if use]
+    )
+    for mine, other in zip(ours, theirs):
+        if other.grad is None:
+            assert mine.grad is None
+        else:
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+    assert calls.names.count("layer_norm_backward_reference") == used[0]
+    assert "add" not in calls.names
+
+
+class Calls(TorchDispatchMode):
+    """Which operators are called, from outside those of the kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_norm_that_hands_its_rows_on_compiles_and_refuses_as_the_plain_one() -> None:
+    x, weight = leaf(normal(7, 40)), leaf(normal(40, seed=1))
+    plain = layer_norm_through(x, weight)
+    compiled = torch.compile(layer_norm_through, backend="aot_eager", fullgraph=True)(x, weight)
+    for one, other in zip(plain, compiled):
+        assert one.equal(other)
+    with pytest.raises(ValueError, match=r"layer_norm_through: expected a floating weight \[40\]"):
+        layer_norm_through(x, normal(41))
 
 
 @pytest.mark.parametrize("used", ["normalised", "sum"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastjepa_kernels import adamw_ema_, ema_update_, explain
 from fastjepa_kernels.reference import updates as reference
@@ -142,6 +143,31 @@ def test_a_step_that_is_left_out_changes_nothing_even_with_nan(count):
     assert all(torch.equal(a, b) or bool(a.isnan().all() and b.isnan().all()) for a, b in zip(everything, before))
 
 
+def test_each_parameter_may_have_its_own_target_copies_decay_and_clipping():
+    """One call does what a call for every kind of parameter does."""
+    kinds = [(True, True), (True, False), (False, True), (False, False), (True, True), (False, True)]
+    decays, scales = torch.arange(6.0) / 10, 1 - torch.arange(6.0) / 10
+    results = []
+    for together in (True, False):
+        inputs, targets = state(), [x if kind[0] else None for x, kind in zip(tensors(5), kinds)]
+        copies = [x.bfloat16() if kind[1] else None for x, kind in zip(tensors(6), kinds)]
+        averages = [x.bfloat16() if all(kind) else None for x, kind in zip(tensors(7), kinds)]
+        places = [slice(0, 6)] if together else [slice(n, n + 1) for n in range(6)]
+        for place in places:
+            n = place.start
+            adamw_ema_(
+                *(some[place] for some in inputs.values()), lr=1e-2,
+                weight_decay=decays if together else decays[n].item(),
+                clip_scale=scales if together else scales[n], targets=targets[place], momentum=0.9,
+                copies=copies[place], target_copies=averages[place],
+            )  # fmt: skip
+        results.append([*chain(*inputs.values()), *targets, *copies, *averages])
+        for target, average in zip(targets, averages):
+            assert average is None or torch.equal(average, target.bfloat16())
+    for one, other in zip(*results):
+        assert one is other is None or torch.equal(one, other)
+
+
 def test_the_references_follow_float64():
     shape = (33, 40)
 
@@ -167,7 +193,7 @@ def test_opcheck_of_the_step(name, full):
     inputs = state()
     inputs.pop("steps")
     scalars = torch.tensor([[0.99, 1e-3, 0.1, 1.0, 0.0, 0.01]]).repeat(len(SHAPES), 1)
-    more = (tensors(5), [x.bfloat16() for x in tensors(6)]) if full else ([], [])
+    more = (tensors(5), [x.bfloat16() for x in tensors(6)], [x.half() for x in tensors(7)]) if full else ([], [], [])
     op = getattr(torch.ops.fastjepa, name).default
     library.opcheck(op, (*inputs.values(), *more, scalars, 0.9, 0.999, 1e-8))
 
@@ -225,6 +251,10 @@ def test_mistakes_in_an_average_are_sentences(targets, onlines, momentum, messag
         ({"momentum": 0.5}, "together"),
         ({"targets": tensors(5)[:2], "momentum": 0.5}, "expected 6 targets, got 2"),
         ({"copies": tensors(5)}, r"copies\[0\]"),
+        ({"copies": [None, *tensors(5)[1:]]}, r"copies\[1\]"),
+        ({"copies": [None]}, "expected 6 copies, got 1"),
+        ({"target_copies": tensors(5, torch.float16)}, r"target_copies\[0\] is given, and targets\[0\] is not"),
+        ({"weight_decay": torch.zeros(5)}, r"weight_decay must be .* or \[6\]"),
         ({"steps": [torch.zeros(())]}, "expected 6 steps"),
         ({"steps": [torch.zeros(1)] * 6}, "0-dim float32"),
         ({"betas": (0.9, 1.0)}, "betas"),
@@ -247,3 +277,15 @@ def test_triton_by_name_raises_on_a_cpu_and_auto_says_why():
     with pytest.raises(ValueError, match="Triton"):
         ema_update_([torch.ones(2)], [torch.ones(2)], 0.5, impl="triton")
     assert "reference, because" in explain("ema_update_", torch.ones(2))
+
+
+def test_the_host_reads_no_number_of_a_step():
+    """Shape-only tensors have none: whoever asks raises."""
+    with FakeTensorMode():
+        one, step, flag = torch.empty(8), torch.empty(()), torch.empty(())
+        tensors = [torch.empty(8) for _ in range(4)]
+        adamw_ema_(
+            [one], *([x] for x in tensors[:3]), [step], lr=flag, weight_decay=flag, clip_scale=flag, found_inf=flag,
+            targets=tensors[3:], momentum=flag, impl="reference",
+        )  # fmt: skip
+        ema_update_([one], tensors[:1], flag, impl="reference")

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjepa_kernels._triton.angles import sine_cosine
-from fastjepa_kernels._triton.attention_rows import begin_of, chunk, load, origin, span, store, store_chunk, tokens
+from fastjepa_kernels._triton.attention_bias import add_bias, bias_row, store_sums
+from fastjepa_kernels._triton.attention_rows import begin_of, chunk, load, origin, span, store, tokens
 from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned, rows_in_place
 from fastjepa_kernels._triton.norms import sum_parts
 from fastjepa_kernels.attention_inputs import Inputs
@@ -40,11 +41,8 @@ def ready_kernel(
     token = tokens(index, begin, place, present, INDEX)
     first = origin(x, clip, begin, head, x_clip, x_row, x_head, FLAT, UNIT)
     a, b = load(first, token * (x_row * UNIT), present, HEAD)
-    if BIAS:
-        row = bias + head * HEAD
-        a = add_chunk(a, row, HEAD, 0)
-        if chunk(HEAD, 1):
-            b = add_chunk(b, row, HEAD, 1)
+    bias0, bias1 = bias_row(bias, 0, heads, head, HEAD, BIAS)
+    a, b = add_bias(a, b, bias0, bias1, HEAD, BIAS)
     if HEIGHT:
         a, b = turn(a, b, token, HEAD, HEIGHT, WIDTH, LOG2_THETA, COMPAT, False)
     store(out, ((begin + place) * heads + head) * HEAD, present, a, b, HEAD)
@@ -74,24 +72,6 @@ def back_kernel(
     written = present if FLAT or INDEX else place < most
     first = origin(x, clip, begin, head, x_clip, x_row, x_head, FLAT, UNIT)
     store(first, token * (x_row * UNIT), written, a, b, HEAD)
-
-
-@triton.jit
-def add_chunk(values, bias, HEAD: tl.constexpr, N: tl.constexpr):
-    """A row [d] added to all rows in float32."""
-    lane = begin_of(HEAD, N) + tl.arange(0, chunk(HEAD, N))
-    row = tl.load(bias + lane, mask=lane < HEAD, other=0.0).to(tl.float32)
-    return (values.to(tl.float32) + row[None, :]).to(values.dtype)
-
-
-@triton.jit
-def store_sums(x, a, b, HEAD: tl.constexpr):
-    """The sums over all rows, one row [d] of float32."""
-    first = tl.arange(0, 1)
-    offset, present = first, first == 0
-    store_chunk(x, offset, present, tl.sum(a.to(tl.float32), axis=0)[None, :], HEAD, 0)
-    if chunk(HEAD, 1):
-        store_chunk(x, offset, present, tl.sum(b.to(tl.float32), axis=0)[None, :], HEAD, 1)
 
 
 @triton.jit

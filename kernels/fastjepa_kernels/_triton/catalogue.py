@@ -6,8 +6,10 @@ from fastjepa_kernels._triton import (
     assemble,
     attention,
     attention_backward,
+    attention_bias,
     attention_ready,
     gather,
+    gelu_product,
     linear_gelu,
     mlp,
     noise,
@@ -21,8 +23,8 @@ from fastjepa_kernels._triton import (
 from fastjepa_kernels._triton.launch import Shipped
 
 MODULES = (
-    assemble, attention, attention_backward, attention_ready, gather, linear_gelu, mlp, noise, norms, patch_embed,
-    philox, rope, target_loss, updates,
+    assemble, attention, attention_backward, attention_bias, attention_ready, gather, gelu_product, linear_gelu, mlp,
+    noise, norms, patch_embed, philox, rope, target_loss, updates,
 )  # fmt: skip
 
 

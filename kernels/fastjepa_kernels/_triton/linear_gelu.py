@@ -1,16 +1,14 @@
 """A persistent matrix product whose epilogue adds the bias and applies the exact GELU."""
 
 from collections.abc import Iterator
-from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned
 from fastjepa_kernels._triton.mlp import gelu
-from fastjepa_kernels._triton.product import tile_of
+from fastjepa_kernels._triton.product import processors, tile_of
 from fastjepa_kernels.config import lookup
 
 
@@ -49,12 +47,6 @@ def linear_gelu_kernel(
         tl.store(out + target, gelu(rounded.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    """Programs that run at once: one a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
     """x [R, I], weight [O, I], bias [O] -> gelu(x weight^T + bias) [R, O], and the sum before, [0] without `keep`."""
     x, weight = x.contiguous(), weight.contiguous()
@@ -64,7 +56,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> t
     if out.numel():
         tile = lookup("linear_gelu", device=x.device, dtype=x.dtype, width=x.shape[1], length=len(x))
         tiles = triton.cdiv(len(x), tile["BLOCK_M"]) * triton.cdiv(len(weight), tile["BLOCK_N"])
-        programs = min(tiles, _processors(x.device))
+        programs = min(tiles, processors(x.device))
         with on_device_of(x):
             linear_gelu_kernel[(programs,)](
                 x, weight, x if bias is None else bias.contiguous(), out, before, len(x), tiles, programs,

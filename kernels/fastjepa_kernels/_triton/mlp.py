@@ -20,6 +20,12 @@ def gelu(u):
 
 
 @triton.jit
+def gelu_slope(u):
+    """Its derivative, Phi(u) + u * phi(u)."""
+    return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
+
+
+@triton.jit
 def bias_gelu_kernel(
     product, bias, out, rows, BIAS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
@@ -53,7 +59,7 @@ def bias_gelu_backward_kernel(
         u = tl.load(product + place, mask=inside, other=0.0).to(tl.float32)
         if BIAS:
             u += shift
-        slope = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
+        slope = gelu_slope(u)
         # Rows beyond the end have no gradient, whatever the bias makes of them.
         result = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * slope
         total += result

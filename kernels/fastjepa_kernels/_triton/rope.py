@@ -1,9 +1,10 @@
 """Rotary positions on three axes: a tile of tokens computes its angles once and turns every head with them."""
 
-import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,11 +39,11 @@ def turn_heads(
 
 @triton.jit
 def rope_kernel(
-    q, k, ids, q_out, k_out, rows, kept, height, width, ids_clip, ids_token, q_clip, q_token, q_head, k_clip, k_token,
-    k_head, PACE: tl.constexpr, COMPAT: tl.constexpr, BACK: tl.constexpr, BOTH: tl.constexpr, Q_HEADS: tl.constexpr,
+    q, k, ids, paces, q_out, k_out, rows, kept, height, width, ids_clip, ids_token, q_clip, q_token, q_head, k_clip,
+    k_token, k_head, COMPAT: tl.constexpr, BACK: tl.constexpr, BOTH: tl.constexpr, Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr, HEAD: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens a program. PACE is log2(theta) / (half a segment): the frequency falls by 2 ** PACE a pair.
+    """TOKENS tokens a program. `paces` are the frequencies of the pairs of a segment.
 
     With BACK the transposed map, which is the inverse rotation where the members of a pair turn by one angle.
     """
@@ -58,10 +59,10 @@ def rope_kernel(
     at = tl.where((axis == 0)[None, :], time[:, None], tl.where((axis == 1)[None, :], high[:, None], wide[:, None]))
     at = at.to(tl.float32)
     if COMPAT:
-        even_sin, even_cos = sine_cosine(at * tl.exp2((2 * place % half).to(tl.float32) * -PACE)[None, :])
-        odd_sin, odd_cos = sine_cosine(at * tl.exp2(((2 * place + 1) % half).to(tl.float32) * -PACE)[None, :])
+        even_sin, even_cos = sine_cosine(at * tl.load(paces + 2 * place % half)[None, :])
+        odd_sin, odd_cos = sine_cosine(at * tl.load(paces + (2 * place + 1) % half)[None, :])
     else:
-        even_sin, even_cos = sine_cosine(at * tl.exp2(place.to(tl.float32) * -PACE)[None, :])
+        even_sin, even_cos = sine_cosine(at * tl.load(paces + place)[None, :])
         odd_sin, odd_cos = even_sin, even_cos
     turned = (axis < 3)[None, :]
     turn_heads(
@@ -99,15 +100,18 @@ def rope3d(
         sizes = _sizes(head, device=q.device, dtype=q.dtype, length=rows)
         with on_device_of(q):
             rope_kernel[(triton.cdiv(rows, sizes["TOKENS"]),)](
-                first, second, ids, q_out, k_out, rows, kept, height, width, *ids.stride(), *first.stride()[:3],
-                *second.stride()[:3], PACE=_pace(theta, head), COMPAT=compat, BACK=back, BOTH=k is not None,
+                first, second, ids, _paces(theta, head, q.device), q_out, k_out, rows, kept, height, width,
+                *ids.stride(), *first.stride()[:3], *second.stride()[:3], COMPAT=compat, BACK=back, BOTH=k is not None,
                 Q_HEADS=heads, K_HEADS=second.shape[2], HEAD=head, **sizes,
             )  # fmt: skip
     return q_out, k_out
 
 
-def _pace(theta: float, head: int) -> float:
-    return math.log2(theta) / (head // 3 // 2)
+@lru_cache(maxsize=16)
+def _paces(theta: float, head: int, device: torch.device) -> Tensor:
+    """Frequencies of the pairs of a segment: float32, rounded once. A power in the kernel is off by several."""
+    half = head // 3 // 2
+    return torch.tensor([theta ** (-pair / half) for pair in range(half)], dtype=torch.float64).float().to(device)
 
 
 def shipped(architecture: str = "any") -> Iterator[Shipped]:
@@ -117,9 +121,9 @@ def shipped(architecture: str = "any") -> Iterator[Shipped]:
     for head, heads in ((32, 12), (64, 16), (88, 16)):
         for dtype in ("bf16", "fp32"):
             sizes = _sizes(head, architecture=architecture, dtype=dtype)
-            types = {**dict.fromkeys((*names, *strides), "i32"), "ids": "*i64"}
+            types = {**dict.fromkeys((*names, *strides), "i32"), "ids": "*i64", "paces": "*fp32"}
             types.update(dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{dtype}"))
-            fixed = {"PACE": _pace(1e4, head), "BOTH": True, "HEAD": head, "Q_HEADS": heads, "K_HEADS": heads, **sizes}
+            fixed = {"BOTH": True, "HEAD": head, "Q_HEADS": heads, "K_HEADS": heads, **sizes}
             for compat, back in ((False, False), (True, True)):
                 title = f"rope{' compat' if compat else ''}{' back' if back else ''} {dtype} {head}"
                 yield pinned(title, rope_kernel, types, {**fixed, "COMPAT": compat, "BACK": back})

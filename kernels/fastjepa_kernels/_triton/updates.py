@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned
 from fastjepa_kernels.config import lookup
+from fastjepa_kernels.reference.updates import there
 
 # A program of a group takes TILES tiles of LANES values, all of one tensor. Settings have four values a thread: float32
 # and half precision are then read in the same layout, with no exchange between threads.
@@ -81,8 +82,9 @@ def ema_group_kernel(
 
 @triton.jit
 def _step(
-    parameter, gradient, exp_avg, exp_avg_sq, target, copy, scalars, lane, count,
+    parameter, gradient, exp_avg, exp_avg_sq, target, copy, target_copy, scalars, lane, count,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, AVERAGED: tl.constexpr, COPIED: tl.constexpr,
+    AVERAGE_COPIED: tl.constexpr,
 ):  # fmt: skip
     inside = lane < tl.where(tl.load(scalars + 4) == 0.0, count, 0)
     moved = tl.load(gradient + lane, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars + 3)
@@ -98,42 +100,46 @@ def _step(
     tl.store(parameter + lane, value, mask=inside)
     if AVERAGED:
         old = tl.load(target + lane, mask=inside, other=0.0)
-        tl.store(target + lane, old + (value - old) * tl.load(scalars + 5), mask=inside)
+        average = old + (value - old) * tl.load(scalars + 5)
+        tl.store(target + lane, average, mask=inside)
+        if AVERAGE_COPIED:
+            tl.store(target_copy + lane, average.to(target_copy.dtype.element_ty), mask=inside)
     if COPIED:
         tl.store(copy + lane, value.to(copy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def adamw_ema_kernel(
-    parameter, gradient, exp_avg, exp_avg_sq, target, copy, scalars, count,
+    parameter, gradient, exp_avg, exp_avg_sq, target, copy, target_copy, scalars, count,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
-    AVERAGED: tl.constexpr, COPIED: tl.constexpr, LANES: tl.constexpr,
+    AVERAGED: tl.constexpr, COPIED: tl.constexpr, AVERAGE_COPIED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """AdamW, moving average and copy of LANES values; nothing is read or written where scalars[4] is not 0."""
+    """AdamW, moving average and copies of LANES values; nothing is read or written where scalars[4] is not 0."""
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    _step(parameter, gradient, exp_avg, exp_avg_sq, target, copy, scalars, lane, count, BETA1, BETA2, EPS, AVERAGED,
-          COPIED)  # fmt: skip
+    _step(parameter, gradient, exp_avg, exp_avg_sq, target, copy, target_copy, scalars, lane, count, BETA1, BETA2, EPS,
+          AVERAGED, COPIED, AVERAGE_COPIED)  # fmt: skip
 
 
 @triton.jit
 def adamw_ema_group_kernel(
     table, chunks, scalars, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, AVERAGED: tl.constexpr,
-    COPIED: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr,
-    LANES: tl.constexpr,
+    COPIED: tl.constexpr, AVERAGE_COPIED: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr,
+    AVERAGE_COPY: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """`adamw_ema_kernel` for many tensors: `table` [tensors, 8] of the six addresses, count and row of `scalars`;
+    """`adamw_ema_kernel` for many tensors: `table` [tensors, 9] of the seven addresses, count and row of `scalars`;
     `chunks` and ALIGNED as for `ema_group_kernel`."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * 2
-    entry = table + tl.load(chunk) * 8
+    entry = table + tl.load(chunk) * 9
     first = tl.multiple_of(tl.load(chunk + 1), LANES)
     parameter, gradient = _address(entry, tl.float32, ALIGNED), _address(entry + 1, GRADIENT, ALIGNED)
     exp_avg, exp_avg_sq = _address(entry + 2, tl.float32, ALIGNED), _address(entry + 3, tl.float32, ALIGNED)
     target, copy = _address(entry + 4, tl.float32, ALIGNED), _address(entry + 5, COPY, ALIGNED)
-    count, own = _count(entry + 6, ALIGNED), scalars + tl.load(entry + 7) * 6
+    target_copy = _address(entry + 6, AVERAGE_COPY, ALIGNED)
+    count, own = _count(entry + 7, ALIGNED), scalars + tl.load(entry + 8) * 6
     for tile in range(TILES):
         lane = first + tile * LANES + tl.arange(0, LANES)
-        _step(parameter, gradient, exp_avg, exp_avg_sq, target, copy, own, lane, count, BETA1, BETA2, EPS, AVERAGED,
-              COPIED)  # fmt: skip
+        _step(parameter, gradient, exp_avg, exp_avg_sq, target, copy, target_copy, own, lane, count, BETA1, BETA2, EPS,
+              AVERAGED, COPIED, AVERAGE_COPIED)  # fmt: skip
 
 
 def ema_update_(targets: list[Tensor], onlines: list[Tensor], move: Tensor) -> None:
@@ -165,39 +171,52 @@ def adamw_ema_(
     exp_avg_sqs: list[Tensor],
     targets: list[Tensor],
     copies: list[Tensor],
+    target_copies: list[Tensor],
     scalars: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> None:
     """As the reference: float32 parameters, moments, targets and `scalars` [parameters, 6]."""
-    fixed = {"BETA1": beta1, "BETA2": beta2, "EPS": eps, "AVERAGED": bool(targets), "COPIED": bool(copies)}
-    # A tensor that is not there is never touched; the parameter stands in for its address.
-    lists = [parameters, gradients, exp_avgs, exp_avg_sqs, targets or parameters, copies or parameters]
     scalars = scalars.contiguous()
-    groups, alone = _groups(lists, scalars)
+    optional = {"AVERAGED": targets, "COPIED": copies, "AVERAGE_COPIED": target_copies}
+    kinds: dict[tuple[bool, ...], list[int]] = {}
+    for n in range(len(parameters)):
+        kinds.setdefault(tuple(there(some, n) for some in optional.values()), []).append(n)
     with on_device_of(scalars):
-        for dtypes, aligned, members in groups:
-            counts = [parameters[n].numel() for n in members]
-            rows = [(*(some[n].data_ptr() for some in lists), count, n) for n, count in zip(members, counts)]
-            settings = lookup("adamw_ema_", device=scalars.device, dtype=dtypes[1], length=sum(counts))
-            chunks = _chunks(counts, settings["TILES"] * settings["LANES"], scalars)
-            adamw_ema_group_kernel[(len(chunks),)](
-                _table(rows, scalars), chunks, scalars, **fixed, GRADIENT=TRITON_TYPE[dtypes[1]],
-                COPY=TRITON_TYPE[dtypes[5]], ALIGNED=aligned, **settings,
-            )  # fmt: skip
-        for n in alone:
-            written = [some[n] for some in (parameters, exp_avgs, exp_avg_sqs, *lists[4:])]
-            flat = [tensor.contiguous() for tensor in written]
-            count = parameters[n].numel()
-            settings = _alone("adamw_ema_", device=scalars.device, dtype=gradients[n].dtype, length=count)
-            adamw_ema_kernel[(triton.cdiv(count, settings["LANES"]),)](
-                flat[0], gradients[n].contiguous(), *flat[1:], scalars[n], count, **fixed, **settings
-            )
-            for tensor, updated, there in zip(written, flat, (True, True, True, bool(targets), bool(copies))):
-                if there:
-                    _put_back(tensor, updated)
-    increment_version([*parameters, *exp_avgs, *exp_avg_sqs, *targets, *copies])
+        for kind, members in kinds.items():
+            fixed = {"BETA1": beta1, "BETA2": beta2, "EPS": eps, **dict(zip(optional, kind))}
+            # A tensor that is not there is never touched; the parameter stands in for its address.
+            lists = [parameters, gradients, exp_avgs, exp_avg_sqs]
+            lists += [some if given else parameters for some, given in zip(optional.values(), kind)]
+            _steps([[some[n] for n in members] for some in lists], scalars, members, fixed)
+    increment_version([*parameters, *exp_avgs, *exp_avg_sqs, *targets, *copies, *target_copies])
+
+
+def _steps(lists: list[list[Tensor]], scalars: Tensor, places: list[int], fixed: dict[str, Any]) -> None:
+    """Parameters of one kind: `lists` are the seven of `adamw_ema_`, `places` their rows of `scalars`."""
+    groups, alone = _groups(lists, scalars)
+    for dtypes, aligned, members in groups:
+        counts = [lists[0][n].numel() for n in members]
+        rows = [(*(some[n].data_ptr() for some in lists), count, places[n]) for n, count in zip(members, counts)]
+        settings = lookup("adamw_ema_", device=scalars.device, dtype=dtypes[1], length=sum(counts))
+        chunks = _chunks(counts, settings["TILES"] * settings["LANES"], scalars)
+        adamw_ema_group_kernel[(len(chunks),)](
+            _table(rows, scalars), chunks, scalars, **fixed, GRADIENT=TRITON_TYPE[dtypes[1]],
+            COPY=TRITON_TYPE[dtypes[5]], AVERAGE_COPY=TRITON_TYPE[dtypes[6]], ALIGNED=aligned, **settings,
+        )  # fmt: skip
+    for n in alone:
+        gradient, written = lists[1][n], [some[n] for place, some in enumerate(lists) if place != 1]
+        flat = [tensor.contiguous() for tensor in written]
+        count = flat[0].numel()
+        settings = _alone("adamw_ema_", device=scalars.device, dtype=gradient.dtype, length=count)
+        adamw_ema_kernel[(triton.cdiv(count, settings["LANES"]),)](
+            flat[0], gradient.contiguous(), *flat[1:], scalars[places[n]], count, **fixed, **settings
+        )
+        given = (True, True, True, fixed["AVERAGED"], fixed["COPIED"], fixed["AVERAGE_COPIED"])
+        for tensor, updated, wanted in zip(written, flat, given):
+            if wanted:
+                _put_back(tensor, updated)
 
 
 Group = tuple[tuple[torch.dtype, ...], bool, list[int]]
@@ -282,14 +301,17 @@ def shipped(architecture: str = "any") -> Iterator[Shipped]:
             name = f"ema group {dtype}" + " unaligned" * (not aligned)
             yield pinned(name, ema_group_kernel, types, {**group, "ALIGNED": aligned})
     for dtype in ("fp32", "bf16"):
-        types = {**wide, **tables, "gradient": f"*{dtype}", "copy": "*bf16", "count": "i32"}
-        for averaged, copied in ((False, False), (True, False), (True, True)):
+        types = {**wide, **tables, "gradient": f"*{dtype}", "count": "i32"}
+        types |= dict.fromkeys(("copy", "target_copy"), "*bf16")
+        for averaged, copied in ((False, False), (True, False), (False, True), (True, True)):
             fixed = {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8, "AVERAGED": averaged, "COPIED": copied}
+            fixed["AVERAGE_COPIED"] = averaged and copied
             where = {"architecture": architecture, "dtype": dtype}
             more = " ema" * averaged + " copy" * copied
             alone = {**fixed, **_alone("adamw_ema_", **where)}
             yield pinned(f"adamw{more} {dtype}", adamw_ema_kernel, types, alone)
-            group = {**fixed, **lookup("adamw_ema_", **where), "GRADIENT": dtypes[dtype], "COPY": tl.bfloat16}
+            group = {**fixed, **lookup("adamw_ema_", **where), "GRADIENT": dtypes[dtype]}
+            group |= dict.fromkeys(("COPY", "AVERAGE_COPY"), tl.bfloat16)
             for aligned in (True, False):
                 name = f"adamw{more} group {dtype}" + " unaligned" * (not aligned)
                 yield pinned(name, adamw_ema_group_kernel, types, {**group, "ALIGNED": aligned})

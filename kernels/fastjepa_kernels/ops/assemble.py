@@ -63,6 +63,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     context_lengths, target_lengths, _, ctx.gather_targets, _ = inputs[10:]
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     rows = targets if alpha is not None else None
     ctx.save_for_backward(rows, target_index, alpha, mean, rstd, context_lengths, target_lengths)
     ctx.context, ctx.context_dtype = context.shape[-2], context.dtype
@@ -71,7 +72,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.tokens = targets.shape[1] if ctx.gather_targets else None
 
 
-def _gradient(ctx: Any, impl: str, gradient: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _gradient(ctx: Any, impl: str, gradient: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if gradient is None:
+        return (None,) * 15
     rows, target_index, alpha, mean, rstd, context_lengths, target_lengths = ctx.saved_tensors
     wanted_context, wanted_token, wanted_targets = (ctx.needs_input_grad[n] for n in (0, 4, 5))
     of_context = of_token = of_targets = None
@@ -79,11 +82,14 @@ def _gradient(ctx: Any, impl: str, gradient: Tensor, *unused: Any) -> tuple[Any,
         # A view where the dtypes agree: nothing is copied.
         seen, asked = gradient[:, : ctx.context], gradient[:, ctx.context :]
     else:
-        _, place = reference.rows_of_clips(context_lengths, target_lengths, ctx.context, after=False)
-        seen = gradient[place] if wanted_context else gradient
-        clip, place = reference.rows_of_clips(target_lengths, context_lengths, len(target_index), after=True)
-        asked = gradient[place] if wanted_targets else gradient
-        alpha = None if alpha is None else alpha[clip]
+        seen = asked = gradient
+        if wanted_context:
+            _, place = reference.rows_of_clips(context_lengths, target_lengths, ctx.context, after=False)
+            seen = gradient[place]
+        if wanted_targets:
+            clip, place = reference.rows_of_clips(target_lengths, context_lengths, len(target_index), after=True)
+            asked = gradient[place]
+            alpha = None if alpha is None else alpha[clip]
     if wanted_context:
         of_context = seen.to(ctx.context_dtype)
     if wanted_token:

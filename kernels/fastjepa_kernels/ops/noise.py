@@ -81,10 +81,13 @@ register(
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], inputs[1], mean, rstd)
 
 
-def _norm_gradient(ctx: Any, impl: str, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
+def _norm_gradient(ctx: Any, impl: str, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if gradient is None:
+        return (None,) * 8
     x, alpha, mean, rstd = ctx.saved_tensors
     return operation("noise_backward", impl)(gradient, x, None, alpha, mean, rstd), *[None] * 7
 
@@ -92,10 +95,13 @@ def _norm_gradient(ctx: Any, impl: str, gradient: Tensor, *_: Any) -> tuple[Any,
 def _keep_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], mean, rstd)
 
 
-def _gather_gradient(ctx: Any, impl: str, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
+def _gather_gradient(ctx: Any, impl: str, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if gradient is None:
+        return (None,) * 9
     return operation("noise_backward", impl)(gradient, *ctx.saved_tensors), *[None] * 8
 
 

@@ -155,7 +155,9 @@ def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _add_norm_gradient(
     ctx: Any, impl: str, gradient: Tensor | None, extra: Tensor | None, *_: Tensor | None
 ) -> tuple[Any, ...]:
-    total, *_, scale, row_scale = ctx.saved_tensors
+    # Read once: a recomputed forward pass hands each of them out a single time.
+    saved = ctx.saved_tensors
+    total, *_, scale, row_scale = saved
     # Through the sum alone no gradient comes to weight and bias of the normalisation.
     weight, bias, x_bias, factor = wanted = [
         ctx.needs_input_grad[n] and not (n in (2, 3) and gradient is None) for n in PARAMETERS
@@ -170,7 +172,7 @@ def _add_norm_gradient(
     sums: tuple[Tensor, ...] = ()
     if gradient is not None or apart or x_bias or factor:
         run = operation("add_layer_norm_backward", impl)
-        results = run(gradient, extra, *ctx.saved_tensors, ctx.x_dtype, weight, bias, apart, x_bias, factor)
+        results = run(gradient, extra, *saved, ctx.x_dtype, weight, bias, apart, x_bias, factor)
         of_x, sums = results[1], results[2].unbind()
         if gradient is not None:
             of_total = results[0]

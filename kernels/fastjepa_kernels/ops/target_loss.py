@@ -38,10 +38,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     prediction, target, index, ctx.exponent, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    # No zeros for the statistics' gradients: only that of the loss arrives.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(prediction, target, index, mean, rstd)
 
 
-def _gradient(ctx: Any, impl: str, upstream: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+def _gradient(ctx: Any, impl: str, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None, None]:
+    if upstream is None:
+        return None, None, None, None, None
     run = operation("target_loss_backward", impl)
     return run(upstream, *ctx.saved_tensors, ctx.exponent), None, None, None, None
 

@@ -20,7 +20,8 @@ register(
 register(
     "adamw_ema_",
     "(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] targets, Tensor(e!)[] copies, Tensor scalars, float beta1, float beta2, float eps) -> ()",
+    "Tensor(d!)[] targets, Tensor(e!)[] copies, Tensor(f!)[] target_copies, Tensor scalars, float beta1, float beta2, "
+    "float eps) -> ()",
     reference=reference.adamw_ema_,
     triton="updates.adamw_ema_",
     fake=_nothing,

@@ -1,4 +1,4 @@
-"""The first half of a feed-forward layer in plain PyTorch: the GELU is the exact one, x * Phi(x) by erf."""
+"""A feed-forward layer and its first half in plain PyTorch: the GELU is the exact one, x * Phi(x) by erf."""
 
 import math
 
@@ -31,3 +31,22 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> t
     """x [R, I], weight [O, I], bias [O] -> gelu(x weight^T + bias) [R, O], and the sum before, [0] without `keep`."""
     before = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return F.gelu(before), before if keep else before.new_empty(0)
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x [R, I], w1 [O, I], b1 [O], w2 [D, O] -> gelu(x w1^T + b1) w2^T [R, D]; the sum before the GELU, its result.
+
+    The last two are [R, O], or [0] without `keep`.
+    """
+    activation, before = linear_gelu(x, w1, b1, keep)
+    return F.linear(activation, w2), before, activation if keep else activation.new_empty(0)
+
+
+def gelu_product_backward(
+    gradient: Tensor, weight: Tensor, before: Tensor, bias_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """gradient [R, D], weight [D, O], before [R, O] -> (gradient weight) * gelu'(before) [R, O], its column sums [O].
+
+    The sums are of the wide dtype, or [0] without `bias_gradient`. The library rounds the product to its dtype.
+    """
+    return bias_gelu_backward(gradient @ weight, before, None, bias_gradient)

@@ -31,7 +31,10 @@ def cut(
     if not video.dtype.is_floating_point:
         values = values / 255
     if mean:
-        level, spread = (torch.tensor(x, dtype=wide, device=video.device).unsqueeze(-1) for x in (mean, std))
+        # Filled in on the device, where a copy from the host would wait for it.
+        level, spread = (
+            torch.stack([torch.full((1,), value, dtype=wide, device=video.device) for value in x]) for x in (mean, std)
+        )
         values = (values - level) / spread
     return values.flatten(-2).to(dtype)
 

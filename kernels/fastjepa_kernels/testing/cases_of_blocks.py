@@ -45,6 +45,35 @@ def _rows(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.transpose(1, 2) for part in x.gather(1, places).unbind(2))
 
 
+def _biased_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Rows of clips of one length after another, the bias in float32, and where the clips begin."""
+    clips, kept, heads, head = shape["clips"], shape["kept"], shape["heads"], shape["width"]
+    x = random(clips * kept, 3, heads, head, like=(device, dtype), seed=1)
+    bias = random(3, heads, head, like=(device, torch.float32), seed=2)
+    return x, bias, torch.arange(clips + 1, dtype=torch.int32, device=device) * kept
+
+
+def _biased(impl: Any, x: Tensor, bias: Tensor, starts: Tensor) -> tuple[Tensor]:
+    longest = len(x) // (len(starts) - 1)
+    return (ours.indexed_attention(x, cu_seqlens=starts, max_length=longest, qkv_bias=bias, impl=impl),)
+
+
+def _biased_eager(x: Tensor, bias: Tensor, starts: Tensor) -> tuple[Tensor]:
+    q, k, v = _biased_rows(x, bias, starts)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return ((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(0, 1),)
+
+
+def _biased_library(x: Tensor, bias: Tensor, starts: Tensor) -> tuple[Tensor]:
+    q, k, v = _biased_rows(x, bias, starts)
+    return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1),)
+
+
+def _biased_rows(x: Tensor, bias: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+    rows = (x + bias).to(x.dtype).unflatten(0, (len(starts) - 1, -1))
+    return tuple(part.transpose(1, 2) for part in rows.unbind(2))
+
+
 def _turned(impl: Any, x: Tensor, index: Tensor) -> tuple[Tensor]:
     return (ours.indexed_attention(x, q_index=index, kv_index=index, rope=ours.Rope(GRID), impl=impl),)
 
@@ -92,6 +121,16 @@ def _gelu_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tupl
 
 def _gelu_eager(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
     return (F.gelu(F.linear(x, weight, bias)),)
+
+
+def _mlp_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    hidden = shape["hidden"]
+    w2 = random(shape["width"], hidden, like=(device, dtype), seed=4, scale=hidden**-0.5)
+    return *_gelu_inputs(shape, device, dtype), w2
+
+
+def _mlp_eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor]:
+    return (F.linear(F.gelu(F.linear(x, w1, b1)), w2),)
 
 
 def _patch_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -161,6 +200,12 @@ BLOCK_CASES = (
         (0,), _attention_library,
     ),
     Case(
+        "indexed_attention biased", _biased_inputs, _biased, _biased_eager,
+        {**_ATTENTION, "encoder": _heads(24, 1568, 560, 16, 80), "predictor": _heads(24, 1568, 1400, 16, 24)},
+        {"indexed_attention_biased": "forward", "indexed_attention_query_biased": "backward",
+         "indexed_attention_key_biased": "backward"}, (0, 1), _biased_library,
+    ),
+    Case(
         "indexed_attention turned", _attention_inputs, _turned, _turned_eager,
         {**_ATTENTION, "encoder": _heads(24, 2048, 560, 16, 80)}, {"indexed_attention_ready": "forward"}, (0,),
     ),
@@ -177,6 +222,12 @@ BLOCK_CASES = (
         "linear_gelu fused", _gelu_inputs,
         lambda impl, *inputs: (ours.linear_gelu(*inputs, form="fused", impl=impl),), _gelu_eager, _PRODUCTS,
         {"linear_gelu": "forward"}, (0, 1, 2),
+    ),
+    Case(
+        "mlp", _mlp_inputs, lambda impl, *inputs: (ours.mlp(*inputs, impl=impl),), _mlp_eager,
+        {"small": _product(33, 48), "odd": _product(7, 40), "vitl": _product(11160, 1024),
+         "vith": _product(11160, 1280), "predictor": _product(55608, 384)},
+        {"gelu_product_backward": "backward"}, (0, 1, 2, 3),
     ),
     Case("patch_embed_gather", _patch_inputs, _patch("cut"), _patch_eager, _CLIPS, {}, (1, 2)),
     Case(

@@ -9,17 +9,9 @@ from torch import Tensor
 from fastjepa_kernels import Rope, config, indexed_attention
 from fastjepa_kernels.testing.poison import guarded, intact
 from fastjepa_kernels.testing.yardstick import check
+from tests.kernels.made import chosen, normal
 
 pytestmark = pytest.mark.usefixtures("results_are_poisoned")
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def chosen(clips: int, kept: int, rows: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(rows, generator=generator)[:kept] for _ in range(clips)])
 
 
 @pytest.fixture(autouse=True)

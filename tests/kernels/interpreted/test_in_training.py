@@ -14,9 +14,10 @@ STEPS = 2
 
 
 def train(impl: str, noised: bool) -> list[float]:
-    jepa = make(noised=noised, widths=(32, 48), operations=Fused(impl)).float()
+    """Noised targets with the kernels that compute products too, mask tokens with the others."""
+    jepa = make(noised=noised, widths=(32, 48), operations=Fused(impl, with_product=noised)).float()
     schedule = Schedule(10, 2, 1e-2, 1e-3, 1e-4, 0.04, 0.4, 0.9, 1.0)
-    update = OptimizerPass(jepa, schedule)
+    update = OptimizerPass(jepa, schedule, clip_grad=0.1, kernels=impl)
     context, target = masks(2)
     losses = []
     for step in range(STEPS):
@@ -33,4 +34,4 @@ def test_a_few_steps_give_the_losses_of_the_plain_form(noised: bool, launches: C
     expected = train("reference", noised)
     assert not launches
     assert train("triton", noised) == pytest.approx(expected, rel=1e-5)
-    assert len(launches) >= 10, launches
+    assert len(launches) >= 11, launches

@@ -103,6 +103,35 @@ def test_the_step_of_many_is_that_of_each_to_the_bit(launches, dtype, averaged, 
             assert not store.equal(old)
 
 
+def test_parameters_of_several_kinds_share_a_launch_with_their_like(launches):
+    """With and without targets and copies, mixed: what the reference gives, and nothing else written."""
+    counts = (16, 32, 48, 64, 80, 96, 112, 128)
+    results = []
+    for impl in ("triton", "reference"):
+        every = [stores(n, counts=counts) for n in range(5)]
+        rounded = [stores(n, torch.float16, counts) for n in (5, 6)]
+        (parameters, gradients, means, squares, targets), (copies, averages) = (
+            [tensors for _, tensors in some] for some in (every, rounded)
+        )
+        adamw_ema_(
+            parameters, gradients, means, squares, [torch.zeros(()) for _ in counts], lr=0.1,
+            weight_decay=torch.arange(8) / 8.0, clip_scale=1 - torch.arange(8) / 10.0,
+            targets=[x if n % 2 else None for n, x in enumerate(targets)], momentum=0.5,
+            copies=[x if n < 4 else None for n, x in enumerate(copies)],
+            target_copies=[x if n % 2 and n < 4 else None for n, x in enumerate(averages)], impl=impl,
+        )  # fmt: skip
+        results.append([store for made, _ in (*every, *rounded) for store in made])
+    assert launches["adamw_ema_group_kernel"].launches == 4
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    before = [store for n in range(5) for store in stores(n, counts=counts)[0]]
+    before += [store for n in (5, 6) for store in stores(n, torch.float16, counts)[0]]
+    changed = [not store.equal(old) for store, old in zip(results[0], before)]
+    odd = [bool(n % 2) for n in range(8)]
+    first = [n < 4 for n in range(8)]
+    both = [a and b for a, b in zip(odd, first)]
+    assert changed == [*[True] * 8, *[False] * 8, *[True] * 16, *odd, *first, *both]
+
+
 def test_dtypes_and_tensors_that_are_not_contiguous_go_their_own_ways(launches):
     (_, targets), (_, onlines) = (stores(n, counts=(32, 48, 64, 80, 96)) for n in (0, 1))
     onlines[1], onlines[3] = onlines[1].half(), onlines[3].half()

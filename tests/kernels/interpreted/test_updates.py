@@ -96,30 +96,31 @@ def test_the_step_is_as_exact_as_its_reference_and_stays_inside(dtype, averaged,
     def start():
         state = [values(0), values(1, dtype), values(2), [poison.guarded(x.square()) for x in values(3)]]
         nan = [poison.guarded(torch.full(shape, float("nan"), dtype=torch.float16)) for shape in SHAPES]
-        return state, values(4) if averaged else None, nan if copied else None
+        more = [poison.guarded(x.clone()) for x in nan] if averaged and copied else None
+        return state, values(4) if averaged else None, nan if copied else None, more
 
     results = {}
     for impl in ("triton", "reference", "again"):
-        state, targets, copies = start()
+        state, targets, copies, averages = start()
         steps = [torch.tensor(float(n)) for n in range(len(SHAPES))]
         adamw_ema_(
             *state, steps, lr=0.01, weight_decay=0.1, clip_scale=torch.tensor(0.7), found_inf=torch.tensor(skip),
-            targets=targets, momentum=0.9 if averaged else None, copies=copies,
+            targets=targets, momentum=0.9 if averaged else None, copies=copies, target_copies=averages,
             impl="triton" if impl == "again" else impl,
         )  # fmt: skip
-        touched = [*chain(*state), *(targets or []), *(copies or [])]
+        touched = [*chain(*state), *(targets or []), *(copies or []), *(averages or [])]
         assert all(poison.intact(x) for x in touched)
         results[impl] = [x.clone() for x in touched]
         if skip:
-            state, targets, copies = start()
-            before = [*chain(*state), *(targets or []), *(copies or [])]
+            state, targets, copies, averages = start()
+            before = [*chain(*state), *(targets or []), *(copies or []), *(averages or [])]
             assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(touched, before))
     assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(results["triton"], results["again"]))
     if skip:
         return
     scalars = exact_scalars(0.9 if averaged else 1.0)
-    state, targets, copies = start()
-    wide = [[x.double() for x in some] for some in (*state, targets or [], copies or [])]
+    state, targets, copies, averages = start()
+    wide = [[x.double() for x in some] for some in (*state, targets or [], copies or [], averages or [])]
     reference.adamw_ema_(*wide, scalars, 0.9, 0.999, 1e-8)
     for ours, eager, exact in zip(results["triton"], results["reference"], chain(*wide)):
         limit = 2 * yardstick.distance(eager, exact) + torch.finfo(ours.dtype).eps

@@ -4,7 +4,9 @@ import sys
 
 USAGE = """usage: python -m fastjepa VERB ...
   train SETTINGS.yaml [key=value ...]   pretrain; the same as python -m fastjepa.train
-  plan SETTINGS.yaml [key=value ...]    tokens, work, memory, batch and schedule of a run, without starting it
+  plan SETTINGS.yaml [--gpu NAME] [key=value ...]
+                                        tokens, schedule, work, memory, expected clips/s and days of a run on one GPU,
+                                        this machine's or a named one (h200, a100, ...), without starting it
   info                                  versions and devices
   --help                                every setting with its default and help"""
 
@@ -31,29 +33,55 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
+    """Exit code 0 also where the run would not fit: that is what was asked, and the last line answers it."""
     from fastjepa.configfile import from_command_line
 
-    settings, _ = from_command_line(arguments)
+    try:
+        rest, name = _take_gpu(arguments)
+    except ValueError as error:
+        _print(str(error), sys.stderr)
+        return 2
+    if not rest:
+        _print(USAGE, sys.stderr)
+        return 2
+    settings, _ = from_command_line(rest)
     import torch
 
-    from fastjepa import parallel
+    from fastjepa import gpus
     from fastjepa.build import build_jepa, build_masks
+    from fastjepa.forecast import forecast, heading
+    from fastjepa.memory import usable_memory
     from fastjepa.plan import describe, make_plan
 
     try:
-        device, reason = parallel.set_up(settings.runtime)
+        gpu, reason = (gpus.named(name), "named by --gpu") if name is not None else gpus.of_this_machine()
         masks = build_masks(settings)
         with torch.device("meta"):  # shapes only: a plan of the largest model costs no memory
             jepa = build_jepa(settings)
     except ValueError as error:
         _print(str(error), sys.stderr)
         return 2
-    _print(
-        "\n".join(
-            [f"device     {device} ({reason})", *describe(settings, make_plan(settings, jepa, masks, device), jepa)]
-        )
-    )
+    # What a GPU would do: `auto` compiles there.
+    compiled = settings.runtime.compile is not False
+    plan = make_plan(settings, jepa, masks, usable_memory(gpu), compiled=compiled)
+    _print("\n".join([heading(gpu, reason), *describe(settings, plan, jepa), *forecast(settings, plan, gpu)]))
     return 0
+
+
+def _take_gpu(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--gpu NAME` (or `--gpu=NAME`), and the name. Errors: ValueError where it is missing."""
+    rest, name = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--gpu":
+            name = next(remaining, "")
+        elif argument.startswith("--gpu="):
+            name = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if name == "":
+        raise ValueError("--gpu: expected the name of a GPU, given nothing, for example --gpu h200")
+    return rest, name
 
 
 def _info() -> int:

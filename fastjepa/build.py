@@ -1,9 +1,12 @@
 """Settings to objects."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from fastjepa.compiling import compiles, run_blocks
 from fastjepa.config import Settings
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.sampling import Augmentation, ClipPlan
@@ -12,8 +15,11 @@ from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, MaskCollator, RandomTubeMaskCollator
 from fastjepa.models import build_vit, vit_predictor
 from fastjepa.models.initialise import redraw_linears
+from fastjepa.models.layers import Attention
 from fastjepa.models.operations import LIBRARY, Operations
 from fastjepa.optim import OptimizerPass, Schedule
+from fastjepa.parallel import DTYPES
+from fastjepa.pieces import build_operations, explain_attention, update_kernels
 
 
 def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
@@ -52,6 +58,47 @@ def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
         execution=s.runtime.execution,
         operations=operations,
     )
+
+
+class Step(NamedTuple):
+    """A JEPA on its device, whether its blocks are compiled, and lines that tell how it runs."""
+
+    jepa: JEPA
+    compiled: bool
+    lines: list[str]
+
+
+def build_step(s: Settings, device: torch.device) -> Step:
+    """The JEPA, set up to run as the settings say.
+
+    Errors: ValueError where something that was asked for cannot run on this machine.
+    """
+    compiled = compiles(s.runtime, device)
+    if s.runtime.execution == "reference":
+        jepa = build_jepa(s).to(device)
+        lines = ["kernels    torch's own functions: the reference execution takes no others"]
+    else:
+        # Without truncation every clip has a length of its own.
+        own_lengths = s.mask.kind == "multiblock" and s.mask.truncation == "none"
+        group = 1 if own_lengths else s.group * s.data.clips_per_video
+        operations, lines = build_operations(
+            s.runtime.kernels,
+            s.runtime.attention,
+            device,
+            deterministic=s.runtime.deterministic,
+            flat=own_lengths and (compiled or device.type == "cuda"),
+            group=group if compiled else None,
+        )
+        jepa = build_jepa(s, operations).to(device)
+        like = torch.empty(0, device=device, dtype=DTYPES[s.optim.dtype])
+        sizes = [next(_attentions(network)) for network in (jepa.encoder, jepa.predictor)]
+        lines.append(explain_attention(operations, sizes, like))
+    lines.append(run_blocks(s.runtime, jepa, device, compiled))
+    return Step(jepa, compiled, lines)
+
+
+def _attentions(network: nn.Module) -> Iterator[Attention]:
+    return (module for module in network.modules() if isinstance(module, Attention))
 
 
 def build_masks(s: Settings) -> GeneratorCollator:
@@ -95,8 +142,16 @@ def build_schedule(s: Settings) -> Schedule:
     return Schedule(s.optim.steps, s.optim.warmup_steps, **values, ipe_scale=s.compat.ipe_scale)
 
 
-def build_optimizer_pass(s: Settings, jepa: JEPA, scaler: torch.amp.GradScaler | None) -> OptimizerPass:
-    """AdamW over the online networks, with the moving average of the target encoder."""
+def build_optimizer_pass(
+    s: Settings, jepa: JEPA, scaler: torch.amp.GradScaler | None, *, accumulation: int = 1
+) -> OptimizerPass:
+    """AdamW over the online networks, with the moving average of the target encoder.
+
+    The packed step in bfloat16 computes with copies of the matrices; the reference one leaves casts to autocast, as the
+    public code does.
+    """
+    packed = s.runtime.execution == "packed"
+    device = next(jepa.parameters()).device
     return OptimizerPass(
         jepa,
         build_schedule(s),
@@ -107,4 +162,7 @@ def build_optimizer_pass(s: Settings, jepa: JEPA, scaler: torch.amp.GradScaler |
         clip_per_network=s.compat.clip_per_network,
         ema_positions=s.compat.ema_positions,
         scaler=scaler,
+        copies=torch.bfloat16 if packed and s.optim.dtype == "bfloat16" else None,
+        accumulation=accumulation,
+        kernels=update_kernels(s.runtime.kernels, device) if packed else None,
     )

@@ -26,6 +26,9 @@ def _tuple(value: Any) -> Any:
 
 Pair = Annotated[tuple[float, float], BeforeValidator(_tuple)]
 Count = Annotated[int, Field(ge=1)]
+KernelName = Literal["auto", "library", "reference", "triton"]
+PieceKernel = Literal["auto", "library", "reference", "triton", "fused"]
+Piece = Literal["embed", "assemble", "norm", "mlp", "attention", "loss", "update"]
 ModelName = Literal[
     "vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant", "vit_gigantic"
 ]
@@ -161,7 +164,9 @@ class Optim(Section):
     clip_grad: float | None = setting(10.0, "largest gradient norm; null does not clip", gt=0)
     betas: Pair = setting((0.9, 0.999), "AdamW betas")
     eps: float = setting(1e-8, "AdamW epsilon", gt=0)
-    dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "autocast precision; weights stay float32")
+    dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16", "precision of matrix products; the weights that are trained stay float32"
+    )
     seed: int = setting(0, "seed of weights, clips and masks", ge=0, lt=2**63)
 
 
@@ -189,11 +194,26 @@ class Runtime(Section):
         "how the step is computed: packed does only the work that is needed, reference runs like the public code",
         "free",
     )
-    kernels: Literal["auto", "library", "reference", "triton"] = setting(
+    kernels: KernelName | dict[Piece, PieceKernel] = setting(
         "auto",
         "what computes the pieces of the packed step: library is torch's own functions, triton the fused kernels, "
-        "reference their plain form; auto takes kernels only where they are measured to be faster",
+        "reference their plain form; auto takes kernels only where they are measured to be faster; {mlp: fused, norm: "
+        "triton} names some pieces' own (fused computes the matrix product too, of mlp and embed)",
         "free",
+    )
+    attention: Literal[
+        "auto", "sdpa", "cudnn", "flash", "efficient", "math", "varlen", "xformers", "indexed", "padded"
+    ] = setting(
+        "auto", "attention of the packed step: a backend of fastjepa_kernels; auto takes the first that fits", "free"
+    )
+    compile: Literal["auto"] | bool = setting(
+        "auto", "torch.compile of every block; auto is true on a GPU with a C++ compiler at hand", "free"
+    )
+    recompute: int = setting(
+        0,
+        "first blocks of encoder and predictor that are computed again in the backward pass, to save memory (packed)",
+        "free",
+        ge=0,
     )
     threads: Count | None = setting(None, "CPU threads of the training process; null leaves it to torch", "free")
     deterministic: bool = setting(False, "deterministic kernels: bitwise repeatable on a GPU, slower", "free")

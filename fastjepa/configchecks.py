@@ -45,21 +45,61 @@ def _networks(s: Settings) -> Iterator[Mistake]:
         )
 
 
+# Pieces of the packed step whose kernels can compute the matrix product too.
+WITH_PRODUCT = ("embed", "mlp")
+
+
 def _execution(s: Settings) -> Iterator[Mistake]:
-    kernels = s.runtime.kernels
-    if s.runtime.execution == "reference" and kernels in ("reference", "triton"):
+    r = s.runtime
+    named = r.kernels if isinstance(r.kernels, dict) else {}
+    taken = {r.kernels} if isinstance(r.kernels, str) else set(named.values())
+    if r.execution == "reference":
+        for key, expected, given, wrong in (
+            ("kernels", "auto or library", _shown(r.kernels), taken - {"auto", "library"}),
+            ("attention", "auto", r.attention, r.attention != "auto"),
+            ("recompute", "0", r.recompute, r.recompute),
+        ):
+            if wrong:
+                yield (
+                    (f"runtime.{key}", "runtime.execution"),
+                    f"runtime.{key}: expected {expected} with runtime.execution reference, which runs like the public "
+                    f"code, given {given}",
+                )
+    for piece, name in named.items():
+        if name == "fused" and piece not in WITH_PRODUCT:
+            yield (
+                ("runtime.kernels",),
+                f"runtime.kernels: expected fused for {' or '.join(WITH_PRODUCT)}, whose kernels have a matrix "
+                f"product, given it for {piece}",
+            )
+    own = r.kernels if isinstance(r.kernels, str) else named.get("attention", "auto")
+    if r.attention != "auto" and named.get("attention", "auto") != "auto":
         yield (
-            ("runtime.kernels", "runtime.execution"),
-            f"runtime.kernels: expected auto or library with runtime.execution reference, which runs like the public "
-            f"code, given {kernels}",
+            ("runtime.attention", "runtime.kernels"),
+            f"runtime.attention: expected auto beside attention in runtime.kernels, which names another way, given "
+            f"{r.attention}",
         )
+    if r.attention == "xformers" and r.compile is True:
+        yield (
+            ("runtime.attention", "runtime.compile"),
+            "runtime.attention: expected another than xformers with runtime.compile true: its mask is built on the "
+            "host, and compiled code would be made anew in every step",
+        )
+    indexed = r.attention == "indexed" or (r.attention == "auto" and own in ("reference", "triton"))
     size = s.model.predictor_dim // (s.model.predictor_heads or HEADS[s.model.name])
-    if kernels in ("reference", "triton") and (size % 8 or not 16 <= size <= 128):
+    if indexed and (size % 8 or not 16 <= size <= 128):
+        key, expected = ("attention", "another") if r.attention == "indexed" else ("kernels", "auto or library")
         yield (
-            ("runtime.kernels", "model.predictor_dim", "model.predictor_heads"),
-            f"runtime.kernels: expected auto or library with a predictor head size of {size} (the kernels take 16 to "
-            f"128 in steps of 8), given {kernels}",
+            (f"runtime.{key}", "model.predictor_dim", "model.predictor_heads"),
+            f"runtime.{key}: expected {expected} with a predictor head size of {size} (the kernels take 16 to "
+            f"128 in steps of 8), given {r.attention if key == 'attention' else _shown(r.kernels)}",
         )
+
+
+def _shown(kernels: str | dict) -> str:
+    if isinstance(kernels, str):
+        return kernels
+    return "{" + ", ".join(f"{piece}: {name}" for piece, name in kernels.items()) + "}"
 
 
 def _clips(s: Settings) -> Iterator[Mistake]:

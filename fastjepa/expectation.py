@@ -24,6 +24,9 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
     if origin is Literal:
         values = [str(value) for value in typing.get_args(annotation)]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
+    if origin is dict:
+        key, value = (", ".join(typing.get_args(part)) for part in typing.get_args(annotation))
+        return f"a map from {key} to {value}"
     if origin is tuple:
         return (
             "two numbers [low, high]"

@@ -1,37 +1,30 @@
-"""The packed pass through `fastjepa_kernels`: `runtime.kernels` decides here, once, which implementation that is.
+"""The packed pass through `fastjepa_kernels`, in one of their implementations.
 
 Matrix products stay the library's; everything between them is one pass over memory each. Under autocast the kernels
 are given what autocast would cast, and write what the next matrix product reads.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastjepa_kernels as kernels
+from fastjepa.attending import Indexed, flat_layout
 from fastjepa.masks.tokens import TokenSet, flat_tokens, gather_tokens, number_of_clips, split_runs
-from fastjepa.models.layers import MLP, Attention, Block
-from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, Targets, split, stretches_of
+from fastjepa.models.layers import MLP, Block
+from fastjepa.models.operations import (
+    Patches,
+    Targets,
+    product_dtype,
+    split,
+    stretches_of,
+)
 from fastjepa.models.predictor import NOISE_STEPS, Draw, RowNoise, VisionTransformerPredictor
 from fastjepa.models.vision_transformer import VisionTransformer
-
-Kernels = Literal["auto", "library", "reference", "triton"]
-
-
-def operations_for(name: Kernels, device: torch.device) -> tuple[Operations, str]:
-    """What the packed pass runs through on this device, and why. Errors: ValueError where that cannot run here."""
-    if name == "library":
-        return LIBRARY, "torch's own functions, asked for"
-    if name == "auto":
-        return LIBRARY, "torch's own functions: no measurement says that fastjepa_kernels are faster here"
-    if name == "triton":
-        reason = kernels.why_not_triton(torch.empty(0, device=device))
-        if reason:
-            raise ValueError(f"runtime.kernels: expected what runs on this machine, given triton: {reason}")
-    return Fused(name), f"fastjepa_kernels, {name} implementations, asked for"
+from fastjepa.pixels import MEAN, STD
 
 
 class FusedTargets(Targets):
@@ -69,20 +62,28 @@ class FusedTargets(Targets):
         return kernels.layer_norm(rows, eps=1e-5, out_dtype=wide, impl=self.impl)
 
 
-class Fused(Operations):
-    """Every piece through one implementation of `fastjepa_kernels`."""
+class Fused(Indexed):
+    """Every piece through one implementation of `fastjepa_kernels`, attention as `Indexed`.
+
+    `with_product` takes the forms that compute the matrix product too, of the patch embedding and the feed-forward
+    layer, in place of a product of the library with a pass beside it.
+    """
 
     keyed_noise = True
 
-    def __init__(self, impl: kernels.Impl) -> None:
-        self.impl: kernels.Impl = impl
+    def __init__(self, impl: kernels.Impl, *, with_product: bool = False) -> None:
+        super().__init__(impl)
+        self.with_product = with_product
 
     def check(self, network: nn.Module) -> None:
-        """The kernels compute layer norms, the exact GELU, and attention without dropout."""
+        """Attention as `Indexed`, and the layers."""
+        super().check(network)
+        self.check_layers(network)
+
+    def check_layers(self, network: nn.Module) -> None:
+        """The kernels compute layer norms and the exact GELU."""
         for name, module in network.named_modules():
             wrong = (
-                (isinstance(module, Attention) and module.attn_drop.p > 0, "attention without dropout"),
-                (isinstance(module, Attention) and not module.use_sdpa, "use_sdpa=True"),
                 (isinstance(module, MLP) and not _exact_gelu(module.act), "the exact GELU"),
                 (isinstance(module, Block) and not isinstance(module.norm1, nn.LayerNorm), "layer norms"),
             )
@@ -110,10 +111,13 @@ class Fused(Operations):
     def _embed(self, encoder: VisionTransformer, patches: Patches, clips: Tensor, index: Tensor | None) -> Tensor:
         projection = encoder.patch_embed.proj
         assert isinstance(projection, nn.Conv2d | nn.Conv3d)
+        bytes_given = clips.dtype == torch.uint8
         return kernels.patch_embed_gather(
             clips, projection.weight.flatten(1), projection.bias, index,
             tubelet=encoder.tubelet_size if encoder.is_video else 1, patch=encoder.patch_size,
             position=encoder.positions(patches.grid)[0], impl=self.impl,
+            mean=MEAN if bytes_given else None, std=STD if bytes_given else None,
+            form="fused" if self.with_product and self.impl == "triton" else "auto",
         ).flatten(0, 1)  # fmt: skip
 
     def assemble(
@@ -130,7 +134,7 @@ class Fused(Operations):
         indices, lengths = [], []
         for sets in (masks_context, masks_target):
             indices.append(torch.cat([flat_tokens(s) for s in sets]))
-            lengths.append(_cumulative([stretch for s in sets for stretch in stretches_of(s)], table.device))
+            lengths.append(flat_layout([stretch for s in sets for stretch in stretches_of(s)], table.device).starts)
         token: Tensor | None = None
         asked: dict[str, Any] = {}
         if goal is None:
@@ -177,43 +181,37 @@ class Fused(Operations):
         assert isinstance(norm, nn.LayerNorm)
         return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, out_dtype=_written(x, kept), impl=self.impl)
 
-    def add_norm(
-        self, norm: nn.Module, projection: nn.Linear, y: Tensor, x: Tensor, drop: nn.Dropout, *, kept: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The product without its bias; bias, residual and norm in one pass, which gives the bias its gradient too."""
+    def norm_through(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the rows themselves is added in the backward pass of the norm."""
         assert isinstance(norm, nn.LayerNorm)
-        bias: Tensor | None = projection.bias
+        out_dtype = _written(x, kept=False)
+        return kernels.layer_norm_through(x, norm.weight, norm.bias, norm.eps, out_dtype=out_dtype, impl=self.impl)
+
+    def project(self, projection: nn.Linear, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The product without its bias, which `add_norm` adds and gives its gradient."""
+        return F.linear(y, projection.weight), projection.bias
+
+    def add_norm(
+        self, norm: nn.Module, y: Tensor, bias: Tensor | None, x: Tensor, drop: nn.Dropout, *, kept: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Bias, residual and norm in one pass, which gives the bias its gradient too."""
+        assert isinstance(norm, nn.LayerNorm)
         if drop.p and drop.training:  # what is dropped includes the bias
-            product, bias = drop(projection(y)), None
-        else:
-            product = F.linear(y, projection.weight)
+            y, bias = drop(y if bias is None else y + bias.to(y.dtype)), None
         return kernels.add_layer_norm(
-            product, x, norm.weight, norm.bias, norm.eps, x_bias=bias, out_dtype=_written(x, kept),
-            impl=self.impl,
-        )  # fmt: skip
+            y, x, norm.weight, norm.bias, norm.eps, x_bias=bias, out_dtype=_written(x, kept), impl=self.impl
+        )
 
     def hidden(self, mlp: MLP, x: Tensor) -> Tensor:
         """Bias and GELU in one pass after the product."""
         return mlp.drop(kernels.linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias, impl=self.impl))
 
-    def layout(self, stretches: list[Stretch], device: torch.device) -> tuple[Tensor, int]:
-        """Where clips begin, and the longest."""
-        return _cumulative(stretches, device), max(s.length for s in stretches)
-
-    def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
-        """One launch for all clips, straight from the packed projection and into its gradient."""
-        heads = (3, attention.num_heads, attention.head_dim)
-        mixed = kernels.indexed_attention(
-            attention.qkv(x).unflatten(-1, heads), cu_seqlens=layout[0], max_length=layout[1],
-            scale=attention.sdpa_scale, impl=self.impl,
-        )  # fmt: skip
-        return mixed.flatten(1)
-
-    def mix(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries of fewer rows than keys and values."""
-        heads = (attention.num_heads, attention.head_dim)
-        q, k, v = (t.unflatten(-1, heads) for t in (query, key, value))
-        return kernels.indexed_attention(q, k, v, scale=attention.sdpa_scale, impl=self.impl).flatten(2).flatten(0, 1)
+    def feed_forward(self, mlp: MLP, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """With products, GELU and its gradient are part of them."""
+        if not self.with_product or (mlp.drop.p and mlp.drop.training):
+            return super().feed_forward(mlp, x)
+        product = kernels.mlp(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, impl=self.impl)
+        return product, mlp.fc2.bias
 
     def move_(self, targets: list[Tensor], onlines: list[Tensor], momentum: float | Tensor) -> None:
         """Target, online weight and result in one pass."""
@@ -224,14 +222,8 @@ def _exact_gelu(act: nn.Module) -> bool:
     return isinstance(act, nn.GELU) and act.approximate == "none"
 
 
-def _cumulative(stretches: Sequence[Stretch], device: torch.device) -> Tensor:
-    """Where each clip's rows begin, and their end: int32 [clips + 1], made on the device."""
-    lengths = [torch.full((s.clips,), s.length, dtype=torch.int32, device=device) for s in stretches]
-    return F.pad(torch.cat(lengths).cumsum(0, dtype=torch.int32), (1, 0))
-
-
 def _written(x: Tensor, kept: bool) -> torch.dtype:
     """The dtype of a norm's result: what follows is a matrix product, unless the result is kept."""
     if kept:
         return torch.promote_types(x.dtype, torch.float32)
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return product_dtype(x)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.masks.tokens import TokenSet, apply_masks, number_of_clips, split_runs
+from fastjepa.masks.union import TargetUnion
 from fastjepa.models import VisionTransformer, VisionTransformerPredictor, packing
 from fastjepa.models.operations import LIBRARY, Operations, Targets, widened
 from fastjepa.models.predictor import Draw, draw_of_run
+from fastjepa.pixels import as_floats
 
 Execution = Literal["packed", "reference"]
 
@@ -70,8 +72,11 @@ class JEPA(nn.Module):
 
     @torch.no_grad()
     def target_features(self, clips: Tensor) -> Tensor:
-        """Target features of every token, normalised without affine, at least float32: [B, C, T, H, W] -> [B, N, E]."""
-        return Targets(self.target_encoder(clips)).every()
+        """Target features of every token, normalised without affine, at least float32: [B, C, T, H, W] -> [B, N, E].
+
+        `clips` as for `forward`.
+        """
+        return Targets(self.target_encoder(self._floats(clips))).every()
 
     def forward(
         self,
@@ -80,13 +85,16 @@ class JEPA(nn.Module):
         masks_target: Sequence[TokenSet],
         draws: Sequence[Draw] | None = None,
         collect: bool = False,
+        union: TargetUnion | None = None,
     ) -> JEPAOutput:
         """The loss of one batch: the mean over mask sets of the mean over clips of each clip's own mean.
 
-        `clips` float [B, C, T, H, W], normalised. `masks_context` and `masks_target`: M mask sets each, [B, K] int64 or
-        `Ragged`. `draws` hands in (timesteps [B], noise [B, Kt, P]) a mask set for the noised predictor. `collect`
-        keeps predictions and targets: [B, Kt, E] a set, or [R, E] rows where lengths differ.
-        Errors: ValueError where the numbers of mask sets, or of their clips, differ.
+        `clips` [B, C, T, H, W]: uint8, or floats that are normalised (`fastjepa.pixels`). `masks_context` and
+        `masks_target`: M mask sets each, [B, K] int64 or `Ragged`. `draws` hands in (timesteps [B], noise [B, Kt, P]) a
+        mask set for the noised predictor. `collect` keeps predictions and targets: [B, Kt, E] a set, or [R, E] rows
+        where lengths differ. `union` is that of `masks_target` (see `target_union`): packed execution then finishes
+        those tokens alone; the reference way needs none.
+        Errors: ValueError where the numbers of mask sets, or of their clips, differ, and for clips of other integers.
         """
         if len(masks_context) != len(masks_target) or not masks_context:
             raise ValueError(
@@ -98,9 +106,13 @@ class JEPA(nn.Module):
             described = number_of_clips(token_set)
             if described != len(clips):
                 raise ValueError(f"a mask set describes {described} clips, the batch has {len(clips)}")
-        run = self._packed if self.execution == "packed" else self._reference
-        predictions, targets = run(clips, masks_context, masks_target, draws)
-        errors = [targets.error(p, token_set, self.loss_exp) for p, token_set in zip(predictions, masks_target)]
+        if self.execution == "packed":
+            predictions, targets = self._packed(clips, masks_context, masks_target, draws, union)
+        else:
+            predictions, targets = self._reference(clips, masks_context, masks_target, draws)
+        # Where the targets stand in what the target encoder has finished.
+        asked = masks_target if union is None or self.execution == "reference" else union.places
+        errors = [targets.error(p, token_set, self.loss_exp) for p, token_set in zip(predictions, asked)]
         loss_jepa = torch.stack(errors).mean()
         loss, loss_reg = loss_jepa, None
         if self.reg_coeff:
@@ -110,13 +122,14 @@ class JEPA(nn.Module):
         output = JEPAOutput(loss, loss_jepa, loss_reg)
         if collect:
             output.predictions = [p.detach() for p in predictions]
-            output.targets = [targets.rows(token_set) for token_set in masks_target]
+            output.targets = [targets.rows(token_set) for token_set in asked]
         return output
 
     def _reference(
         self, clips: Tensor, context: Sequence[TokenSet], target: Sequence[TokenSet], draws: Sequence[Draw] | None
     ) -> tuple[list[Tensor], Targets]:
         """Predictions a mask set, and targets, the way the public code runs: every patch embedded in every pass."""
+        clips = self._floats(clips)
         with torch.no_grad():
             targets = Targets(self.target_encoder(clips))
         predictions = []
@@ -133,7 +146,12 @@ class JEPA(nn.Module):
         return predictions, targets
 
     def _packed(
-        self, clips: Tensor, context: Sequence[TokenSet], target: Sequence[TokenSet], draws: Sequence[Draw] | None
+        self,
+        clips: Tensor,
+        context: Sequence[TokenSet],
+        target: Sequence[TokenSet],
+        draws: Sequence[Draw] | None,
+        union: TargetUnion | None,
     ) -> tuple[list[Tensor], Targets]:
         """The same numbers: patches cut once, both sets in one encoder pass and in one predictor pass."""
         encoder, target_encoder, predictor = self.encoder, self.target_encoder, self.predictor
@@ -141,11 +159,16 @@ class JEPA(nn.Module):
         assert isinstance(predictor, VisionTransformerPredictor)
         operations = self.operations
         patches = operations.cut(encoder, clips)
+        index, asked = (None, target) if union is None else (union.index, union.places)
         with torch.no_grad():
-            targets = operations.targets(packing.encode_all(target_encoder, patches, operations))
-            goals = None if predictor.mask_tokens is not None else [targets.rows(token_set) for token_set in target]
-        contexts = packing.encode_sets(encoder, patches, context, operations)
-        return packing.predict_sets(predictor, contexts, goals, context, target, draws, operations), targets
+            targets = operations.targets(packing.encode_all(target_encoder, patches, operations, index))
+            goals = None if predictor.mask_tokens is not None else [targets.rows(token_set) for token_set in asked]
+        features = packing.encode_sets(encoder, patches, context, operations)
+        return packing.predict_sets(predictor, features, goals, context, target, draws, operations), targets
+
+    def _floats(self, clips: Tensor) -> Tensor:
+        """Clips as an encoder takes them: bytes are normalised in the dtype of its weights."""
+        return as_floats(clips, next(self.target_encoder.parameters()).dtype, channel=1)
 
     @torch.no_grad()
     def update_target(self, momentum: float | Tensor, *, every_parameter: bool = False) -> None:

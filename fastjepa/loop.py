@@ -3,6 +3,7 @@
 import resource
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +16,16 @@ from fastjepa.config import Settings
 from fastjepa.data.loader import Batch, make_loader, running
 from fastjepa.data.replaced import ReplacedFiles
 from fastjepa.data.source import Videos
+from fastjepa.data.upload import uploaded
 from fastjepa.evaluation import draw_pictures, run_probe, should_probe
 from fastjepa.exits import Exit
+from fastjepa.gpus import peak_flops
 from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog, duration
 from fastjepa.masks import GeneratorCollator
 from fastjepa.noise import noise_draws
 from fastjepa.optim import OptimizerPass
-from fastjepa.plan import Plan, peak_flops
+from fastjepa.plan import Plan
 from fastjepa.probe import ProbeStopped
 from fastjepa.runfolder import RunFolder
 from fastjepa.signals import Interrupts
@@ -74,7 +77,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.scaler = parallel.gradient_scaler(self.device, self.settings.optim.dtype)
-        self.update: OptimizerPass = build_optimizer_pass(self.settings, self.jepa, self.scaler)
+        self.update: OptimizerPass = build_optimizer_pass(
+            self.settings, self.jepa, self.scaler, accumulation=self.plan.accumulation
+        )
         self.patience = BAD_STEPS_IN_A_ROW if self.scaler is None else BAD_STEPS_IN_A_ROW_FLOAT16
         self.clock = Clock()
         self.failed_saves = 0
@@ -86,17 +91,14 @@ class Trainer:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint by name; live ones, so that loading writes into them."""
-        return {**self.jepa.state_dict(), **self.update.state()}
-
     def restore(self) -> int:
         """Continue from the newest intact checkpoint; returns the step to start with."""
         found = checkpoint.newest(self.run.checkpoints, self.log.say)
         if found is None:
             self.log.rewind(0)
             return 0
-        checkpoint.load(found, self.tensors())
+        checkpoint.load(found, self.update.tensors())
+        self.update.restored()
         if self.scaler is not None:
             self.scaler.load_state_dict(found.trainer["scaler"])
         self.saved_step = found.step
@@ -114,7 +116,7 @@ class Trainer:
         }
         try:
             checkpoint.save(
-                self.run.checkpoints, step, self.tensors(), trainer, self.settings.checkpoint.keep, self.log.say
+                self.run.checkpoints, step, self.update.tensors(), trainer, self.settings.checkpoint.keep, self.log.say
             )
         except checkpoint.SaveFailed as error:
             self.failed_saves += 1
@@ -137,7 +139,7 @@ class Trainer:
             return Exit.DONE
         log.status("training", first)
         log.start_progress(first)
-        with running(self._loader(first, last)) as batches:
+        with running(self._loader(first, last)) as loaded, closing(uploaded(loaded, self.device)) as batches:
             ended = self._steps(first, last, batches)
         log.stop_progress()
         return self._finish(last) if ended is None else ended
@@ -179,7 +181,7 @@ class Trainer:
         loss, loss_jepa, features = torch.zeros((), device=self.device), torch.zeros((), device=self.device), None
         for part in range(parts):
             if part and self.interrupts.received is not None:
-                self.update.optimizer.zero_grad(set_to_none=True)
+                self.update.drop_gradients()
                 return None
             batch = self._next(batches)
             draws = None
@@ -188,7 +190,7 @@ class Trainer:
                 keyed = self.jepa.operations.keyed_noise
                 draws = noise_draws(s.optim.seed, batch.slots, batch.masks_target, width, self.device, keyed=keyed)
             with parallel.autocast(self.device, s.optim.dtype):
-                out = self.jepa(batch.clips, batch.masks_context, batch.masks_target, draws)
+                out = self.jepa(batch.clips, batch.masks_context, batch.masks_target, draws, union=batch.union)
                 if look and part + 1 == parts:
                     # One clip of each video: clips of the same one are too alike to tell what is trivial.
                     features = self.jepa.target_features(batch.clips[:: s.data.clips_per_video])
@@ -209,9 +211,11 @@ class Trainer:
             batch_size=self.plan.batch_size,
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            tokens=self.plan.tokens,
         )
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch on the device; the time until the loader gives what is asked of it counts as waited."""
         began = time.perf_counter()
         batch = next(batches)
         self.clock.waited += time.perf_counter() - began
@@ -223,7 +227,7 @@ class Trainer:
             if number <= SHORT_FILES_NAMED:
                 more = f"; further ones are listed in {self.short_files.path}" if number == SHORT_FILES_NAMED else ""
                 self.log.say(f"short file {path}: {reason}; another video takes its place{more}")
-        return batch.to(self.device)
+        return batch
 
     def _report(self, step: int, done: StepDone) -> None:
         assert done.health is not None, "a step is reported only after its health was measured"
@@ -272,9 +276,10 @@ class Trainer:
                 self.log.say(why_not)
             return True
         try:
-            run_probe(
-                self.settings, self.jepa, self.videos, self.log, step, lambda: self.interrupts.received is not None
-            )
+            with self.update.masters.in_place():
+                run_probe(
+                    self.settings, self.jepa, self.videos, self.log, step, lambda: self.interrupts.received is not None
+                )
         except ProbeStopped:
             if self.saved_step != step:
                 self.save(step)

@@ -1,4 +1,4 @@
-"""Schedules, parameter groups, and the optimizer pass: clip, finite check, AdamW, moving average.
+"""Schedules, parameter groups, and the optimizer pass: clip, finite check, AdamW, moving average, compute copies.
 
 Source of the formulas: the published V-JEPA recipe (arXiv 2404.08471, appendix), as pure functions of the step.
 """
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from math import cos, pi
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastjepa.jepa import JEPA
+from fastjepa.masters import Masters
+from fastjepa.updates import KernelUpdate, Weight, grad, norm_of, slots_of, weights_of, widen
+from fastjepa_kernels import Impl
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,11 @@ class OptimizerPass:
 
     A step whose loss or gradients are not finite changes neither weights nor moments nor the target encoder; `skipped`
     and `skipped_in_a_row` (0-dim float32 on the device) count such steps and are read by whoever logs.
+
+    With `copies` (bfloat16) the pass owns float32 masters of the matrices, and the modules hold copies of them (see
+    `Masters`); the gradients of `accumulation` micro-batches are then summed in float32. `kernels` names an
+    implementation of `fastjepa_kernels.adamw_ema_`, which does all that follows the norms in one pass over memory;
+    None takes torch's functions, with the same numbers to rounding and the same state.
     """
 
     def __init__(
@@ -100,13 +108,23 @@ class OptimizerPass:
         clip_per_network: bool = False,
         ema_positions: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        copies: torch.dtype | None = None,
+        accumulation: int = 1,
+        kernels: Impl | None = None,
     ) -> None:
         self.jepa, self.schedule = jepa, schedule
         self.clip_grad, self.clip_from_step, self.clip_per_network = clip_grad, clip_from_step, clip_per_network
-        self.ema_positions = ema_positions
-        self.scaler = scaler
-        # The fused form reads `found_inf` on the device and leaves weights, moments and step count alone where it is 1.
-        self.optimizer = torch.optim.AdamW(parameter_groups(jepa), lr=schedule.lr, betas=betas, eps=eps, fused=True)
+        self.ema_positions, self.scaler, self.accumulation = ema_positions, scaler, accumulation
+        self.masters = Masters(jepa, copies)
+        groups = parameter_groups(jepa)
+        self.weights = weights_of(jepa, self.masters, groups)
+        masters = {id(weight.parameter): weight.master for weight in self.weights}
+        for group in groups:
+            group["params"] = [masters[id(parameter)] for parameter in group["params"]]
+        # Holds the state either way. The fused form reads `found_inf` on the device and leaves weights, moments and
+        # step count alone where it is 1.
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=betas, eps=eps, fused=True)
+        self.kernels = None if kernels is None else KernelUpdate(kernels, self.optimizer, self.weights)
         device = next(jepa.encoder.parameters()).device
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
@@ -114,7 +132,15 @@ class OptimizerPass:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch; `loss` is already divided by the number of micro-batches."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if self.accumulation > 1:
+            widen(self.weights)
 
+    def drop_gradients(self) -> None:
+        """Forget what micro-batches have accumulated."""
+        for weight in self.weights:
+            weight.parameter.grad = weight.master.grad = None
+
+    @torch.no_grad()
     def step(self, step: int, loss: Tensor) -> StepNorms:
         """Apply the accumulated gradients of step `step`. `loss` is the detached loss of the whole step."""
         lr, decay = self.schedule.lr_at(step), self.schedule.weight_decay_at(step)
@@ -123,27 +149,76 @@ class OptimizerPass:
             group["weight_decay"] = decay if group["decayed"] else 0.0
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norms = self._clip(step)
-        bad = 1.0 - (torch.isfinite(norms.total) & torch.isfinite(loss)).float()
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-        self.optimizer.step()
+        norms = self._norms()
+        scales = self._scales(norms) if self.clip_grad is not None and step >= self.clip_from_step else None
+        # One question for both: a sum of what is not finite is not finite.
+        bad = (~torch.isfinite(norms.total + loss)).float()
+        momentum = self.schedule.momentum_at(step)
+        moved = [weight for weight in self.weights if weight.gradient is not None]
+        if self.kernels is None:
+            self._by_torch(moved, scales, bad)
+            moved = []
+        else:
+            self.kernels.step(moved, scales, bad, lr=lr, weight_decay=decay, momentum=momentum)
+        self._average(moved, bad, momentum)
         if self.scaler is not None:
             self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        momentum = self.schedule.momentum_at(step)
-        self.jepa.update_target(momentum + bad.double() * (1.0 - momentum), every_parameter=self.ema_positions)
+        self.drop_gradients()
         self.skipped += bad
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
         return norms
 
-    def _clip(self, step: int) -> StepNorms:
-        networks = [_with_gradients(self.jepa.encoder), _with_gradients(self.jepa.predictor)]
-        norms = [nn.utils.get_total_norm([p.grad for p in network if p.grad is not None]) for network in networks]
-        total = torch.stack(norms).square().sum().sqrt()
-        if self.clip_grad is not None and step >= self.clip_from_step:
-            for network, norm in zip(networks, norms):
-                nn.utils.clip_grads_with_norm_(network, self.clip_grad, norm if self.clip_per_network else total)
-        return StepNorms(norms[0], norms[1], total)
+    def _norms(self) -> StepNorms:
+        norms = [
+            norm_of([w.gradient for w in self.weights if w.of_encoder is network and w.gradient is not None])
+            for network in (True, False)
+        ]
+        return StepNorms(norms[0], norms[1], torch.linalg.vector_norm(torch.stack(norms)))
+
+    def _scales(self, norms: StepNorms) -> tuple[Tensor, Tensor]:
+        """What the gradients of encoder and predictor are multiplied by: 1 where the norm is below the limit."""
+        if not self.clip_per_network:
+            together = self._scale(norms.total)
+            return together, together
+        return self._scale(norms.encoder), self._scale(norms.predictor)
+
+    def _scale(self, norm: Tensor) -> Tensor:
+        assert self.clip_grad is not None
+        return (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+
+    def _by_torch(self, weights: list[Weight], scales: tuple[Tensor, Tensor] | None, bad: Tensor) -> None:
+        """Clipping and AdamW, a pass each."""
+        widen(weights)
+        for of_encoder, scale in zip((True, False), scales or ()):
+            gradients = [grad(w.master) for w in weights if w.of_encoder is of_encoder]
+            if gradients:
+                torch._foreach_mul_(gradients, scale)
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def _average(self, done: list[Weight], bad: Tensor, momentum: float) -> None:
+        """The moving average of every target that is not `done`, unless the step is bad; copies of what has changed."""
+        names = {weight.name for weight in done}
+        left = [weight for weight in self.weights if weight.name not in names]
+        pairs = [(weight.target, weight.master.data) for weight in left if weight.target is not None]
+        if self.ema_positions:
+            frozen = zip(self.jepa.target_encoder.parameters(), self.jepa.encoder.parameters())
+            pairs += [(target.data, online.data) for target, online in frozen if not online.requires_grad]
+        if pairs:
+            stay = momentum + bad.double() * (1.0 - momentum)
+            self.jepa.operations.move_([target for target, _ in pairs], [online for _, online in pairs], stay)
+        if not done:
+            self.masters.refresh()
+        elif any(w.target_copy is not None for w in left):
+            self.masters.refresh([f"target_{w.name}" for w in left if w.target_copy is not None])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint by name, live: the weights in float32, and the state of the optimizer."""
+        return {**self.jepa.state_dict(), **self.masters.tensors(), **self.state()}
+
+    def restored(self) -> None:
+        """To be called after values were written into `tensors`: the modules' copies follow."""
+        self.masters.refresh()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors of the optimizer by parameter name: moments, step counts, skipped steps.
@@ -152,17 +227,7 @@ class OptimizerPass:
         first step) are made as zeros.
         """
         state = {"optim.skipped": self.skipped, "optim.skipped_in_a_row": self.skipped_in_a_row}
-        for name, parameter in self.jepa.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            slots = self.optimizer.state[parameter]
-            if not slots:
-                slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                slots["exp_avg"] = torch.zeros_like(parameter)
-                slots["exp_avg_sq"] = torch.zeros_like(parameter)
-            state |= {f"optim.{key}.{name}": value for key, value in slots.items()}
+        for weight in self.weights:
+            slots = slots_of(self.optimizer, weight.master)
+            state |= {f"optim.{key}.{weight.name}": value for key, value in slots.items()}
         return state
-
-
-def _with_gradients(network: nn.Module) -> list[nn.Parameter]:
-    return [p for p in network.parameters() if p.grad is not None]

@@ -1,62 +1,112 @@
 """Numbers that follow from the settings, before a run spends anything: tokens, work, memory, batch, schedule ends."""
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
+from torch import nn
 
 from fastjepa.build import build_schedule
 from fastjepa.config import Settings
+from fastjepa.costs import Network, SetTokens, StepShape, step_work
 from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, Ragged, TokenSet
-from fastjepa.models import VisionTransformer
+from fastjepa.memory import STATE, held_bytes
+from fastjepa.models import VisionTransformer, VisionTransformerPredictor
 
-DRAWS = 32
-# bf16 tensor-core peak of one chip, dense, in FLOP/s: what MFU is counted against.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
+# Steps, each with its own block size, and clips whose masks are drawn to count tokens: a fraction of a second.
+MOST_DRAWS, MOST_CLIPS = 128, 3072
+# Larger forward passes are hardly faster, and every group of clips has its own masks anyway.
+MOST_AUTOMATIC = 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Derived numbers of a run. Tokens are means a clip; FLOP and bytes are a model's figures, not measurements."""
+    """Derived numbers of a run. Tokens are means a clip; FLOP and bytes are a model's figures, not measurements.
 
-    tokens: int
-    context: tuple[float, ...]
-    target: tuple[float, ...]
+    `flop_per_clip` is the work that the mathematics needs, whatever `runtime.execution` does: what MFU counts.
+    """
+
+    shape: StepShape
     flop_per_clip: float
-    state_bytes: int
-    activation_bytes_per_clip: float
-    batch_size: int
-    accumulation: int
+    held: dict[str, float]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a clip."""
+        return self.shape.tokens
+
+    @property
+    def context(self) -> tuple[float, ...]:
+        """Context tokens of every mask set."""
+        return tuple(s.context for s in self.shape.sets)
+
+    @property
+    def target(self) -> tuple[float, ...]:
+        """Target tokens of every mask set."""
+        return tuple(s.target for s in self.shape.sets)
+
+    @property
+    def batch_size(self) -> int:
+        """Clips of one forward pass."""
+        return self.shape.batch
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one step."""
+        return self.shape.parts
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes that are held whatever the batch: weights, gradients, moments, target encoder."""
+        return sum(self.held[name] for name in STATE)
 
 
 def make_plan(
-    s: Settings, jepa: JEPA, masks: GeneratorCollator, device: torch.device, before: int | None = None
+    s: Settings,
+    jepa: JEPA,
+    masks: GeneratorCollator,
+    usable: float,
+    before: int | None = None,
+    *,
+    compiled: bool = False,
 ) -> Plan:
     """Work out the derived numbers, and the batch size where it is `auto`.
 
+    `usable` are the bytes that the run may hold (`fastjepa.memory.usable_memory`), `compiled` whether its blocks are.
     `before` is what `auto` came to when the run began: another size would round differently and end the bitwise resume.
     """
-    encoder = jepa.encoder
-    assert isinstance(encoder, VisionTransformer)
-    context, target = _mean_tokens(s, masks)
-    state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in jepa.parameters())
-    activations = _activation_bytes(s, encoder, context, target)
+    shape = _shape(s, jepa, masks, compiled)
     batch = s.data.batch_size
     if batch == "auto":
-        usable = before and s.optim.global_batch % before == 0 and before % s.data.clips_per_video == 0
-        batch = before if before is not None and usable else _fitting(s, state, activations, device)
-    return Plan(
-        encoder.num_patches,
-        context,
-        target,
-        _flop(s, encoder, context, target),
-        state,
-        activations,
-        batch,
-        s.optim.global_batch // batch,
-    )
+        kept = before and s.optim.global_batch % before == 0 and before % s.data.clips_per_video == 0
+        fitting = [b for b in batch_sizes(s) if b <= max(MOST_AUTOMATIC, s.data.clips_per_video)]
+        largest = largest_fitting(s, shape, usable, fitting) or fitting[0]
+        batch = before if before is not None and kept else largest
+    shape = at_batch(s, shape, batch)
+    minimal = replace(shape, packed=True, batch=1, parts=1, recomputed=0)
+    return Plan(shape, sum(item.flop for item in step_work(minimal)), held_bytes(shape))
+
+
+def batch_sizes(s: Settings) -> list[int]:
+    """Every possible batch, ascending: divisors of the global batch, in whole videos."""
+    clips = s.data.clips_per_video
+    return [clips * videos for videos in range(1, s.videos_per_step + 1) if s.videos_per_step % videos == 0]
+
+
+def largest_fitting(s: Settings, shape: StepShape, usable: float, sizes: Sequence[int]) -> int | None:
+    """The largest of these batches whose step holds at most `usable` bytes, or None."""
+    fitting = [size for size in sizes if sum(held_bytes(at_batch(s, shape, size)).values()) <= usable]
+    return max(fitting, default=None)
+
+
+def at_batch(s: Settings, shape: StepShape, batch: int) -> StepShape:
+    """The same step with another batch a forward pass."""
+    videos = batch // s.data.clips_per_video
+    group = {"tube": videos, "multiblock": 1 if s.mask.truncation == "none" else s.group}[s.mask.kind]
+    runs = ceil(videos / group)  # with one length each: tubes all have the same
+    return replace(shape, batch=batch, parts=s.optim.global_batch // batch, runs=runs)
 
 
 def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
@@ -68,7 +118,7 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
         f"set {i}: {c:.0f} context, {t:.0f} target" for i, (c, t) in enumerate(zip(plan.context, plan.target))
     )
     noise = f", noise: {s.model.noise}" if s.model.targets == "noised" else ""
-    state, kept = plan.state_bytes / 1e9, plan.activation_bytes_per_clip * plan.batch_size / 1e9
+    state, kept = plan.state_bytes, plan.held["activations"]
     lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last)))
     decays = " -> ".join(f"{schedule.weight_decay_at(step):.3g}" for step in (0, last))
     momenta = " -> ".join(f"{schedule.momentum_at(step):.5g}" for step in (0, last))
@@ -80,10 +130,14 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
         f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated, "
         f"{s.optim.dtype}, execution {s.runtime.execution}",
         f"work       {plan.flop_per_clip / 1e12:.3g} TFLOP a clip; memory by the model: "
-        f"{state:.2g} GB state + {kept:.2g} GB activations",
+        f"{_gigabytes(state)} state + {_gigabytes(kept)} activations",
         f"schedule   {s.optim.steps} steps, {s.optim.warmup_steps} of warm-up; lr {lrs}, weight decay {decays}, "
         f"momentum {momenta}",
     ]
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:.2g} GB" if number < 1e11 else f"{number / 1e9:.0f} GB"
 
 
 def _rule(s: Settings) -> str:
@@ -93,14 +147,6 @@ def _rule(s: Settings) -> str:
     videos = s.data.clips_per_video > 1
     group = f"group of {s.group}" + " videos" * videos + (" (the whole batch)" if s.group < s.mask.group else "")
     return f"{s.mask.kind} masks, truncation {s.mask.truncation}, {group}"
-
-
-def _fitting(s: Settings, state: int, activations: float, device: torch.device) -> int:
-    """The largest divisor of the global batch, up to 64, in whole videos, whose activations fit beside the state."""
-    room = max(0.0, 0.6 * (_memory(device) - state))
-    clips = s.data.clips_per_video
-    most = max(1, min(int(room // activations), s.optim.global_batch, 64) // clips)
-    return clips * max(videos for videos in range(1, most + 1) if s.videos_per_step % videos == 0)
 
 
 def _clips(s: Settings) -> str:
@@ -120,72 +166,86 @@ def _clips(s: Settings) -> str:
     return "; ".join(parts)
 
 
-def _mean_tokens(s: Settings, masks: GeneratorCollator) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def fuses(s: Settings) -> bool:
+    """Whether kernels run the elementwise work of the blocks, which is most of it."""
+    kernels = s.runtime.kernels
+    chosen = [kernels] * 2 if isinstance(kernels, str) else [kernels.get("norm"), kernels.get("mlp")]
+    return all(name in ("triton", "fused") for name in chosen)
+
+
+def _shape(s: Settings, jepa: JEPA, masks: GeneratorCollator, compiled: bool) -> StepShape:
+    """The step at one clip a forward pass."""
+    encoder, predictor = jepa.encoder, jepa.predictor
+    assert isinstance(encoder, VisionTransformer) and isinstance(predictor, VisionTransformerPredictor)  # noqa: PT018
+    sets, union = _mean_tokens(s, masks, encoder.num_patches)
+    packed, half = s.runtime.execution == "packed", s.optim.dtype != "float32"
+    shape = StepShape(
+        encoder=_network(encoder, encoder.blocks),
+        predictor=_network(predictor, predictor.predictor_blocks),
+        tokens=encoder.num_patches,
+        patch_values=3 * s.data.tubelet * s.data.patch**2,
+        sets=sets,
+        union=union,
+        batch=1,
+        parts=1,
+        runs=1,
+        packed=packed,
+        fused=fuses(s),
+        compiled=compiled,
+        recomputed=s.runtime.recompute,
+        value_bytes=2 if half else 4,
+        pixel_bytes=4 if s.data.erase else 1,  # erased boxes hold noise that bytes cannot
+        masters=packed and s.optim.dtype == "bfloat16",
+        loss_scaled=s.optim.dtype == "float16",
+        noised=s.model.targets == "noised",
+        clipped=s.optim.clip_grad is not None,
+        regularised=s.loss.reg_coeff > 0,
+    )
+    return at_batch(s, shape, s.data.clips_per_video)
+
+
+def _network(network: nn.Module, blocks: nn.ModuleList) -> Network:
+    block, counts = blocks[0], {True: 0, False: 0}
+    for parameter in network.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    first = block.mlp.fc1  # type: ignore[union-attr]
+    assert isinstance(first, nn.Linear)
+    heads = block.attn.num_heads  # type: ignore[union-attr]
+    assert isinstance(heads, int)
+    return Network(first.in_features, len(blocks), heads, first.out_features, counts[True], counts[False])
+
+
+def _mean_tokens(s: Settings, masks: GeneratorCollator, tokens: int) -> tuple[tuple[SetTokens, ...], float]:
+    """Means over clips of the masks that the run draws, a mask set each, and of the tokens that any set predicts."""
     # In videos: their clips share masks, so the mean over videos is the mean over clips.
     group = s.group if s.mask.truncation != "none" else min(8, s.videos_per_step)
-    sums = [[0.0] * s.mask.number_of_sets, [0.0] * s.mask.number_of_sets]
-    draws = max(1, min(DRAWS, 256 // group))
+    draws = max(1, min(MOST_DRAWS, MOST_CLIPS // group))
+    counted: list[list[tuple[int, int]]] = [[] for _ in range(s.mask.number_of_sets)]
+    union = 0
     for step in range(draws):
-        slots = range(step * s.videos_per_step, step * s.videos_per_step + group)
-        for side, sets in enumerate(masks.draw(step, slots)):
-            for number, token_set in enumerate(sets):
-                sums[side][number] += _tokens(token_set) / group / draws
-    return tuple(sums[0]), tuple(sums[1])
+        context, target = masks.draw(step, range(step * s.videos_per_step, step * s.videos_per_step + group))
+        for pairs, c_set, t_set in zip(counted, context, target):
+            pairs.extend((len(c), len(t)) for c, t in zip(_by_clip(c_set), _by_clip(t_set)))
+        asked = torch.zeros(group, tokens, dtype=torch.bool)
+        for t_set in target:
+            for clip, index in enumerate(_by_clip(t_set)):
+                asked[clip, index] = True
+        union += int(asked.sum())
+    return tuple(_set_tokens(pairs) for pairs in counted), union / (draws * group)
 
 
-def _tokens(token_set: TokenSet) -> int:
-    return sum(token_set.lengths) if isinstance(token_set, Ragged) else token_set.numel()
+def _by_clip(token_set: TokenSet) -> Sequence[torch.Tensor]:
+    return token_set.index.split(list(token_set.lengths)) if isinstance(token_set, Ragged) else list(token_set)
 
 
-def _flop(s: Settings, encoder: VisionTransformer, context: tuple[float, ...], target: tuple[float, ...]) -> float:
-    """FLOP of one clip, forward and backward, with the work that the mathematics needs.
+def _set_tokens(pairs: list[tuple[int, int]]) -> SetTokens:
+    def mean(values: list[int]) -> float:
+        return sum(values) / len(values)
 
-    A multiply-add counts 2; backward twice the forward; kept patches embedded once a pass; the predictor's last layer
-    only for target rows.
-    """
-    width, depth = encoder.embed_dim, len(encoder.blocks)
-    block = sum(p.numel() for p in encoder.blocks[0].parameters() if p.ndim > 1)
-    narrow, layers = s.model.predictor_dim, s.model.predictor_depth
-    pixels = 3 * s.data.tubelet * s.data.patch**2
-    n = encoder.num_patches
-    small = 12 * narrow**2
-    target_pass = 2 * n * (pixels * width + depth * block) + depth * 4 * n * n * width
-    total = float(target_pass)
-    for c, t in zip(context, target):
-        total += 3 * depth * (2 * c * block + 4 * c * c * width) + 2 * 2 * c * pixels * width
-        rows = c + t
-        total += 3 * (layers - 1) * (2 * rows * small + 4 * rows * rows * narrow)
-        total += 3 * (2 * t * small + 2 * c * 2 * narrow**2 + 4 * t * rows * narrow)
-        total += 3 * 2 * (c + t) * width * narrow
-        if s.model.targets == "noised":  # target features are projected too; nothing flows back into them
-            total += 2 * 2 * t * width * narrow
-    return total
-
-
-def _activation_bytes(
-    s: Settings, encoder: VisionTransformer, context: tuple[float, ...], target: tuple[float, ...]
-) -> float:
-    """Bytes kept for the backward pass of one clip: about 34 values a token and channel in every block (eager)."""
-    size = 4 if s.optim.dtype == "float32" else 2
-    values = sum(context) * encoder.embed_dim * len(encoder.blocks)
-    values += (sum(context) + sum(target)) * s.model.predictor_dim * s.model.predictor_depth * 1.5
-    # The target pass keeps nothing, but its widest layer is alive for a moment.
-    return 34.0 * size * values + 12.0 * size * encoder.num_patches * encoder.embed_dim
-
-
-def _memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1])
-    available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, float(text))
-    return available
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """bf16 peak of the device, where it is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
+    return SetTokens(
+        mean([c for c, _ in pairs]),
+        mean([t for _, t in pairs]),
+        mean([c * c for c, _ in pairs]),
+        mean([(c + t) ** 2 for c, t in pairs]),
+        mean([t * (c + t) for c, t in pairs]),
+    )

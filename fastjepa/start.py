@@ -10,18 +10,18 @@ from pathlib import Path
 from rich.console import Console
 
 from fastjepa import config, parallel
-from fastjepa.build import build_jepa, build_masks
+from fastjepa.build import build_masks, build_step
 from fastjepa.checkpoint import CheckpointError
 from fastjepa.config import Settings
 from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
 from fastjepa.data.source import open_videos
 from fastjepa.evaluation import should_probe
 from fastjepa.exits import Exit
-from fastjepa.fused import operations_for
 from fastjepa.interop import WeightsRefused, load_weights, read_weights
 from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog
 from fastjepa.loop import Trainer
+from fastjepa.memory import usable_memory
 from fastjepa.plan import describe, make_plan
 from fastjepa.runfolder import open_run
 from fastjepa.signals import Interrupts
@@ -32,8 +32,8 @@ def start(settings: Settings, name: str) -> Exit:
     try:
         device, reason = parallel.set_up(settings.runtime)
         masks = build_masks(settings)
-        operations, why = operations_for(settings.runtime.kernels, device)
-        jepa = build_jepa(settings, operations).to(device)
+        step = build_step(settings, device)
+        jepa = step.jepa
         videos = open_videos(settings.data.path, settings.optim.seed, _progress())
         should_probe(settings, videos)
         weights = _initial_weights(settings, name, videos.fingerprint, jepa)
@@ -44,7 +44,8 @@ def start(settings: Settings, name: str) -> Exit:
         return Exit.WRONG_INPUT
     with log, Interrupts() as interrupts:
         workers = _workers(settings)
-        plan = make_plan(settings, jepa, masks, device, run.batch_size())
+        usable = usable_memory(device)
+        plan = make_plan(settings, jepa, masks, usable, run.batch_size(), compiled=step.compiled)
         run.remember_batch_size(plan.batch_size)
         decoder = "pyav (asked for)" if settings.data.decoder == "pyav" else "pyav (the only one so far)"
         for line in (
@@ -53,7 +54,7 @@ def start(settings: Settings, name: str) -> Exit:
             *weights,
             f"data       {videos.description}; {len(videos.train)} for pretraining",
             f"device     {device} ({reason}); {workers} loader workers; decoder {decoder}",
-            f"kernels    {why}",
+            *step.lines,
             *describe(settings, plan, jepa),
         ):
             log.say(line)

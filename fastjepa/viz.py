@@ -10,8 +10,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastjepa.data.transforms import MEAN, STD
 from fastjepa.masks import TokenSet, split_runs
+from fastjepa.pixels import MEAN, STD
 
 CONTEXT, TARGET, GREY = "#1f77b4", "#d62728", "#8c8c8c"
 
@@ -40,8 +40,8 @@ def mask_picture(
 ) -> None:
     """The first clip of a batch with its masks, a column a token slot in time, as a PNG.
 
-    `clip` is normalised float32 [C, T, H, W]. A row with the clip, then for each mask set one row with what the
-    encoder sees and one with what is predicted; the rest is darkened.
+    `clip` is uint8 or normalised float32 [C, T, H, W]. A row with the clip, then for each mask set one row with what
+    the encoder sees and one with what is predicted; the rest is darkened.
     """
     frames = _pixels(clip)[::tubelet]
     slots, height, width = len(frames), clip.shape[-2] // patch, clip.shape[-1] // patch
@@ -67,7 +67,7 @@ def mask_picture(
 def clip_picture(clips: Sequence[Tensor], titles: Sequence[str], tubelet: int, path: Path) -> None:
     """Clips as the network sees them, a row each and a column a token slot in time, as a PNG.
 
-    `clips` are normalised float32 [C, T, H, W] of one shape and are shown with the normalisation undone.
+    `clips` are uint8 or normalised float32 [C, T, H, W] of one shape; floats are shown with the normalisation undone.
     """
     shown = [_pixels(clip)[::tubelet] for clip in clips]
     slots = len(shown[0])
@@ -90,6 +90,8 @@ def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
 
 def _pixels(clip: Tensor) -> np.ndarray:
     """[T, H, W, C] in 0..1."""
+    if clip.dtype == torch.uint8:
+        return (clip.permute(1, 2, 3, 0).float() / 255).numpy()
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (MEAN, STD))
     return (clip * std + mean).clamp(0, 1).permute(1, 2, 3, 0).numpy()
 

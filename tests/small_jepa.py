@@ -33,8 +33,15 @@ def clips(count):
     return torch.randn(count, 3, 4, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def masks(count, group=None, truncation="group", first=0):
-    """Two mask sets whose lengths differ between groups."""
+def byte_clips(count):
+    """Clips of bytes, black and white among them."""
+    pixels = torch.randint(256, (count, 3, 4, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels[:, :, 0, 0, 0], pixels[:, :, 0, 0, 1] = 0, 255
+    return pixels
+
+
+def masks(count, group=None, truncation="group", first=0, step=0):
+    """Two mask sets whose lengths differ between groups, and between steps."""
     generators = [
         MultiBlockMaskGenerator(
             32, 4, 8, spatial_pred_mask_scale=(scale, scale), temporal_pred_mask_scale=(0.5, 0.5), npred=blocks,
@@ -42,7 +49,7 @@ def masks(count, group=None, truncation="group", first=0):
         )
         for number, (scale, blocks) in enumerate([(0.25, 3), (0.5, 2)])
     ]  # fmt: skip
-    pairs = [generator.draw(0, range(first, first + count)) for generator in generators]
+    pairs = [generator.draw(step, range(first, first + count)) for generator in generators]
     return [list(sets) for sets in zip(*pairs)]
 
 

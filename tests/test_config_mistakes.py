@@ -1,6 +1,7 @@
 """Wrong settings: every mistake is one sentence that names its place, and never another error."""
 
 import re
+from typing import get_args
 
 import pytest
 
@@ -59,7 +60,7 @@ LARGE = {
     f"optim.{key}" for key in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "clip_grad", "eps")
 }
 LARGE |= {"model.qk_scale", "data.cache_gb", "data.duration", "loss.exponent", "loss.reg_coeff", "compat.ipe_scale"}
-BOOL = {key for key, field in config.fields() if isinstance(field.default, bool)}
+BOOL = {key for key, field in config.fields() if isinstance(field.default, bool) or bool in get_args(field.annotation)}
 VALUES = {
     "null": NULL,
     "[7]": set(),

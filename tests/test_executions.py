@@ -32,7 +32,7 @@ def batches(tmp_path_factory):
         videos = open_videos(s.data.path, s.optim.seed, lambda done, total: None)
         loader = make_loader(
             build_dataset(s, videos), build_masks(s), first_step=0, last_step=STEPS, global_batch=CLIPS,
-            batch_size=CLIPS, workers=0, pin_memory=False,
+            batch_size=CLIPS, workers=0, pin_memory=False, tokens=build_jepa(s).encoder.num_patches,
         )  # fmt: skip
         with running(loader) as iterator:
             return list(iterator)
@@ -44,7 +44,8 @@ def losses(batches):
 
     @functools.cache
     def train(execution, dtype, *overrides):
-        s = configfile.load(DEMO, [*FEWER, f"runtime.execution={execution}", *overrides])
+        rounded = "bfloat16" if dtype == "bfloat16" else "float32"
+        s = configfile.load(DEMO, [*FEWER, f"runtime.execution={execution}", f"optim.dtype={rounded}", *overrides])
         weights = torch.float64 if dtype == "float64" else torch.float32
         jepa = build_jepa(s).to(weights)
         update = build_optimizer_pass(s, jepa, None)
@@ -54,8 +55,9 @@ def losses(batches):
             if s.model.targets == "noised":
                 pairs = noise_draws(s.optim.seed, batch.slots, batch.masks_target, s.model.predictor_dim, CPU)
                 draws = [(timesteps, noise.to(weights)) for timesteps, noise in pairs]
-            with parallel.autocast(CPU, "bfloat16" if dtype == "bfloat16" else "float32"):
-                loss = jepa(batch.clips.to(weights), batch.masks_context, batch.masks_target, draws).loss
+            with parallel.autocast(CPU, rounded):
+                out = jepa(batch.clips, batch.masks_context, batch.masks_target, draws, union=batch.union)
+                loss = out.loss
             update.backward(loss)
             update.step(step, loss.detach())
             values.append(loss.item())
@@ -75,5 +77,6 @@ def test_both_executions_train_alike_for_200_steps(losses, path):
 def test_in_bfloat16_packed_stays_as_near_to_full_precision_as_the_reference(losses):
     """Against float64: a float32 run is itself as far from it at the end as a bfloat16 one."""
     exact = losses("reference", "float64")
-    packed, reference = ((losses(e, "bfloat16") - exact).abs().mean().item() for e in ("packed", "reference"))
-    assert 0 < packed <= 2 * reference
+    packed, reference = ((losses(e, "bfloat16") - exact).abs() for e in ("packed", "reference"))
+    for steps in (50, STEPS):
+        assert 0 < packed[:steps].mean() <= 2 * reference[:steps].mean()

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjepa import configfile
 from fastjepa.exits import Exit
-from fastjepa.fused import Fused, operations_for
+from fastjepa.fused import Fused
 from fastjepa.jepa import JEPA
+from fastjepa.masks import target_union
 from fastjepa.models.operations import LIBRARY
 from fastjepa.noise import noise_draws
 from tests.small_jepa import assert_same, clips, gradients, make, masks, ragged
@@ -52,7 +53,8 @@ def draws_for(jepa, sets):
 
 @pytest.mark.parametrize("lengths", ["dense", "groups", "equal rows, as ragged", "every clip its own"])
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients_are_those_of_the_library(case, lengths):
+@pytest.mark.parametrize("with_product", [False, True], ids=["", "products"])
+def test_losses_and_gradients_are_those_of_the_library(case, lengths, with_product):
     jepa = make(widths=WIDTHS, **CASES[case])
     video = clips(6)
     context, target = masks(
@@ -61,12 +63,13 @@ def test_losses_and_gradients_are_those_of_the_library(case, lengths):
     if "ragged" in lengths:
         context, target = ([ragged(s) for s in side] for side in (context, target))
     draws = draws_for(jepa, target) if "noised" in case else None
+    union = target_union(target, 32)
     found = []
-    for operations in (LIBRARY, Fused("reference")):
+    for operations in (LIBRARY, Fused("reference", with_product=with_product)):
         one = deepcopy(jepa)
         one.operations = operations
         with Counted() as counted:
-            out = one(video, context, target, draws, collect=True)
+            out = one(video, context, target, draws, collect=True, union=union)
             out.loss.backward()
         found.append((out, gradients(one), counted.names))
     (library, expected, none), (fused, got, names) = found
@@ -75,7 +78,8 @@ def test_losses_and_gradients_are_those_of_the_library(case, lengths):
     for ours, theirs in zip(fused.targets + fused.predictions, library.targets + library.predictions):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
     assert not none
-    forward = "layer_norm add_layer_norm bias_gelu indexed_attention patch_embed_gather target_loss assemble_tokens"
+    forward = "layer_norm add_layer_norm indexed_attention patch_embed_gather target_loss assemble_tokens"
+    forward += " mlp gelu_product_backward" if with_product else " bias_gelu bias_gelu_backward"
     assert {f"{name}_reference" for name in forward.split()} <= names, names
 
 
@@ -119,7 +123,6 @@ def test_a_run_takes_the_kernels_it_is_told_to(run, more):
 
 
 def test_without_a_measurement_the_library_is_taken(run):
-    assert operations_for("auto", CPU)[0] is LIBRARY
     _, folder = run("runtime.stop_at=1")
     assert "kernels    torch's own functions: no measurement says" in (folder / "train.log").read_text()
 
@@ -146,7 +149,7 @@ def test_networks_that_the_kernels_would_compute_otherwise_are_refused():
     jepa = make(widths=WIDTHS)
     arguments = {"operations": Fused("reference")}
     jepa.predictor.predictor_blocks[1].attn.attn_drop.p = 0.1
-    with pytest.raises(ValueError, match=r"expected attention without dropout in predictor_blocks\.1\.attn"):
+    with pytest.raises(ValueError, match=r"expected no dropout and use_sdpa=True in predictor_blocks\.1\.attn"):
         JEPA(jepa.encoder, jepa.predictor, **arguments)
     jepa.predictor.predictor_blocks[1].attn.attn_drop.p = 0.0
     jepa.encoder.blocks[0].mlp.act = torch.nn.GELU("tanh")

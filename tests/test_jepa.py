@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastjepa.jepa import JEPA
-from fastjepa.masks import apply_masks
+from fastjepa.masks import apply_masks, target_union
 from fastjepa.models import VisionTransformer, vit_predictor
 from tests.small_jepa import GRID, assert_same, clips, gradients, make, masks, part, ragged
 
@@ -141,7 +141,8 @@ def test_micro_batches_add_up_to_the_whole_batch(size, weight):
 
 
 @pytest.mark.parametrize("noised", [False, True])
-def test_both_executions_give_the_same_numbers(noised):
+@pytest.mark.parametrize("known", [False, True], ids=["", "union"])
+def test_both_executions_give_the_same_numbers(noised, known):
     results = []
     for execution in ("reference", "packed"):
         jepa, batch, (context, target) = make(execution, noised, reg_coeff=0.1), clips(3), masks(3)
@@ -152,7 +153,9 @@ def test_both_executions_give_the_same_numbers(noised):
                 (torch.tensor([0, 2, 5]), torch.randn(*s.shape, 12, dtype=torch.float64, generator=generator))
                 for s in target
             ]
-        out = jepa(batch, context, target, draws=draws, collect=True)
+        union = target_union(target, 32) if known else None
+        assert union is None or union.index.shape[1] < 32
+        out = jepa(batch, context, target, draws=draws, collect=True, union=union)
         out.loss.backward()
         seen = jepa.encoder(batch, context[1])
         kept = {"timesteps": draws[1][0], "noise": draws[1][1]} if noised else {}
@@ -164,6 +167,18 @@ def test_both_executions_give_the_same_numbers(noised):
     for one, other in zip(packed.predictions + packed.targets, reference.predictions + reference.targets):
         torch.testing.assert_close(one, other)
     assert_same(got, want)
+
+
+@pytest.mark.parametrize("lengths", ["group", "none"])
+def test_only_the_targets_pass_through_the_last_block_of_the_target_encoder(lengths):
+    """What other tokens would become is read by nobody, and never computed."""
+    jepa, batch, (context, target) = make(), clips(4), masks(4, group=2, truncation=lengths)
+    want = jepa(batch, context, target).loss
+    union, rows = target_union(target, 32), []
+    jepa.target_encoder.blocks[-1].mlp.fc1.register_forward_hook(lambda module, given, out: rows.append(len(given[0])))
+    torch.testing.assert_close(jepa(batch, context, target, union=union).loss, want, rtol=1e-12, atol=0)
+    assert rows == [union.index.numel()]
+    assert union.index.numel() < 4 * 32
 
 
 @pytest.mark.parametrize("set_kind", ["dense", "groups"])

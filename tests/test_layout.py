@@ -45,15 +45,25 @@ def test_settings_import_nothing_of_ours_and_no_torch():
 @pytest.mark.parametrize(
     ("prefix", "allowed"),
     [
-        ("fastjepa.models", {"models", "masks"}),
+        ("fastjepa.pixels", set()),
+        ("fastjepa.models", {"models", "masks", "pixels"}),
         ("fastjepa.masks", {"masks", "streams"}),
         ("fastjepa.streams", set()),
-        ("fastjepa.jepa", {"models", "masks"}),
-        ("fastjepa.optim", {"jepa"}),
+        ("fastjepa.jepa", {"models", "masks", "pixels"}),
+        ("fastjepa.masters", {"jepa"}),
+        ("fastjepa.updates", {"jepa", "masters"}),
+        ("fastjepa.optim", {"jepa", "masters", "updates"}),
         ("fastjepa.noise", {"masks", "models", "streams"}),
-        ("fastjepa.fused", {"masks", "models"}),
-        ("fastjepa.data", {"data", "masks", "streams"}),
+        ("fastjepa.attending", {"models"}),
+        ("fastjepa.fused", {"attending", "masks", "models", "pixels"}),
+        ("fastjepa.pieces", {"attending", "config", "fused", "models"}),
+        ("fastjepa.compiling", {"config", "jepa", "pieces"}),
+        ("fastjepa.data", {"data", "masks", "pixels", "streams"}),
         ("fastjepa.health", set()),
+        ("fastjepa.costs", set()),
+        ("fastjepa.gpus", set()),
+        ("fastjepa.roofline", {"costs", "gpus"}),
+        ("fastjepa.memory", {"costs", "gpus"}),
         ("fastjepa.parallel", {"config"}),
         ("fastjepa.checkpoint", set()),
         ("fastjepa.signals", {"exits"}),
@@ -81,7 +91,7 @@ def test_kernels_know_nothing_of_fastjepa():
 
 
 def test_models_know_no_machines():
-    for name in room("fastjepa.models") + room("fastjepa.masks") + ["fastjepa.jepa"]:
+    for name in room("fastjepa.models") + room("fastjepa.masks") + ["fastjepa.jepa", "fastjepa.pixels"]:
         banned = ("torch.distributed", "torch.cuda", "logging", "rich")
         assert not [m for m in imports(MODULES[name]) if m.startswith(banned)], name
 

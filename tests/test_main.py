@@ -30,8 +30,8 @@ def test_info_names_versions_and_devices(capsys):
     assert "cuda" in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"]])
-def test_an_unknown_verb_shows_the_usage(capsys, arguments):
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["plan"], ["plan", "--gpu", "h200"]])
+def test_an_unknown_verb_or_a_plan_of_nothing_shows_the_usage(capsys, arguments):
     assert main(arguments) == 2
     assert "usage: python -m fastjepa" in capsys.readouterr().err
 

@@ -14,8 +14,9 @@ from fastjepa import probe, viz
 from fastjepa.data.dataset import Reader
 from fastjepa.data.sampling import central_box, clip_frames
 from fastjepa.data.source import open_videos
-from fastjepa.data.transforms import cut, normalise
+from fastjepa.data.transforms import cut
 from fastjepa.masks import Ragged
+from fastjepa.pixels import normalise
 from fastjepa.probe import Accuracy, Cut, ProbeStopped, linear_accuracy
 
 CUT = Cut(frames=8, stride=1, crop=32)
@@ -305,8 +306,14 @@ def test_the_grid_marks_the_tokens_of_the_first_clip(kind):
         )
 
 
+def as_bytes(pixels):
+    """Pixels in 0..1 as the nearest grey levels."""
+    return (pixels * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("given", ["floats", "bytes"])
 @pytest.mark.parametrize("kind", ["dense", "ragged"])
-def test_the_picture_shows_kept_tokens_and_darkens_the_others(kind, tmp_path, monkeypatch):
+def test_the_picture_shows_kept_tokens_and_darkens_the_others(kind, given, tmp_path, monkeypatch):
     drawn = []
     imshow = matplotlib.axes.Axes.imshow
 
@@ -319,7 +326,11 @@ def test_the_picture_shows_kept_tokens_and_darkens_the_others(kind, tmp_path, mo
     pixels = pixels / 2 + 0.5  # brighter than anything darkened
     context, target = token_sets(kind)
     path = tmp_path / "viz" / "masks.png"
-    viz.mask_picture(normalise(pixels * 255), context, target, TUBELET, PATCH, path)
+    if given == "bytes":
+        clip, pixels = as_bytes(pixels), as_bytes(pixels) / 255
+    else:
+        clip = normalise(pixels * 255)
+    viz.mask_picture(clip, context, target, TUBELET, PATCH, path)
 
     everything = list(range(SLOTS * HEIGHT * WIDTH))
     order = [everything] + [first_clip(s) for pair in zip(context, target) for s in pair]
@@ -341,7 +352,8 @@ def test_the_picture_shows_kept_tokens_and_darkens_the_others(kind, tmp_path, mo
         assert 400 < picture.height < 2000
 
 
-def test_the_clip_picture_shows_frames_with_the_normalisation_undone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", ["floats", "bytes"])
+def test_the_clip_picture_shows_frames_with_the_normalisation_undone(given, tmp_path, monkeypatch):
     drawn = []
     imshow = matplotlib.axes.Axes.imshow
 
@@ -352,7 +364,11 @@ def test_the_clip_picture_shows_frames_with_the_normalisation_undone(tmp_path, m
     monkeypatch.setattr(matplotlib.axes.Axes, "imshow", watched)
     pixels = torch.rand(3, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "viz" / "clips.png"
-    viz.clip_picture([normalise(clip * 255) for clip in pixels], ["a", "b", "c"], 2, path)
+    if given == "bytes":
+        shown, pixels = as_bytes(pixels), as_bytes(pixels) / 255
+    else:
+        shown = [normalise(clip * 255) for clip in pixels]
+    viz.clip_picture(list(shown), ["a", "b", "c"], 2, path)
     assert len(drawn) == 3 * 3
     for place, image in enumerate(drawn):
         want = pixels[place // 3][:, 2 * (place % 3)].permute(1, 2, 0).numpy()

@@ -45,6 +45,15 @@ def test_verbs_work_as_written(capsys, monkeypatch):
         assert capsys.readouterr().out
 
 
+def test_the_excerpt_of_a_plan_is_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    excerpt = README.partition("<!-- plan -->\n```\n")[2].partition("\n```\n<!-- /plan -->")[0].splitlines()
+    assert len(excerpt) > 5
+    assert main(["plan", "configs/vith.yaml", "--gpu", "h200", "data.batch_size=48"]) == 0
+    printed = iter(capsys.readouterr().out.splitlines())
+    assert all(line in printed for line in excerpt)  # in this order: `in` goes on where it found the last one
+
+
 def test_recipes_and_pictures_that_are_named_exist():
     for name in {*re.findall(r"configs/\w+\.yaml", README), *re.findall(r"\((docs/[^)]+)\)", README)}:
         assert (ROOT / name).is_file(), name
@@ -93,6 +102,19 @@ def test_the_comparison_of_the_two_targets_comes_from_their_result_files():
         assert value["motion trained"] - value["motion untrained"] >= 10
         for task in ("motion", "shape"):  # the comparison is fair: both begin with the same encoder
             assert value[f"{task} untrained"] == tokens[seed][f"{task} untrained"]
+
+
+def test_the_census_comes_from_its_result_file():
+    (path,) = sorted((ROOT / "bench" / "results").glob("census-*.json"))
+    assert path.name in README
+    result = json.loads(path.read_text())
+    assert result["complete"]
+    found = {(row["name"], *row["parameters"].values()): row["value"] for row in result["rows"]}
+    for model, shown in (("vitl", "ViT-L/16"), ("vith", "ViT-H/16")):
+        for figure, unit, form in (("bytes", "GB moved", ",.1f"), ("launches", "launches", ",")):
+            ways = [format(found[figure, model, way, "total"], form) for way in ("reference", "packed")]
+            fewer = found[f"times fewer {figure}", model]
+            assert f"| {shown}, {unit} | {ways[0]} | {ways[1]} | {fewer:.2f} |" in README
 
 
 def test_the_speed_of_the_packed_execution_comes_from_its_result_file():

@@ -392,11 +392,11 @@ def test_stop_at_before_the_resumed_step_changes_nothing(run, capsys):
 
 
 def test_an_automatic_batch_size_is_kept_for_the_resume(run, monkeypatch):
-    from fastjepa import plan
+    from fastjepa import start
 
     _, whole = run("data.batch_size=auto", folder="whole")
     run("data.batch_size=auto", "runtime.stop_at=4", folder="parts")
-    monkeypatch.setattr(plan, "_memory", lambda device: 0.0)  # a machine with less room would choose 1
+    monkeypatch.setattr(start, "usable_memory", lambda device: 0.0)  # a machine with less room would choose 1
     _, parts = run("data.batch_size=auto", folder="parts")
     assert losses(parts) == losses(whole)
 

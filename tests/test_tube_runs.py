@@ -50,7 +50,7 @@ def test_a_tube_run_has_one_mask_set_and_one_mask_token(recipe):
 def test_the_plan_tells_the_ratio_and_nothing_of_cutting(recipe):
     s = settings(recipe)
     jepa = build_jepa(s)
-    plan = make_plan(s, jepa, build_masks(s), torch.device("cpu"))
+    plan = make_plan(s, jepa, build_masks(s), 1e12)
     assert (plan.context, plan.target) == (pytest.approx((8,)), pytest.approx((24,)))
     (line,) = (line for line in describe(s, plan, jepa) if line.startswith("tokens"))
     assert line == "tokens     32 a clip; set 0: 8 context, 24 target; tube masks, ratio 0.7"

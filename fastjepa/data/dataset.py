@@ -19,7 +19,7 @@ INFOS_KEPT = 20_000
 
 @dataclass
 class Sample:
-    """The clips of one video: normalised float32 [C, T, H, W] each, and the video slot.
+    """The clips of one video, [C, T, H, W] each: uint8, or normalised float32 in a run that erases; its video slot.
 
     `bad` are the files that could not be read on the way to it, `short` those that were passed over for their length:
     (path, reason) pairs.
@@ -85,11 +85,14 @@ class Reader:
 class ClipDataset(Dataset[Sample]):
     """The clips of every video slot. A video that cannot be used is replaced by another, chosen by the slot alone.
 
-    That is one that cannot be read, or with `filter_short` one of fewer frames than a clip spans.
+    That is one that cannot be read, or with `filter_short` one of fewer frames than a clip spans. Clips are uint8,
+    rounded to grey levels; where `plan` erases, all of them are normalised float32.
     """
 
     def __init__(self, reader: Reader, plan: ClipPlan, crop: int, *, filter_short: bool = False) -> None:
         self.reader, self.plan, self.crop, self.filter_short = reader, plan, crop, filter_short
+        # One dtype for a whole run: clips of a batch are stacked.
+        self.floats = plan.augmentation.erase > 0
 
     def __getitem__(self, slot: int) -> Sample:
         """The sample of a video slot. Errors: TooManyBadFiles where no video at all can be used."""
@@ -118,7 +121,7 @@ class ClipDataset(Dataset[Sample]):
                 bad.append((self.reader.paths[video], str(error)))
                 continue
             parts = np.split(frames, clips)
-            cuts = [transform(part, draw, self.crop) for part, draw in zip(parts, draws)]
+            cuts = [transform(part, draw, self.crop, floats=self.floats) for part, draw in zip(parts, draws)]
             return Sample(cuts, slot, bad, short)
         raise TooManyBadFiles(self._nothing_left(bad, short))
 

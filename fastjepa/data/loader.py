@@ -12,22 +12,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastjepa.data.dataset import ClipDataset, Sample
-from fastjepa.masks import GeneratorCollator, TokenSet, repeat_clips
+from fastjepa.masks import GeneratorCollator, TargetUnion, TokenSet, repeat_clips, target_union
 
 # How often a worker that got SIGTERM looks whether its parent is still finishing its step and saving.
 SECONDS_TO_SAVE = 30
 
 
 class Batch(NamedTuple):
-    """One forward pass: clips float32 [B, C, T, H, W], M context and M target mask sets, slots of the clips.
+    """One forward pass: clips [B, C, T, H, W], M context and M target mask sets, slots of the clips.
 
-    `bad` are unreadable files met on the way, `short` videos passed over for their length: (path, reason) pairs. The
-    clips of one video are neighbours.
+    Clips are uint8, or normalised float32 in a run that erases; those of one video are neighbours. `union` is that of
+    the target sets (see `target_union`). `bad` are unreadable files met on the way, `short` videos passed over for
+    their length: (path, reason) pairs.
     """
 
     clips: Tensor
     masks_context: list[TokenSet]
     masks_target: list[TokenSet]
+    union: TargetUnion
     slots: tuple[int, ...]
     bad: list[tuple[str, str]]
     short: list[tuple[str, str]]
@@ -38,6 +40,7 @@ class Batch(NamedTuple):
             clips=self.clips.to(device, non_blocking=True),
             masks_context=[s.to(device, non_blocking=True) for s in self.masks_context],
             masks_target=[s.to(device, non_blocking=True) for s in self.masks_target],
+            union=self.union.to(device, non_blocking=True),
         )
 
 
@@ -61,17 +64,19 @@ class SlotBatches(Sampler[list[int]]):
 class Collate:
     """Samples of one micro-batch to a Batch, with the masks of its step, which the clips of a video share."""
 
-    def __init__(self, masks: GeneratorCollator, videos_per_step: int) -> None:
-        self.masks, self.videos_per_step = masks, videos_per_step
+    def __init__(self, masks: GeneratorCollator, videos_per_step: int, tokens: int) -> None:
+        self.masks, self.videos_per_step, self.tokens = masks, videos_per_step, tokens
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Stack clips and draw masks."""
         slots, clips = [sample.slot for sample in samples], len(samples[0].clips)
         context, target = self.masks.draw(slots[0] // self.videos_per_step, slots)
+        target = [repeat_clips(token_set, clips) for token_set in target]
         return Batch(
             torch.stack([clip for sample in samples for clip in sample.clips]),
             [repeat_clips(token_set, clips) for token_set in context],
-            [repeat_clips(token_set, clips) for token_set in target],
+            target,
+            target_union(target, self.tokens),
             tuple(slot * clips + number for slot in slots for number in range(clips)),
             [entry for sample in samples for entry in sample.bad],
             [entry for sample in samples for entry in sample.short],
@@ -88,16 +93,18 @@ def make_loader(
     batch_size: int,
     workers: int,
     pin_memory: bool,
+    tokens: int,
 ) -> Iterable[Batch]:
     """Batches of the steps [first_step, last_step): the same for every number of workers.
 
-    `global_batch` and `batch_size` count clips, and are multiples of the clips that a video gives.
+    A clip has so many `tokens`. `global_batch` and `batch_size` count clips, and are multiples of the clips that a
+    video gives.
     """
     videos_per_step = global_batch // dataset.plan.clips_per_video
     return DataLoader(
         dataset,
         batch_sampler=SlotBatches(first_step, last_step, videos_per_step, batch_size // dataset.plan.clips_per_video),
-        collate_fn=Collate(masks, videos_per_step),
+        collate_fn=Collate(masks, videos_per_step, tokens),
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent,

@@ -7,29 +7,26 @@ from torch import Tensor
 
 from fastjepa.data.augment import augment
 from fastjepa.data.sampling import Box, ClipDraw, shifted_boxes
-
-# ImageNet statistics on the 0..1 scale, as published.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from fastjepa.pixels import normalise
 
 
-def normalise(clip: Tensor, white: float = 255.0) -> Tensor:
-    """float32 [C, T, H, W] in 0..white -> zero mean and unit variance over natural images."""
-    mean = torch.tensor(MEAN).view(-1, 1, 1, 1) * white
-    std = torch.tensor(STD).view(-1, 1, 1, 1) * white
-    return (clip - mean) / std
+def transform(frames: np.ndarray, draw: ClipDraw, size: int, *, floats: bool = False) -> Tensor:
+    """uint8 [T, H, W, 3] -> uint8 [3, T, size, size]: augment, crop and resize, mirror; the published order.
 
-
-def transform(frames: np.ndarray, draw: ClipDraw, size: int) -> Tensor:
-    """uint8 [T, H, W, 3] -> float32 [3, T, size, size]: augment, crop and resize, mirror, normalise, erase.
-
-    The published order. Augmented clips are resized and normalised on the 0..1 scale instead of 0..255, as published;
-    the two differ by rounding.
+    Resized values are rounded to the nearest grey level, which costs at most half of one against the published clip;
+    networks normalise them. `floats` gives the published clip itself, normalised float32, and erases: the noise of
+    erasing is drawn in that space. Augmented clips are resized on the 0..1 scale instead of 0..255, as published; the
+    two differ by rounding. Errors: ValueError for an erased clip without `floats`.
     """
+    if draw.erase is not None and not floats:
+        raise ValueError("transform: expected floats=True for a clip with erasing, whose noise has no grey levels")
     white = 255.0
     if draw.augment is not None:
         frames, white = augment(frames, draw.augment), 1.0
-    clip = cut(frames, draw.box, draw.flip, size, draw.end_box, white)
+    clip = _picture(frames, draw.box, draw.flip, size, draw.end_box, white)
+    if not floats:
+        return clip.mul_(255.0 / white).round_().clamp_(0, 255).to(torch.uint8)
+    clip = normalise(clip, white)
     if draw.erase is not None:
         box = draw.erase.box
         window = clip[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
@@ -37,13 +34,18 @@ def transform(frames: np.ndarray, draw: ClipDraw, size: int) -> Tensor:
     return clip
 
 
-def cut(
-    frames: np.ndarray, box: Box, flip: bool, size: int, end_box: Box | None = None, white: float = 255.0
-) -> Tensor:
-    """uint8 [T, H, W, 3] -> normalised float32 [3, T, size, size]: crop, resize, mirror.
+def cut(frames: np.ndarray, box: Box, flip: bool, size: int) -> Tensor:
+    """uint8 [T, H, W, 3] -> normalised float32 [3, T, size, size]: crop, resize, mirror, without rounding.
 
-    Bilinear without antialiasing on half-pixel centres, the same box in every frame (the published transform) or one
-    that moves linearly to `end_box`. `white` is the value of a white pixel while resizing.
+    Bilinear without antialiasing on half-pixel centres, the same box in every frame: the published transform.
+    """
+    return normalise(_picture(frames, box, flip, size, None, 255.0))
+
+
+def _picture(frames: np.ndarray, box: Box, flip: bool, size: int, end_box: Box | None, white: float) -> Tensor:
+    """float32 [3, T, size, size] in 0..white: cropped, resized and mirrored, in memory of its own.
+
+    The box is the same in every frame, or moves linearly to `end_box`.
     """
     if end_box is None:
         clip = _resized(frames, box, size, white)
@@ -52,7 +54,7 @@ def cut(
         clip = torch.cat([_resized(frames[i : i + 1], moved, size, white) for i, moved in enumerate(boxes)])
     if flip:
         clip = clip.flip(-1)
-    return normalise(clip.permute(1, 0, 2, 3).contiguous(), white)
+    return clip.permute(1, 0, 2, 3).contiguous()
 
 
 def _resized(frames: np.ndarray, box: Box, size: int, white: float) -> Tensor:

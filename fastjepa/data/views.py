@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastjepa.data.transforms import normalise
+from fastjepa.pixels import normalise
 
 # OpenCV's bilinear weights are whole numbers of 1 / 2048.
 WEIGHT_ONE = 1 << 11

@@ -4,6 +4,7 @@ from fastjepa.masks.collate import DefaultCollator, GeneratorCollator, MaskColla
 from fastjepa.masks.multiblock3d import MultiBlockMaskGenerator
 from fastjepa.masks.random_tube import RandomTubeMaskGenerator
 from fastjepa.masks.tokens import Ragged, TokenSet, apply_masks, repeat_clips, split_runs
+from fastjepa.masks.union import TargetUnion, target_union
 
 __all__ = [
     "DefaultCollator",
@@ -13,8 +14,10 @@ __all__ = [
     "Ragged",
     "RandomTubeMaskCollator",
     "RandomTubeMaskGenerator",
+    "TargetUnion",
     "TokenSet",
     "apply_masks",
     "repeat_clips",
     "split_runs",
+    "target_union",
 ]

@@ -35,9 +35,10 @@ class Ragged:
 
     def weights(self) -> Tensor:
         """Weight of every row in the mean over clips of each clip's own mean: float64 [R], summing to 1."""
-        lengths = torch.tensor(self.lengths)
-        weights = 1.0 / (len(self.lengths) * lengths.clamp_min(1).double())
-        return torch.repeat_interleave(weights, lengths).to(self.index.device, non_blocking=True)
+        # By fills on the device: a copy of host numbers out of pageable memory may wait for what is queued there.
+        shares = [(index.numel(), 1.0 / (len(self.lengths) * max(1, index.shape[1]))) for _, index in self.runs()]
+        device = self.index.device
+        return torch.cat([torch.full((rows,), share, dtype=torch.float64, device=device) for rows, share in shares])
 
     def runs(self) -> Iterator[tuple[slice, Tensor]]:
         """Neighbouring clips of equal length: (rows of the batch, their [b, K] token numbers)."""
@@ -119,11 +120,14 @@ def flat_tokens(token_set: TokenSet) -> Tensor:
 def flat_rows(token_set: TokenSet, tokens: int) -> Tensor:
     """Row numbers of the kept tokens in a [B * tokens, ...] matrix: int64 [R]."""
     if isinstance(token_set, Ragged):
-        lengths = torch.tensor(token_set.lengths)
-        first = torch.repeat_interleave(torch.arange(len(lengths)) * tokens, lengths)
-        return token_set.index + first.to(token_set.index.device, non_blocking=True)
-    first = torch.arange(len(token_set), device=token_set.device) * tokens
-    return (token_set + first.unsqueeze(1)).flatten()
+        return torch.cat([_rows(index, clips.start, tokens) for clips, index in token_set.runs()])
+    return _rows(token_set, 0, tokens)
+
+
+def _rows(index: Tensor, start: int, tokens: int) -> Tensor:
+    """Row numbers of dense [b, K] token numbers of clips from `start` on; made on their device, without a copy."""
+    clip = torch.arange(start, start + len(index), device=index.device)
+    return (index + clip.unsqueeze(1) * tokens).flatten()
 
 
 def gather_tokens(x: Tensor, token_set: TokenSet) -> Tensor:

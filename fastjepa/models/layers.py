@@ -73,7 +73,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """[B, N, D] -> [B, N, D]; with `return_attention` also the softmax probabilities [B, H, N, N]."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        # Taken one by one, as published: the gradient of each is that of all three, zeros elsewhere. The packed pass
+        # does neither.
+        q, k, v = qkv[0], qkv[1], qkv[2]
         if not return_attention:
             return self._out(self.mix(q, k, v))
         attention = self.attn_drop(self.probabilities(q, k))

@@ -15,9 +15,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fastjepa.masks.tokens import Ragged, TokenSet, flat_rows, flat_tokens, gather_tokens, split_runs
-from fastjepa.models.layers import MLP, Attention
+from fastjepa.models.layers import MLP, Attention, Block
 from fastjepa.models.predictor import Draw, VisionTransformerPredictor, draw_of_run
 from fastjepa.models.vision_transformer import VisionTransformer
+from fastjepa.pixels import as_floats
 
 
 class Stretch(NamedTuple):
@@ -25,6 +26,13 @@ class Stretch(NamedTuple):
 
     clips: int
     length: int
+
+
+class Wanted(NamedTuple):
+    """Rows that a last block has to finish: their places among all rows, int64 [R], and how they fall into clips."""
+
+    place: Tensor
+    layout: Any
 
 
 @dataclass(frozen=True)
@@ -66,16 +74,24 @@ class Targets:
 class Operations:
     """Every piece of the packed pass that has a kernel.
 
-    `keyed_noise` says whether `assemble` takes `RowNoise` in its draws and makes the noise where it is used.
+    `keyed_noise` says whether `assemble` takes `RowNoise` in its draws and makes the noise where it is used,
+    `with_product` whether `feed_forward` is more than `hidden` and a product.
     """
 
     keyed_noise = False
+    with_product = False
 
     def check(self, network: nn.Module) -> None:
         """Errors: ValueError where a network has pieces that these operations would not compute as it does."""
 
+    def check_layers(self, network: nn.Module) -> None:
+        """`check` of everything but attention."""
+
     def cut(self, encoder: VisionTransformer, clips: Tensor) -> Patches:
-        """[B, C, T, H, W] (or [B, C, H, W]): here into the pixels of every token, [B, N, C * tubelet * patch ** 2]."""
+        """[B, C, T, H, W] (or [B, C, H, W]), uint8 or normalised: ready to be embedded, in the dtype that is given.
+
+        Here they become the pixels of every token, [B, N, C * tubelet * patch ** 2].
+        """
         grid = encoder.token_grid(clips)
         video = clips if encoder.is_video else clips.unsqueeze(2)
         frames, side = (encoder.tubelet_size if encoder.is_video else 1), encoder.patch_size
@@ -135,28 +151,79 @@ class Operations:
         """Layer normalisation: [..., D] -> [..., D]; `kept` where no matrix product reads the result next."""
         return norm(x)
 
+    def norm_through(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm before the first block, and the rows themselves for the residual stream: (norm(x), x)."""
+        return self.norm(norm, x), x
+
+    def project(self, projection: nn.Linear, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A product whose result `add_norm` reads: (rows, the bias that is left for it to add, or None)."""
+        return projection(y), None
+
     def add_norm(
-        self, norm: nn.Module, projection: nn.Linear, y: Tensor, x: Tensor, drop: nn.Dropout, *, kept: bool = False
+        self, norm: nn.Module, y: Tensor, bias: Tensor | None, x: Tensor, drop: nn.Dropout, *, kept: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """What ends one half of a block and begins the next: (norm(total), total = x + drop(projection(y))).
+        """What ends one half of a block and begins the next: (norm(total), total = x + drop(y + bias)).
 
         `kept` as for `norm`.
         """
-        total = x + drop(projection(y))
+        # Rounded like the product, so that the residual stream keeps its precision.
+        total = x + drop(y if bias is None else y + bias.to(y.dtype))
         return norm(total), total
+
+    def feed_forward(self, mlp: MLP, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The feed-forward layer: (rows, bias) as `project`."""
+        return self.project(mlp.fc2, self.hidden(mlp, x))
 
     def hidden(self, mlp: MLP, x: Tensor) -> Tensor:
         """The first half of the feed-forward layer: [R, D] -> [R, hidden features]."""
         return mlp.drop(mlp.act(mlp.fc1(x)))
 
+    def block(
+        self, number: int, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, kept: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One block over packed rows, from the norm before it to the norm `after` it: (normalised rows, rows), [R, D].
+
+        `number` is its place in the network; `kept` as for `norm`.
+        """
+        return self._end(block, after, self.attend(block.attn, normed, layout), x, kept)
+
+    def attend_wanted(self, attention: Attention, normed: Tensor, layout: Any, wanted: Wanted) -> Tensor:
+        """Attention of the wanted rows to all rows of their clips, before the output projection: [R wanted, D].
+
+        `normed` [R, D] are all rows, normalised. Nobody reads what the others would become.
+        """
+        width, weight, bias = normed.shape[1], attention.qkv.weight, attention.qkv.bias
+        query = F.linear(self.take(normed, wanted.place), weight[:width], None if bias is None else bias[:width])
+        key_value = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+        return self.cross(attention, query, key_value, wanted.layout, layout)
+
+    def take(self, rows: Tensor, place: Tensor) -> Tensor:
+        """Some rows, each at most once: [R, D] and int64 [K] -> [K, D]."""
+        return rows.index_select(0, place)
+
+    def finish(self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool) -> Tensor:
+        """What follows attention in the last block of a network, and the norm `after` it: [R, D]."""
+        return self._end(block, after, mixed, x, kept)[0]
+
+    def _end(self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
+        """What follows attention in a block."""
+        attended = self.project(block.attn.proj, mixed)
+        normed, x = self.add_norm(block.norm2, *attended, x, block.attn.proj_drop)
+        return self.add_norm(after, *self.feed_forward(block.mlp, normed), x, block.mlp.drop, kept=kept)
+
     def layout(self, stretches: list[Stretch], device: torch.device) -> Any:
-        """What `attend` needs to know of how rows fall into clips, made once a pass."""
+        """What `attend` and `cross` need to know of how rows fall into clips, made once a pass."""
         return stretches
+
+    def cross(self, attention: Attention, query: Tensor, key_value: Tensor, layout: Any, kv_layout: Any) -> Tensor:
+        """Attention of some rows of each clip to all of them: query [Rq, D], key_value [R, 2 D] -> [Rq, D]."""
+        pairs = zip(split(query, layout), split(key_value, kv_layout))
+        return joined([self.mix(attention, q, *kv.chunk(2, dim=-1)) for q, kv in pairs])
 
     def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
         """Self-attention inside each clip, before the output projection: [R, D] -> [R, D]."""
         rows = split(attention.qkv(x), layout)
-        return torch.cat([self.mix(attention, *part.chunk(3, dim=-1)) for part in rows])
+        return joined([self.mix(attention, *part.chunk(3, dim=-1)) for part in rows])
 
     def mix(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[b, M, D] queries over [b, N, D] keys and values -> [b * M, D]."""
@@ -168,7 +235,10 @@ class Operations:
     def move_(self, targets: list[Tensor], onlines: list[Tensor], momentum: float | Tensor) -> None:
         """target <- m * target + (1 - m) * online, in place, pair by pair."""
         # 1 - m in double precision: momenta come within 1e-5 of 1, where float32 would lose most of its digits.
-        move = (1.0 - torch.as_tensor(momentum, dtype=torch.float64, device=targets[0].device)).float()
+        if not isinstance(momentum, Tensor):
+            # A fill: a copy from the host would wait for the device.
+            momentum = torch.full((), momentum, dtype=torch.float64, device=targets[0].device)
+        move = (1.0 - momentum.double()).float()
         # In slices, so that the temporary differences stay small beside a large encoder.
         for start in range(0, len(targets), 32):
             part = targets[start : start + 32]
@@ -188,6 +258,11 @@ def split(rows: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     ]
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """[R, D] each as one; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def stretches_of(token_set: TokenSet) -> list[Stretch]:
     """How the rows of a mask set fall into clips."""
     if isinstance(token_set, Ragged):
@@ -205,9 +280,19 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product reads in place of `x`: autocast's dtype where it is on, which leaves float64 alone."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def _embed(encoder: VisionTransformer, pixels: Tensor, positions: Tensor) -> Tensor:
     """The patch embedding as a matrix product, positions added: [..., pixels] -> [..., E]."""
     projection = encoder.patch_embed.proj
     assert isinstance(projection, nn.Conv2d | nn.Conv3d)
-    tokens = F.linear(pixels, projection.weight.flatten(1), projection.bias)
+    # Bytes become floats here, in the dtype that the product reads, and only those that are embedded.
+    channels = pixels.unflatten(-1, (projection.in_channels, -1))
+    rows = as_floats(channels, product_dtype(projection.weight), channel=-2).flatten(-2)
+    tokens = F.linear(rows, projection.weight.flatten(1), projection.bias)
     return (tokens + positions).to(tokens.dtype)

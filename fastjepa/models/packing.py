@@ -1,47 +1,61 @@
 """The packed pass: the same numbers as one forward pass a mask set, with the work that the mathematics needs.
 
 Kept patches alone are embedded, by a matrix product; the rows of all mask sets run through the linear layers as one
-[R, D] matrix, and attention stays inside each clip; the predictor's last block computes queries and MLP for target rows
-only. How each piece is computed is up to `Operations`.
+[R, D] matrix, and attention stays inside each clip; the last blocks of predictor and target encoder finish target rows
+alone. How each piece is computed is up to `Operations`.
 
 B clips, N tokens, R rows, D width, E encoder width, P predictor width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.masks.tokens import Ragged, TokenSet, flat_tokens
+from fastjepa.masks.tokens import Ragged, TokenSet, flat_rows, flat_tokens
 from fastjepa.models.layers import Block
-from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, run_shapes, split, stretches_of
+from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, Wanted, run_shapes, stretches_of
 from fastjepa.models.predictor import Draw, VisionTransformerPredictor
 from fastjepa.models.vision_transformer import VisionTransformer
 
 
-def encode_all(encoder: VisionTransformer, patches: Patches, operations: Operations = LIBRARY) -> Tensor:
-    """Features of every token, like `encoder(clips)`: [B, N, E]."""
+def encode_all(
+    encoder: VisionTransformer, patches: Patches, operations: Operations = LIBRARY, index: Tensor | None = None
+) -> Tensor:
+    """Features of every token, like `encoder(clips)`: [B, N, E].
+
+    With `index` int64 [B, U] those tokens alone: [B, U, E]. All are keys to the end, so that only the last block is
+    spared something.
+    """
     assert encoder.out_layers is None, "the packed pass takes no out_layers"
     x = operations.embed_all(encoder, patches)
     clips = len(patches.pixels)
-    stretches = [Stretch(clips, len(x) // clips)]
-    features, _ = _run_blocks(operations, list(encoder.blocks), encoder.norm, x, stretches, kept=True)
-    return features.unflatten(0, (clips, -1))
+    layout = operations.layout([Stretch(clips, len(x) // clips)], x.device)
+    *blocks, last = encoder.blocks
+    if index is None:
+        features, _ = _run_blocks(operations, [*blocks, last], encoder.norm, x, layout, kept=True)
+        return features.unflatten(0, (clips, -1))
+    assert isinstance(last, Block)
+    normed, x = _run_blocks(operations, blocks, last.norm1, x, layout)
+    wanted = Wanted(flat_rows(index, len(x) // clips), operations.layout([Stretch(*index.shape)], x.device))
+    mixed = operations.attend_wanted(last.attn, normed, layout, wanted)
+    rows = operations.take(x, wanted.place)
+    return operations.finish(last, encoder.norm, mixed, rows, kept=True).unflatten(0, (clips, -1))
 
 
 def encode_sets(
     encoder: VisionTransformer, patches: Patches, sets: Sequence[TokenSet], operations: Operations = LIBRARY
-) -> list[Tensor]:
-    """Features of the kept tokens, one tensor a mask set: [B, K, E], or [R, E] rows where lengths differ."""
+) -> Tensor:
+    """Features of the kept tokens, set after set and clip after clip: [R, E]."""
     x = operations.embed_sets(encoder, patches, sets)
-    stretches = [stretch for token_set in sets for stretch in stretches_of(token_set)]
-    return _unpack(_run_blocks(operations, list(encoder.blocks), encoder.norm, x, stretches)[0], sets)
+    layout = operations.layout([stretch for token_set in sets for stretch in stretches_of(token_set)], x.device)
+    return _run_blocks(operations, list(encoder.blocks), encoder.norm, x, layout)[0]
 
 
 def predict_sets(
     predictor: VisionTransformerPredictor,
-    contexts: Sequence[Tensor],
+    context: Tensor,
     goals: Sequence[Tensor] | None,
     masks_context: Sequence[TokenSet],
     masks_target: Sequence[TokenSet],
@@ -50,10 +64,10 @@ def predict_sets(
 ) -> list[Tensor]:
     """Predictions at the target tokens, one tensor a mask set in the form of `masks_target`.
 
-    `contexts` are the features of `masks_context` ([B, K, E] or [R, E]), `goals` those of `masks_target`, which only a
-    noised predictor reads; `draws` hands in its (timesteps, noise), a pair a set.
+    `context` [R, E] are the features of `masks_context`, set after set; `goals` those of `masks_target` ([B, K, E] or
+    [R, E] each), which only a noised predictor reads; `draws` hands in its (timesteps, noise), a pair a set.
     """
-    embedded = predictor.predictor_embed(torch.cat([context.flatten(0, -2) for context in contexts]))
+    embedded = predictor.predictor_embed(context)
     goal = None
     if predictor.mask_tokens is None:
         assert goals is not None, "a noised predictor starts from the target features"
@@ -63,9 +77,24 @@ def predict_sets(
     stretches, targets = [Stretch(c[0], c[1] + t[1]) for c, t in runs], [t[1] for _, t in runs]
     *blocks, last = predictor.predictor_blocks
     assert isinstance(last, Block)
-    normed, x = _run_blocks(operations, blocks, last.norm1, x, stretches)
-    y = _target_rows_of_last_block(operations, last, predictor.predictor_norm, normed, x, stretches, targets)
+    layout = operations.layout(stretches, x.device)
+    normed, x = _run_blocks(operations, blocks, last.norm1, x, layout)
+    place = _places_of_tails(stretches, targets, x.device)
+    wanted = Wanted(place, operations.layout([Stretch(*t) for _, t in runs], x.device))
+    mixed = operations.attend_wanted(last.attn, normed, layout, wanted)
+    y = operations.finish(last, predictor.predictor_norm, mixed, operations.take(x, place), kept=False)
     return _unpack(predictor.predictor_proj(y), masks_target)
+
+
+def _places_of_tails(stretches: list[Stretch], counts: list[int], device: torch.device) -> Tensor:
+    """Where the last rows of every clip stand, so many of each stretch: int64 [R], made on the device."""
+    places, start = [], 0
+    for (clips, length), count in zip(stretches, counts):
+        end = start + clips * length
+        first = torch.arange(start + length - count, end, length, device=device)[:clips]
+        places.append((first.unsqueeze(1) + torch.arange(count, device=device)).flatten())
+        start = end
+    return torch.cat(places)
 
 
 def _run_blocks(
@@ -73,7 +102,7 @@ def _run_blocks(
     blocks: list[nn.Module],
     after: nn.Module,
     x: Tensor,
-    stretches: list[Stretch],
+    layout: Any,
     kept: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Blocks and the norm `after` them over a packed [R, D] matrix: (normalised rows, rows).
@@ -82,43 +111,17 @@ def _run_blocks(
     product reads the normalised rows next.
     """
     norms = [*(block.norm1 for block in blocks), after]
-    normed = operations.norm(norms[0], x, kept=kept and not blocks)  # type: ignore[arg-type]
-    layout = operations.layout(stretches, x.device)
-    for block, following in zip(blocks, norms[1:]):
-        last = kept and following is after
+    first = norms[0]
+    assert isinstance(first, nn.Module)
+    if not blocks:
+        return operations.norm(first, x, kept=kept), x
+    normed, x = operations.norm_through(first, x)
+    for number, (block, following) in enumerate(zip(blocks, norms[1:])):
         assert isinstance(block, Block)
-        attention, mlp = block.attn, block.mlp
-        mixed = operations.attend(attention, normed, layout)
-        normed, x = operations.add_norm(block.norm2, attention.proj, mixed, x, attention.proj_drop)
-        hidden = operations.hidden(mlp, normed)
-        normed, x = operations.add_norm(following, mlp.fc2, hidden, x, mlp.drop, kept=last)  # type: ignore[arg-type]
+        assert isinstance(following, nn.Module)
+        last = kept and following is after
+        normed, x = operations.block(number, block, following, normed, x, layout, last)
     return normed, x
-
-
-def _target_rows_of_last_block(
-    operations: Operations,
-    block: Block,
-    after: nn.Module,
-    normed: Tensor,
-    x: Tensor,
-    stretches: list[Stretch],
-    targets: list[int],
-) -> Tensor:
-    """The last block and the norm after it, for target rows alone: nothing reads what context rows would become."""
-    attention, mlp, width = block.attn, block.mlp, x.shape[1]
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    wanted = [rows[:, -count:] for rows, count in zip(split(normed, stretches), targets)]
-    shapes = [rows.shape[:2] for rows in wanted]
-    query = F.linear(
-        torch.cat([r.flatten(0, 1) for r in wanted]), weight[:width], None if bias is None else bias[:width]
-    )
-    key_value = F.linear(normed, weight[width:], None if bias is None else bias[width:])
-    mixed = []
-    for q, kv in zip(split(query, shapes), split(key_value, stretches)):
-        mixed.append(operations.mix(attention, q, *kv.chunk(2, dim=-1)))
-    y = torch.cat([rows[:, -count:].flatten(0, 1) for rows, count in zip(split(x, stretches), targets)])
-    normed, y = operations.add_norm(block.norm2, attention.proj, torch.cat(mixed), y, attention.proj_drop)
-    return operations.add_norm(after, mlp.fc2, operations.hidden(mlp, normed), y, mlp.drop)[0]
 
 
 def _unpack(rows: Tensor, sets: Sequence[TokenSet]) -> list[Tensor]:

@@ -109,7 +109,15 @@ class VisionTransformer(nn.Module):
         return interpolate_pos_embed(self.pos_embed, self.grid, grid)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Every token of the input with its position added: [B, C, T, H, W] -> [B, N, E]."""
+        """Every token of the input with its position added: [B, C, T, H, W] -> [B, N, E].
+
+        Errors: ValueError for pixels that are no floats.
+        """
+        if not x.is_floating_point():
+            raise ValueError(
+                f"VisionTransformer: expected normalised floats, given {x.dtype} (fastjepa.pixels.as_floats makes them "
+                "of uint8 clips)"
+            )
         tokens = self.patch_embed(x)
         # Summed in fp32, kept in the dtype of the patches: under autocast the residual stream stays in half precision.
         return (tokens + self.interpolate_pos_encoding(x, self.pos_embed)).to(tokens.dtype)

@@ -241,7 +241,7 @@ def test_gpu_script_names_its_stages_when_asked_for_none_or_another(stages, tmp_
     process = gpu_sh(*stages, OUT=str(tmp_path / "out"))
     assert process.returncode == 2
     assert len(process.stderr.splitlines()) == 1
-    assert "ceilings kernels tests" in process.stderr
+    assert "ceilings kernels step profile tests" in process.stderr
     assert not process.stdout
     assert not (tmp_path / "out").exists(), "no stage may start before all names are known to be right"
 

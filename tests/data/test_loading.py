@@ -15,8 +15,8 @@ from fastjepa.data.decode import VideoError, probe, read_frames
 from fastjepa.data.loader import SlotBatches, make_loader, running
 from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
 from fastjepa.data.sampling import ClipPlan
-from fastjepa.data.transforms import cut
 from fastjepa.masks import MaskCollator, Ragged
+from tests.published_transform import grey_levels
 
 FRAMES, STRIDE, CROP = 4, 2, 16
 NOT_A_VIDEO = "it is not a video file, or its header is damaged"
@@ -61,6 +61,7 @@ def load(paths, first=0, last=3, batch_size=8, workers=0, group=8, **settings):
         batch_size=batch_size,
         workers=workers,
         pin_memory=False,
+        tokens=32,
     )
     with running(loader) as batches:
         return list(batches)
@@ -106,7 +107,7 @@ def test_batches_hold_the_slots_in_order_with_clips_and_masks(wanted, good, bad)
     assert [batch.slots for batch in wanted] == [tuple(range(8 * step, 8 * step + 8)) for step in range(3)]
     for batch in wanted:
         assert batch.clips.shape == (8, 3, FRAMES, CROP, CROP)
-        assert batch.clips.dtype == torch.float32
+        assert batch.clips.dtype == torch.uint8
         assert all(s.shape[0] == 8 for s in (*batch.masks_context, *batch.masks_target))
         assert batch.bad == [entry for slot in batch.slots for entry in again[slot].bad]
     assert {path for batch in wanted for path, _ in batch.bad} == set(bad)
@@ -175,7 +176,9 @@ def test_a_clip_is_what_the_plan_says_of_the_video_it_names(good):
         info = probe(good[dataset.plan.video(slot)])
         draw = dataset.plan.clip(slot, info.frames, info.height, info.width)
         sample = dataset[slot]
-        assert torch.equal(sample.clips[0], cut(read_frames(info, draw.frames), draw.box, draw.flip, CROP))
+        assert torch.equal(
+            sample.clips[0], grey_levels(read_frames(info, draw.frames), [draw.box] * FRAMES, draw.flip, CROP)
+        )
         assert (sample.slot, sample.bad) == (slot, [])
 
 
@@ -247,7 +250,9 @@ def test_a_bad_file_is_replaced_by_the_slot_alone_and_told_with_its_reason(good,
         assert told == list(dict.fromkeys(tried[: tried.index(taken)]))
         info = probe(taken)
         draw = dataset.plan.clip(slot, info.frames, info.height, info.width)
-        assert torch.equal(sample.clips[0], cut(read_frames(info, draw.frames), draw.box, draw.flip, CROP))
+        assert torch.equal(
+            sample.clips[0], grey_levels(read_frames(info, draw.frames), [draw.box] * FRAMES, draw.flip, CROP)
+        )
     for slot in reversed(samples):
         assert torch.equal(again[slot].clips[0], samples[slot].clips[0])
         assert again[slot].bad == samples[slot].bad

@@ -6,17 +6,18 @@ from math import log
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastjepa import configfile
-from fastjepa.build import build_dataset, build_masks
+from fastjepa.build import build_dataset, build_jepa, build_masks
 from fastjepa.data.augment import Op, augment
 from fastjepa.data.loader import make_loader, running
 from fastjepa.data.sampling import Augmentation, Box, ClipDraw, ClipPlan, Erase, random_box, random_erase, shifted_boxes
 from fastjepa.data.source import open_videos
-from fastjepa.data.transforms import MEAN, STD, cut, transform
+from fastjepa.data.transforms import cut, transform
 from fastjepa.exits import Exit
+from fastjepa.pixels import STD, as_floats
 from fastjepa.streams import Purpose, stream
+from tests.published_transform import grey_levels, published
 
 NUMBERS = np.arange(4)
 ALL = Augmentation(motion_shift=True, erase=0.5, auto_augment=True, crop=24)
@@ -30,18 +31,6 @@ def frames():
 def plan(augmentation=None, seed=1):
     more = () if augmentation is None else (augmentation,)
     return ClipPlan(seed, np.arange(7), 4, 2, (0.3, 1.0), (0.75, 1.35), True, *more)
-
-
-def stated(frames, boxes, flip, size, scale):
-    """The clip by definition, frame by frame: crop, mean of neighbours, mirror, normalise; pixels reach to `scale`."""
-    done = []
-    for frame, box in zip(frames, boxes, strict=True):
-        window = frame[box.top : box.top + box.height, box.left : box.left + box.width].astype(np.float32)
-        window = torch.from_numpy(window.transpose(2, 0, 1) / np.float32(255 / scale))[None]
-        done.append(F.interpolate(window, size=(size, size), mode="bilinear", align_corners=False))
-    clip = torch.cat(done).transpose(0, 1)
-    mean, std = (torch.tensor(value).view(3, 1, 1, 1) * scale for value in (MEAN, STD))
-    return ((clip.flip(-1) if flip else clip) - mean) / std
 
 
 # -- off --------------------------------------------------------------------------------------------------------------
@@ -62,12 +51,24 @@ def test_without_augmentation_a_slot_keeps_the_clip_it_always_had():
     assert (draw.end_box, draw.erase, draw.augment) == (None, None, None)
 
 
-def test_without_augmentation_the_transform_is_the_plain_cut(frames):
-    box = Box(3, 5, 20, 24)
+@pytest.mark.parametrize("box", [Box(3, 5, 20, 24), Box(3, 5, 24, 24)], ids=["resized", "as it is"])
+def test_without_augmentation_the_transform_is_the_plain_cut(frames, box):
     for flip in (False, True):
-        clip = transform(frames, ClipDraw(NUMBERS, box, flip), 24)
-        assert torch.equal(clip, cut(frames, box, flip, 24))
-        assert torch.equal(clip, stated(frames, [box] * 4, flip, 24, 255.0))
+        draw = ClipDraw(NUMBERS, box, flip)
+        clip = transform(frames, draw, 24)
+        assert clip.dtype == torch.uint8
+        assert torch.equal(clip, grey_levels(frames, [box] * 4, flip, 24))
+        floats = transform(frames, draw, 24, floats=True)
+        assert torch.equal(floats, cut(frames, box, flip, 24))
+        assert torch.equal(floats, published(frames, [box] * 4, flip, 24))
+
+
+def test_bytes_lie_within_half_a_grey_level_of_the_published_clip(frames):
+    draw = ClipDraw(NUMBERS, Box(3, 5, 20, 17), True)
+    levels, floats = transform(frames, draw, 24), transform(frames, draw, 24, floats=True)
+    std = torch.tensor(STD).view(3, 1, 1, 1)
+    away = (as_floats(levels) - floats).abs() * std * 255
+    assert 0.49 < away.max() <= 0.5 + 1e-4
 
 
 @pytest.mark.parametrize("name", ["end_box", "erase", "augment"])
@@ -127,8 +128,11 @@ def test_the_second_box_is_drawn_like_the_first_and_apart_from_it():
 @pytest.mark.parametrize("flip", [False, True])
 def test_every_frame_is_cut_out_of_its_own_box(frames, flip):
     start, end = Box(0, 3, 24, 24), Box(12, 20, 15, 28)
-    clip = transform(frames, ClipDraw(NUMBERS, start, flip, end_box=end), 24)
-    assert torch.equal(clip, stated(frames, shifted_boxes(start, end, 4), flip, 24, 255.0))
+    draw = ClipDraw(NUMBERS, start, flip, end_box=end)
+    levels, clip = transform(frames, draw, 24), transform(frames, draw, 24, floats=True)
+    assert torch.equal(levels, grey_levels(frames, shifted_boxes(start, end, 4), flip, 24))
+    assert torch.equal(clip, published(frames, shifted_boxes(start, end, 4), flip, 24))
+    assert levels.is_contiguous()
     assert clip.is_contiguous()
     assert torch.equal(clip[:, :1], cut(frames[:1], start, flip, 24))
     assert torch.equal(clip[:, 3:], cut(frames[3:], end, flip, 24))
@@ -202,8 +206,11 @@ def test_erasing_comes_last_and_puts_the_noise_into_the_same_box_of_every_frame(
     box = Box(2, 3, 10, 7)
     noise = np.random.default_rng(2).standard_normal((3, 4, 10, 7), dtype=np.float32)
     draw = ClipDraw(NUMBERS, Box(3, 5, 20, 24), flip)
-    plain = transform(frames, draw, 24)
-    clip = transform(frames, ClipDraw(draw.frames, draw.box, flip, erase=Erase(box, noise)), 24)
+    plain = transform(frames, draw, 24, floats=True)
+    erased_draw = ClipDraw(draw.frames, draw.box, flip, erase=Erase(box, noise))
+    clip = transform(frames, erased_draw, 24, floats=True)
+    with pytest.raises(ValueError, match="expected floats=True for a clip with erasing"):
+        transform(frames, erased_draw, 24)
     assert torch.equal(clip[:, :, 2:12, 3:10], torch.from_numpy(noise))
     changed = (clip != plain).any(0)
     wanted = torch.zeros(4, 24, 24, dtype=torch.bool)
@@ -217,9 +224,13 @@ def test_erasing_comes_last_and_puts_the_noise_into_the_same_box_of_every_frame(
 def test_augmented_clips_are_computed_on_the_scale_of_one_also_without_an_operation(frames):
     box = Box(3, 5, 20, 28)
     for ops in ((), (Op("invert"), Op("shear_x", 0.2))):
-        clip = transform(frames, ClipDraw(NUMBERS, box, True, augment=ops), 24)
-        assert torch.equal(clip, stated(augment(frames, ops), [box] * 4, True, 24, 1.0))
-    plain, scaled = (transform(frames, ClipDraw(NUMBERS, box, True, augment=ops), 24) for ops in (None, ()))
+        draw = ClipDraw(NUMBERS, box, True, augment=ops)
+        clip = transform(frames, draw, 24, floats=True)
+        assert torch.equal(clip, published(augment(frames, ops), [box] * 4, True, 24, 1.0))
+        assert torch.equal(transform(frames, draw, 24), grey_levels(augment(frames, ops), [box] * 4, True, 24, 1.0))
+    plain, scaled = (
+        transform(frames, ClipDraw(NUMBERS, box, True, augment=ops), 24, floats=True) for ops in (None, ())
+    )
     assert not torch.equal(plain, scaled)
     torch.testing.assert_close(plain, scaled, rtol=1e-5, atol=2e-5)
 
@@ -228,11 +239,11 @@ def test_all_three_work_in_the_published_order(frames):
     start, end = Box(0, 3, 20, 24), Box(12, 20, 15, 28)
     ops = (Op("translate_y", 0.3), Op("posterize", 2))
     erase = random_erase(1.0, 24, 4, np.random.default_rng(0))
-    wanted = stated(augment(frames, ops), shifted_boxes(start, end, 4), True, 24, 1.0)
+    wanted = published(augment(frames, ops), shifted_boxes(start, end, 4), True, 24, 1.0)
     box = erase.box
     wanted[:, :, box.top : box.top + box.height, box.left : box.left + box.width] = torch.from_numpy(erase.noise)
     before = frames.copy()
-    assert torch.equal(transform(frames, ClipDraw(NUMBERS, start, True, end, erase, ops), 24), wanted)
+    assert torch.equal(transform(frames, ClipDraw(NUMBERS, start, True, end, erase, ops), 24, floats=True), wanted)
     assert np.array_equal(frames, before)
 
 
@@ -242,8 +253,10 @@ THREE = ("data.motion_shift=true", "data.erase=0.5", "data.auto_augment=true")
 def clips(recipe, *overrides, workers=0, slots=8):
     settings = configfile.load(recipe, list(overrides))
     dataset = build_dataset(settings, open_videos(settings.data.path, settings.optim.seed))
-    loader = make_loader(dataset, build_masks(settings), first_step=0, last_step=slots // 4, global_batch=4,
-                         batch_size=4, workers=workers, pin_memory=False)  # fmt: skip
+    loader = make_loader(
+        dataset, build_masks(settings), first_step=0, last_step=slots // 4, global_batch=4, batch_size=4,
+        workers=workers, pin_memory=False, tokens=build_jepa(settings).encoder.num_patches,
+    )  # fmt: skip
     with running(loader) as batches:
         return torch.cat([batch.clips for batch in batches]), dataset
 
@@ -267,8 +280,13 @@ def test_each_setting_reaches_the_clips(recipe):
             info = dataset.reader.info(video)
             draw = dataset.plan.clip(slot, info.frames, info.height, info.width)
             assert {f for f in ("end_box", "erase", "augment") if getattr(draw, f) is not None} == {field}
-            assert torch.equal(clip, transform(dataset.reader.read(video, draw.frames), draw, 32))
+            floats = field == "erase"
+            assert torch.equal(clip, transform(dataset.reader.read(video, draw.frames), draw, 32, floats=floats))
+            assert clip.dtype == (torch.float32 if floats else torch.uint8)
         assert not torch.equal(found, plain)
+    assert plain.dtype == torch.uint8
+    # One dtype for the whole run, also of the clips in which nothing is erased.
+    assert clips(recipe, "data.erase=0.01")[0].dtype == torch.float32
     assert torch.equal(clips(recipe, "data.motion_shift=false", "data.erase=0.0", "data.auto_augment=false")[0], plain)
 
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from fastjepa.data.sampling import Box
-from fastjepa.data.transforms import MEAN, STD, cut, normalise
+from fastjepa.data.transforms import cut
+from fastjepa.pixels import MEAN, STD, normalise
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastjepa.data.transforms import MEAN, STD
 from fastjepa.data.views import resize, resize_shorter_side, views
+from fastjepa.pixels import MEAN, STD
 
 
 def film(height, width, frames=2):

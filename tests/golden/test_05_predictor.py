@@ -82,7 +82,8 @@ def test_packed_mask_tokens_in_one_pass_over_both_sets(case, leaf):
     model, given = predictor(golden), inputs(golden, leaf)
     context, target = [given["mask_ctxt"]] * 2, [given["mask_tgt"]] * 2
     goals = [torch.zeros(*given["mask_tgt"].shape, given["ctxt"].shape[-1])] * 2
-    first, second = packing.predict_sets(model, [given["ctxt"].detach(), given["ctxt"]], goals, context, target)
+    rows = torch.cat([given["ctxt"].detach().flatten(0, 1), given["ctxt"].flatten(0, 1)])
+    first, second = packing.predict_sets(model, rows, goals, context, target)
     golden.assert_max(first, "index0.out.y", "out")
     golden.assert_max(second, "index1.out.y", "out")
     (second * golden.tensors["index1.cot.y"]).sum().backward()
@@ -97,6 +98,6 @@ def test_packed_noised_targets(case, check_gradients, leaf, name):
     model, given = predictor(golden), inputs(golden, leaf)
     sets = [given["mask_ctxt"]], [given["mask_tgt"]]
     draws = [(given["T"], given["noise"].detach())]
-    (y,) = packing.predict_sets(model, [given["ctxt"]], [given["tgt"]], *sets, draws)
+    (y,) = packing.predict_sets(model, given["ctxt"].flatten(0, 1), [given["tgt"]], *sets, draws)
     golden.assert_max(y, "out.y", "out")
     check_gradients(golden, model, "", {"y": y}, given)

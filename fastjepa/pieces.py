@@ -1,0 +1,231 @@
+"""The packed pass piece by piece: which implementation computes each, by name or by a table of measurements."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import resources
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastjepa_kernels as kernels
+from fastjepa.attending import Dispatched, Indexed
+from fastjepa.config import Piece
+from fastjepa.fused import Fused
+from fastjepa.models.layers import MLP, Attention, Block
+from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, Targets, Wanted
+from fastjepa.models.vision_transformer import VisionTransformer
+
+PIECES: tuple[Piece, ...] = get_args(Piece)
+
+
+class Composite(Operations):
+    """Every piece by an implementation of its own; blocks compiled and recomputed as asked."""
+
+    def __init__(self, **pieces: Operations) -> None:
+        assert set(pieces) == set(PIECES), "every piece has one implementation"
+        self.embed, self.assembly, self.norms, self.mlp, self.attention, self.loss, self.update = (
+            pieces[piece] for piece in PIECES
+        )
+        self.keyed_noise = self.assembly.keyed_noise
+        self.recomputed = 0
+        self._block: Callable[..., tuple[Tensor, Tensor]] = super().block
+        self._finish: Callable[..., Tensor] = super().finish
+
+    def run_blocks_by(self, compile: Callable[[Callable], Callable] | None, recomputed: int) -> None:
+        """Compile blocks with this function, and compute the first `recomputed` of a network again in backward."""
+        self.recomputed = recomputed
+        if compile is not None:
+            self._block, self._finish = compile(super().block), compile(super().finish)
+
+    def check(self, network: nn.Module) -> None:
+        """What every piece has to say of a network."""
+        self.attention.check(network)
+        for piece in {self.embed, self.assembly, self.norms, self.mlp, self.loss, self.update}:
+            piece.check_layers(network)
+
+    def block(
+        self, number: int, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, kept: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compiled where that was asked for; recomputed where gradients are wanted."""
+        run = partial(self._block, 0, block, after)
+        if number < self.recomputed and torch.is_grad_enabled():
+            # No random numbers are drawn in a block.
+            return checkpoint(run, normed, x, layout, kept, use_reentrant=False, preserve_rng_state=False)
+        return run(normed, x, layout, kept)
+
+    def finish(self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool) -> Tensor:
+        """Compiled where that was asked for."""
+        return self._finish(block, after, mixed, x, kept)
+
+    def cut(self, encoder: VisionTransformer, clips: Tensor) -> Patches:
+        """By `embed`."""
+        return self.embed.cut(encoder, clips)
+
+    def embed_all(self, encoder: VisionTransformer, patches: Patches) -> Tensor:
+        """By `embed`."""
+        return self.embed.embed_all(encoder, patches)
+
+    def embed_sets(self, encoder: VisionTransformer, patches: Patches, sets: Sequence[Any]) -> Tensor:
+        """By `embed`."""
+        return self.embed.embed_sets(encoder, patches, sets)
+
+    def assemble(self, *arguments: Any) -> Tensor:
+        """By `assemble`."""
+        return self.assembly.assemble(*arguments)
+
+    def targets(self, features: Tensor) -> Targets:
+        """By `loss`."""
+        return self.loss.targets(features)
+
+    def norm(self, norm: nn.Module, x: Tensor, *, kept: bool = False) -> Tensor:
+        """By `norm`."""
+        return self.norms.norm(norm, x, kept=kept)
+
+    def norm_through(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """By `norm`."""
+        return self.norms.norm_through(norm, x)
+
+    def project(self, projection: nn.Linear, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """By `norm`."""
+        return self.norms.project(projection, y)
+
+    def add_norm(
+        self, norm: nn.Module, y: Tensor, bias: Tensor | None, x: Tensor, drop: nn.Dropout, *, kept: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """By `norm`."""
+        return self.norms.add_norm(norm, y, bias, x, drop, kept=kept)
+
+    def hidden(self, mlp: MLP, x: Tensor) -> Tensor:
+        """By `mlp`."""
+        return self.mlp.hidden(mlp, x)
+
+    def feed_forward(self, mlp: MLP, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """By `mlp` where it is more than `hidden` and a product."""
+        return self.mlp.feed_forward(mlp, x) if self.mlp.with_product else super().feed_forward(mlp, x)
+
+    def take(self, rows: Tensor, place: Tensor) -> Tensor:
+        """By `attention`, whose last block it is for."""
+        return self.attention.take(rows, place)
+
+    def layout(self, stretches: list[Stretch], device: torch.device) -> Any:
+        """By `attention`."""
+        return self.attention.layout(stretches, device)
+
+    def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
+        """By `attention`."""
+        return self.attention.attend(attention, x, layout)
+
+    def attend_wanted(self, attention: Attention, normed: Tensor, layout: Any, wanted: Wanted) -> Tensor:
+        """By `attention`."""
+        return self.attention.attend_wanted(attention, normed, layout, wanted)
+
+    def move_(self, targets: list[Tensor], onlines: list[Tensor], momentum: float | Tensor) -> None:
+        """By `update`."""
+        self.update.move_(targets, onlines, momentum)
+
+
+def choices(wanted: str | Mapping[Any, str], architecture: str) -> dict[Piece, tuple[str, str]]:
+    """(implementation, why) of every piece: the one that was asked for, or what the table says of the architecture.
+
+    `wanted` names one for all pieces, or some pieces' own; the others are `auto`. `architecture` is e.g. "sm_90".
+    """
+    table = json.loads(resources.files("fastjepa").joinpath("pieces.json").read_text())
+    found: dict[Piece, tuple[str, str]] = {}
+    for piece in PIECES:
+        asked = wanted if isinstance(wanted, str) else wanted.get(piece, "auto")
+        measured = table[piece].get(architecture)
+        if asked != "auto":
+            found[piece] = asked, "asked for"
+        elif measured is not None:
+            found[piece] = measured["kernels"], f"measured {measured['speed']:g} times as fast ({measured['results']})"
+        else:
+            found[piece] = "library", "no measurement says that fastjepa_kernels are faster here"
+    return found
+
+
+def build_operations(
+    wanted: str | Mapping[Any, str],
+    attention: str,
+    device: torch.device,
+    *,
+    deterministic: bool = False,
+    flat: bool = False,
+    group: int | None = None,
+) -> tuple[Composite, list[str]]:
+    """What the packed pass runs through on this device, and lines that say why.
+
+    `wanted` as for `choices`, `attention` a backend of `fastjepa_kernels.attention` or auto; `flat` and `group` as for
+    `Dispatched`. Errors: ValueError where something that was asked for cannot run here.
+    """
+    chosen = choices(wanted, _architecture(device))
+    if attention != "auto":
+        chosen["attention"] = "library", "asked for"
+    made: dict[str, Operations] = {}
+    for piece, (name, _) in chosen.items():
+        if name in ("triton", "fused"):
+            reason = kernels.why_not_triton(torch.empty(0, device=device))
+            if reason:
+                raise ValueError(f"runtime.kernels: expected what runs on this machine, given {name}: {reason}")
+        made[piece] = _implementation(name)
+    own, why = chosen.pop("attention")
+    if own == "library":
+        made["attention"] = Dispatched(attention, deterministic=deterministic, flat=flat, group=group)
+    else:
+        made["attention"] = Indexed("triton" if own == "triton" else "reference", flat=flat, group=group, why=why)
+    return Composite(**made), _lines(chosen)
+
+
+def explain_attention(operations: Composite, networks: Sequence[Attention], like: Tensor) -> str:
+    """One line: what computes the attention of encoder and predictor, and why.
+
+    `like` has the device and dtype that attention works in. Errors: ValueError where that cannot run here.
+    """
+    piece = operations.attention
+    if isinstance(piece, Indexed):
+        ragged = "; the library's ragged attention in the last block of the target encoder" if piece.flat else ""
+        return f"attention  indexed_attention, {piece.impl}, {piece.why}{ragged}"
+    assert isinstance(piece, Dispatched)
+    try:
+        told = [piece.explain(one.num_heads, one.head_dim, like) for one in networks]
+    except ValueError as error:
+        raise ValueError(f"runtime.attention: {error}") from None
+    same = len(set(told)) == 1
+    return f"attention  {told[0]}" if same else f"attention  encoder: {told[0]}; predictor: {told[1]}"
+
+
+def update_kernels(wanted: str | Mapping[Any, str], device: torch.device) -> kernels.Impl | None:
+    """The implementation of `adamw_ema_` that the optimizer pass takes; None takes torch's functions."""
+    name = choices(wanted, _architecture(device))["update"][0]
+    return None if name == "library" else name  # type: ignore[return-value]
+
+
+def _implementation(name: str) -> Operations:
+    if name == "library":
+        return LIBRARY
+    if name == "reference":
+        return Fused("reference")
+    return Fused("triton", with_product=name == "fused")
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _lines(chosen: dict[Piece, tuple[str, str]]) -> list[str]:
+    """Pieces that share an implementation and a reason share a line."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for piece, choice in chosen.items():
+        groups.setdefault(choice, []).append(piece)
+    names = {"library": "torch's own functions", "fused": "fastjepa_kernels, fused with the product"}
+    lines = []
+    for (name, why), pieces in groups.items():
+        told = names.get(name, f"fastjepa_kernels, {name} implementations")
+        which = "" if len(groups) == 1 else f"{', '.join(pieces)}: "
+        lines.append(f"kernels    {which}{told}: {why}" if name == "library" else f"kernels    {which}{told}, {why}")
+    return lines

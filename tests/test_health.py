@@ -1,0 +1,84 @@
+"""Health figures on features whose answer is known."""
+
+import math
+
+import pytest
+import torch
+
+from fastjepa.health import MOST_ROWS, effective_rank, measure
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Effective rank
+
+
+def test_features_in_four_directions_have_rank_four():
+    basis, _ = torch.linalg.qr(normal(64, 4, seed=1))
+    assert effective_rank(normal(2000, 4) @ basis.T).item() == pytest.approx(4, rel=0.05)
+
+
+def test_isotropic_features_have_the_rank_of_their_width():
+    assert effective_rank(normal(8000, 48)).item() == pytest.approx(48, rel=0.02)
+
+
+def test_the_rank_is_the_exponential_of_the_entropy_of_the_singular_values():
+    left, _ = torch.linalg.qr(normal(500, 3) - normal(500, 3).mean(dim=0))
+    left, _ = torch.linalg.qr(left - left.mean(dim=0))
+    right, _ = torch.linalg.qr(normal(32, 3, seed=1))
+    shares = torch.tensor([0.7, 0.2, 0.1])
+    want = math.exp(-sum(p * math.log(p) for p in shares.tolist()))
+    rows = left @ torch.diag(shares * 50) @ right.T
+    assert effective_rank(rows + 3.0).item() == pytest.approx(want, rel=0.02)
+
+
+def test_equal_features_have_rank_one_and_no_scale_matters():
+    assert effective_rank(torch.ones(100, 16)).item() == 1
+    rows = normal(400, 16)
+    assert effective_rank(rows * 1e-3).item() == pytest.approx(effective_rank(rows).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "stride"), [(MOST_ROWS, 1), (2 * MOST_ROWS - 1, 2), (2 * MOST_ROWS + 2, 3)])
+def test_at_most_8192_rows_evenly_spread_are_used(rows, stride):
+    features = normal(rows, 4) * torch.linspace(1, 3, rows).unsqueeze(1) ** torch.arange(4)
+    used = features[::stride]
+    assert len(used) <= MOST_ROWS
+    assert torch.equal(effective_rank(features), effective_rank(used.clone()))
+
+
+def test_features_that_are_not_finite_have_no_rank():
+    rows = normal(100, 8)
+    rows[3, 2] = math.inf
+    assert math.isnan(effective_rank(rows).item())
+
+
+# measure
+
+
+def test_targets_that_depend_on_the_position_only_are_predicted_trivially():
+    targets = normal(1, 20, 16).expand(6, 20, 16)
+    health = measure(targets, 1.0)
+    assert health.trivial_loss.item() == pytest.approx(0, abs=1e-6)
+    assert health.rank.item() > 5
+
+
+def test_the_trivial_loss_of_a_single_clip_says_nothing():
+    assert measure(normal(1, 20, 16), 1.0).trivial_loss.item() == 0
+
+
+@pytest.mark.parametrize(("exponent", "value"), [(1.0, 0.798), (2.0, 0.5)])
+def test_the_trivial_loss_of_unrelated_clips_is_that_of_normal_features(exponent, value):
+    assert measure(normal(64, 40, 32), exponent).trivial_loss.item() == pytest.approx(value, rel=0.02)
+
+
+def test_a_loss_ratio_of_one_is_the_best_prediction_that_knows_the_position_only():
+    targets = normal(1, 30, 24) + 0.3 * normal(32, 30, 24, seed=1)
+    trivial = measure(targets, 2.0).trivial_loss
+    position_only = ((targets.mean(dim=0) - targets).square().mean() / 2).item()
+    assert position_only / trivial.item() == pytest.approx(31 / 32, rel=1e-5)  # of the infinite batch
+    blind = ((targets.mean(dim=(0, 1)) - targets).square().mean() / 2).item()
+    assert blind / trivial.item() > 5
+    informed = ((targets + 0.1 * normal(32, 30, 24, seed=2) - targets).square().mean() / 2).item()
+    assert informed / trivial.item() < 0.2

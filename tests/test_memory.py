@@ -1,0 +1,113 @@
+"""What a step holds: against the published table, and the rules of each precision."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastjepa import memory
+from fastjepa.gpus import GPUS
+from fastjepa.memory import STATE, held_bytes, usable_memory
+from tests.published import published_shape
+
+
+def held(recipe: str, **more) -> dict[str, float]:
+    return held_bytes(published_shape(recipe, **more))
+
+
+@pytest.mark.parametrize(("recipe", "packed", "reference"), [("L", 20, 29), ("H", 32, 44), ("H384", 40, 56)])
+def test_totals_of_the_published_recipes(recipe, packed, reference):
+    assert sum(held(recipe, kernels="triton").values()) / 1e9 == pytest.approx(packed, rel=0.15)
+    assert sum(held(recipe, execution="reference").values()) / 1e9 == pytest.approx(reference, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "packed", "reference"), [("L", 13.1, 20.2), ("H", 17.5, 27.1), ("H384", 25.5, 39.2)]
+)
+def test_activations_of_the_published_recipes(recipe, packed, reference):
+    assert held(recipe, kernels="triton")["activations"] / 1e9 == pytest.approx(packed, rel=0.05)
+    assert held(recipe, execution="reference")["activations"] / 1e9 == pytest.approx(reference, rel=0.05)
+
+
+def a_parameter(**more) -> list[float]:
+    """Bytes a trained parameter, but for the target encoder a parameter of the encoder; frozen tables taken out."""
+    shape = published_shape("L", **more)
+    shape = replace(shape, encoder=replace(shape.encoder, frozen=0), predictor=replace(shape.predictor, frozen=0))
+    trained = shape.encoder.trained + shape.predictor.trained
+    *state, target = (held_bytes(shape)[name] for name in STATE)
+    return [*(number / trained for number in state), target / shape.encoder.trained]
+
+
+@pytest.mark.parametrize(
+    ("way", "state"),
+    [
+        ({}, [4, 2, 2, 8, 6]),
+        ({"parts": 2}, [4, 2, 6, 8, 6]),
+        ({"execution": "reference"}, [4, 2, 4, 8, 4]),
+        ({"execution": "reference", "parts": 2}, [4, 2, 4, 8, 4]),
+        ({"dtype": "float16"}, [4, 2, 4, 8, 4]),
+        ({"dtype": "float32"}, [4, 0, 4, 8, 4]),
+        ({"dtype": "float32", "execution": "reference"}, [4, 0, 4, 8, 4]),
+    ],
+)
+def test_state_bytes_of_a_parameter(way, state):
+    """Weights, half-precision copies, gradients, moments; target encoder."""
+    assert a_parameter(**way) == state
+
+
+def test_position_tables_count_as_weights_alone():
+    shape = published_shape("L")
+    bare = replace(shape, encoder=replace(shape.encoder, frozen=0), predictor=replace(shape.predictor, frozen=0))
+    tables = 1568 * (2 * 1024 + 384)
+    assert sum(held_bytes(shape).values()) - sum(held_bytes(bare).values()) == 4 * tables
+
+
+def test_activations_and_clips_follow_the_batch_and_state_does_not():
+    shape = published_shape("L")
+    once, twice = held_bytes(shape), held_bytes(replace(shape, batch=48))
+    for name in ("activations", "input clips"):
+        assert twice[name] == 2 * once[name]
+    assert all(twice[name] == once[name] for name in STATE)
+
+
+def test_this_batch_and_the_next_one_are_held_in_bytes_or_floats():
+    shape = published_shape("L")
+    values = 24 * 3 * 16 * 224 * 224
+    assert held_bytes(shape)["input clips"] == 2 * values
+    assert held_bytes(replace(shape, pixel_bytes=4))["input clips"] == 8 * values
+
+
+def test_recomputed_blocks_keep_their_rows_alone():
+    plain = published_shape("L", kernels="triton")
+    kept = [held_bytes(replace(plain, recomputed=count))["activations"] for count in (0, 6, 12, 24)]
+    assert kept[0] > kept[1] > kept[2] > kept[3]
+    assert kept[3] < 0.35 * kept[0]
+
+
+def test_float32_and_unfused_kernels_keep_more():
+    fused, library, whole = (
+        held("L", **way)["activations"] for way in ({"kernels": "triton"}, {}, {"dtype": "float32"})
+    )
+    assert fused < 0.7 * library
+    assert library < 0.7 * whole
+
+
+def test_the_target_pass_counts_where_it_holds_more_than_what_is_kept():
+    shape = published_shape("L")
+    few = tuple(replace(s, context=1.0, target=1.0) for s in shape.sets)
+    small = held_bytes(replace(shape, sets=few))["activations"]
+    assert small == 24 * 1568 * 1024 * (4 + 2 + 4 * 4)
+
+
+def test_a_gpu_gives_nine_tenths_and_a_computer_six_of_its_memory_or_of_its_container(monkeypatch, tmp_path):
+    assert usable_memory(GPUS["h200"]) == 0.9 * 141e9
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "Path", lambda text: limit)
+    whole = usable_memory(torch.device("cpu"))
+    assert whole == pytest.approx(0.6 * memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES"))
+    limit.write_text("1000000\n")
+    assert usable_memory(torch.device("cpu")) == 600_000
+    limit.write_text("max\n")
+    assert usable_memory(torch.device("cpu")) == whole
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100_000))
+    assert usable_memory(torch.device("cuda", 0)) == 90_000

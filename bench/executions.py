@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import Row, facts, slug, write_results
 
 from fastjepa.jepa import JEPA, Execution
-from fastjepa.masks import MaskCollator
+from fastjepa.masks import MaskCollator, target_union
 from fastjepa.models import VisionTransformer, vit_predictor
 from fastjepa.noise import noise_draws
 from fastjepa.optim import OptimizerPass, Schedule, parameter_groups
@@ -82,13 +82,14 @@ def build(shape: str, execution: Execution) -> JEPA:
 
 
 def inputs(shape: str) -> tuple:
-    """(clips, context sets, target sets, noise of the target sets or None) of one batch."""
+    """What a training run gives a JEPA: uint8 clips, context and target sets, noise or None, False, the union."""
     s = SHAPES[shape]
     context, target = MaskCollator(PUBLISHED_MASKS, s.crop, FRAMES, 16, 2, group=s.clips).draw(0, range(s.clips))
-    clips = torch.randn(s.clips, 3, FRAMES, s.crop, s.crop, generator=torch.Generator().manual_seed(1))
+    size, generator = (s.clips, 3, FRAMES, s.crop, s.crop), torch.Generator().manual_seed(1)
+    clips = torch.randint(256, size, dtype=torch.uint8, generator=generator)
     noised = s.targets == "noised"
     draws = noise_draws(0, range(s.clips), target, s.predictor_width, clips.device) if noised else None
-    return clips, context, target, draws
+    return clips, context, target, draws, False, target_union(target, FRAMES // 2 * (s.crop // 16) ** 2)
 
 
 def our_step(jepa: JEPA, batch: tuple) -> Callable[[], None]:

@@ -5,12 +5,17 @@
 #
 #   ceilings   what the machine can do at our shapes (bench/ceilings.py), one result file per group of figures
 #   kernels    every operation of fastjepa_kernels against eager, compiled and library PyTorch (bench/test_kernels.py)
+#   step       whole training steps of ViT-L and ViT-H in every way of taking one (bench/steps.py), one result file a
+#              model; the models share 480 s, so that ways may be missing: one model at a time (STEP_ARGS) has them all
+#   profile    the components and the most expensive kernels of a ViT-H step (bench/steps.py --profile), as a text file
 #   tests      the tests that need a GPU (pytest -m gpu), their output as a text file
 #
 # A stage has 540 seconds. One that fails or takes longer does not stop the next, but the script then ends with 1.
 # Environment:
 #   PYTHON          the interpreter (python)
 #   OUT             where results go, relative to the repository (bench/results)
+#   STEP_ARGS       more arguments for bench/steps.py in both of its stages, split at spaces, e.g. "--models vith_384";
+#                   "--quick --device cpu" tries them anywhere
 #   CEILINGS_ARGS   more arguments for bench/ceilings.py, split at spaces; "--quick --device cpu" tries the script anywhere
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
 out=${OUT:-bench/results}
 limit=540
-valid="ceilings kernels tests"
+valid="ceilings kernels step profile tests"
 
 if (($# == 0)); then
     echo "Usage: bench/gpu.sh STAGE..., where a stage is one of: $valid." >&2
@@ -47,6 +52,16 @@ run_kernels() {
     # The repository's own options skip benches. Without CUDA all of them are skipped: then no file means no result.
     limited "$python" -m pytest -q -rs -o addopts="--import-mode=importlib --strict-markers" bench/test_kernels.py \
         --benchmark-only --benchmark-json="$file" && [[ -s $file ]]
+}
+
+run_step() {
+    # shellcheck disable=SC2086
+    limited "$python" bench/steps.py --device cuda --models vitl,vith --budget 480 --out "$out" ${STEP_ARGS:-}
+}
+
+run_profile() {
+    # shellcheck disable=SC2086
+    limited "$python" bench/steps.py --device cuda --profile --models vith --out "$out" ${STEP_ARGS:-}
 }
 
 run_tests() {

@@ -1,0 +1,141 @@
+"""Launches, bytes and FLOPs of one training step at full ViT-L and ViT-H size, in both executions, by component.
+
+    python -m bench.census [--json] [--model vitl,vith] [--items 20] [--out bench/results]
+
+Counted on tensors without numbers (`bench.census_steps`), so that any machine gives the same figures, exactly, in
+seconds; what a launch and its bytes are stands in `bench.census_counting`. The step: 24 clips of 16 frames at 224 px,
+the mean token counts of the published masks, bfloat16 autocast, clipping, AdamW, moving average of the target encoder.
+"reference" runs the networks and the optimizer as the public code does, without its statistics; "packed" is the
+library's own step with the Triton forms of `fastjepa_kernels`. Attention counts as one forward and one backward kernel
+in both, though ours launches two for a gradient.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from bench import measure
+from bench.census_counting import Census, Figures
+from bench.census_steps import CLIPS, CONTEXT, FRAMES, MODELS, SIDE, TARGET, Execution, count
+
+ORDER = ("patch embed", "target", "context", "predictor", "loss", "optimizer")
+EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
+Row = dict[str, Any]
+
+
+def census(model: str, items: int) -> Row:
+    """Both executions of one model, as plain numbers: totals, components, and the `items` largest single items."""
+    counted = {execution: count(model, execution) for execution in EXECUTIONS}
+    reference, packed = (counted[execution].total() for execution in EXECUTIONS)
+    return {
+        "model": model,
+        "clips": CLIPS,
+        "frames": FRAMES,
+        "side": SIDE,
+        "context_tokens": CONTEXT,
+        "target_tokens": TARGET,
+        **{execution: _figures(one, items) for execution, one in counted.items()},
+        "times_fewer_bytes": reference.bytes / packed.bytes,
+        "times_fewer_launches": reference.launches / packed.launches,
+    }
+
+
+def _figures(one: Census, items: int) -> Row:
+    components = sorted(one.components.items(), key=lambda pair: (ORDER.index(phase_of(pair[0])), pair[0]))
+    largest = sorted(one.items.items(), key=lambda pair: -pair[1].bytes)[:items]
+    return {
+        **_numbers(one.total()),
+        "components": {name: _numbers(figures) for name, figures in components},
+        "items": [
+            {"phase": phase, "operation": operation, "inputs": inputs, **_numbers(figures)}
+            for (phase, operation, inputs), figures in largest
+        ],
+    }
+
+
+def phase_of(component: str) -> str:
+    """ "target" of "target linear"."""
+    return component.rpartition(" ")[0]
+
+
+def _numbers(figures: Figures) -> Row:
+    return {"launches": figures.launches, "bytes": figures.bytes, "flops_per_clip": figures.flops / CLIPS}
+
+
+def table(row: Row) -> str:
+    """The figures of a model for people."""
+    tokens = " + ".join(map(str, row["context_tokens"])), " + ".join(map(str, row["target_tokens"]))
+    lines = [
+        f"{row['model']}: {row['clips']} clips of {row['frames']} frames at {row['side']} px, {tokens[0]} context and "
+        f"{tokens[1]} target tokens a clip",
+        f"{'':<24}" + "".join(f"{execution:>12}{'GB':>10}{'GFLOP/clip':>12}" for execution in EXECUTIONS),
+    ]
+    parts = {execution: {**row[execution]["components"], "total": row[execution]} for execution in EXECUTIONS}
+    names = [*dict.fromkeys(name for execution in EXECUTIONS for name in row[execution]["components"])]
+    names.sort(key=lambda name: ORDER.index(phase_of(name)))
+    for name in (*names, "total"):
+        lines.append(f"{name:<24}" + "".join(_cells(parts[execution].get(name)) for execution in EXECUTIONS))
+    fewer = row["times_fewer_bytes"], row["times_fewer_launches"]
+    lines.append(f"packed moves {fewer[0]:.2f} times fewer bytes in {fewer[1]:.2f} times fewer launches")
+    for execution in EXECUTIONS:
+        for item in row[execution]["items"]:
+            figures = f"{item['bytes'] / 1e9:8.2f} GB {item['launches']:5d} launches"
+            lines.append(f"{execution:<10}{figures}  {item['phase']}: {item['operation']} {item['inputs']}")
+    return "\n".join(lines)
+
+
+def _cells(figures: Row | None) -> str:
+    if figures is None:
+        return f"{'-':>12}{'-':>10}{'-':>12}"
+    return f"{figures['launches']:>12,}{figures['bytes'] / 1e9:>10.1f}{figures['flops_per_clip'] / 1e9:>12,.1f}"
+
+
+def result_rows(row: Row) -> list[measure.Row]:
+    """The totals and components of a model as rows of a result file."""
+    rows: list[measure.Row] = []
+    for execution in EXECUTIONS:
+        parts = {"total": row[execution], **row[execution]["components"]}
+        for component, figures in parts.items():
+            for name, value, unit in (
+                ("launches", figures["launches"], "launches"),
+                ("bytes", figures["bytes"] / 1e9, "GB"),
+                ("work", figures["flops_per_clip"] / 1e9, "GFLOP/clip"),
+            ):
+                where = {"model": row["model"], "execution": execution, "component": component}
+                rows.append({"name": name, "value": value, "unit": unit, "parameters": where})
+    for figure in ("bytes", "launches"):
+        where = {"model": row["model"]}
+        rows.append({"name": f"times fewer {figure}", "value": row[f"times_fewer_{figure}"], "unit": "x",
+                     "parameters": where})  # fmt: skip
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.census", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of tables")
+    parser.add_argument("--model", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for a result file too")
+    parser.add_argument("--items", type=int, default=0, help="largest single items to list (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    models = options.model.split(",")
+    for model in models:
+        if model not in MODELS:
+            parser.error(f"--model: expected some of {', '.join(MODELS)}, given {model}")
+    if options.items < 0:
+        parser.error(f"--items: expected at least 0, given {options.items}")
+    rows = [census(model, options.items) for model in models]
+    if options.out is not None:
+        header = measure.facts(torch.device("cpu"), f"python -m bench.census --model {options.model}", quick=False)
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"census-{header['date'][:10]}.json"
+        measure.write_results(path, header, [one for row in rows for one in result_rows(row)], complete=True)
+    print(json.dumps(rows, indent=1) if options.json else "\n\n".join(table(row) for row in rows))
+
+
+if __name__ == "__main__":
+    main()

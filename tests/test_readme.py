@@ -134,6 +134,12 @@ def test_the_speed_of_the_packed_execution_comes_from_its_result_file():
     text = " ".join(README.split())
     assert f"{tiny} times the reference's speed in a tiny model (64 wide, 3 deep), {noised} times with noised" in text
     assert f"targets and {larger} times at 192 wide, 12 deep (fastest of {speeds['64x3'][1]} alternating" in text
+    public = [
+        f"{row['value']:.2f}"
+        for row in result["rows"]
+        if row["name"] == "speed of packed over reference, public optimizer path"
+    ]
+    assert f"public code's it is {public[0]}, {public[1]} and {public[2]} times" in text
 
 
 @pytest.mark.parametrize("fence", ["DEMO_OUTPUT", "DEMO_TABLE"])

@@ -163,15 +163,14 @@ def _lengths_noted(jepa: JEPA, census: Census) -> Iterator[None]:
         yield
         return
     assert isinstance(jepa.operations, Composite)
-    attention = jepa.operations.attention
-    plain = attention.layout
+    plain = jepa.operations.layout
 
     def layout(stretches: list[Stretch], device: torch.device) -> Any:
         flat = plain(stretches, device)
         census.mark_lengths(flat.starts, [one.length for one in stretches for _ in range(one.clips)])
         return flat
 
-    with patch.object(attention, "layout", layout):
+    with patch.object(jepa.operations, "layout", layout):
         yield
 
 

@@ -34,7 +34,7 @@ def compiles(runtime: Runtime, device: torch.device) -> bool:
     """Whether blocks are compiled. Errors: ValueError where that was asked for and cannot work here."""
     reason = why_not_compile(runtime, device)
     if runtime.compile is True and reason:
-        raise ValueError(f"runtime.compile: expected a machine with a C++ compiler, given true: {reason}")
+        raise ValueError(f"runtime.compile: expected auto or false on this machine, given true: {reason}")
     return (device.type == "cuda" and not reason) if runtime.compile == "auto" else runtime.compile
 
 

@@ -15,21 +15,32 @@ from fastjepa.attending import Dispatched, Indexed
 from fastjepa.config import Piece
 from fastjepa.fused import Fused
 from fastjepa.models.layers import MLP, Attention, Block
-from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, Targets, Wanted
-from fastjepa.models.vision_transformer import VisionTransformer
+from fastjepa.models.operations import LIBRARY, Operations
 
 PIECES: tuple[Piece, ...] = get_args(Piece)
+
+
+# What every piece computes: methods of `Operations`.
+METHODS: dict[Piece, tuple[str, ...]] = {
+    "embed": ("cut", "embed_all", "embed_sets"),
+    "assemble": ("assemble",),
+    "norm": ("norm", "norm_through", "project", "add_norm"),
+    "mlp": ("hidden",),
+    "attention": ("layout", "attend", "attend_wanted", "take"),
+    "loss": ("targets",),
+    "update": ("move_",),
+}
 
 
 class Composite(Operations):
     """Every piece by an implementation of its own; blocks compiled and recomputed as asked."""
 
-    def __init__(self, **pieces: Operations) -> None:
-        assert set(pieces) == set(PIECES), "every piece has one implementation"
-        self.embed, self.assembly, self.norms, self.mlp, self.attention, self.loss, self.update = (
-            pieces[piece] for piece in PIECES
-        )
-        self.keyed_noise = self.assembly.keyed_noise
+    def __init__(self, pieces: Mapping[Piece, Operations]) -> None:
+        self.pieces = pieces
+        for piece, names in METHODS.items():
+            for name in names:
+                setattr(self, name, getattr(pieces[piece], name))
+        self.keyed_noise = pieces["assemble"].keyed_noise
         self.recomputed = 0
         self._block: Callable[..., tuple[Tensor, Tensor]] = super().block
         self._finish: Callable[..., Tensor] = super().finish
@@ -42,9 +53,13 @@ class Composite(Operations):
 
     def check(self, network: nn.Module) -> None:
         """What every piece has to say of a network."""
-        self.attention.check(network)
-        for piece in {self.embed, self.assembly, self.norms, self.mlp, self.loss, self.update}:
-            piece.check_layers(network)
+        for piece, operations in self.pieces.items():
+            (operations.check if piece == "attention" else operations.check_layers)(network)
+
+    def feed_forward(self, mlp: MLP, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """By `mlp` where it is more than `hidden` and a product."""
+        piece = self.pieces["mlp"]
+        return piece.feed_forward(mlp, x) if piece.with_product else super().feed_forward(mlp, x)
 
     def block(
         self, number: int, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, kept: bool
@@ -59,72 +74,6 @@ class Composite(Operations):
     def finish(self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool) -> Tensor:
         """Compiled where that was asked for."""
         return self._finish(block, after, mixed, x, kept)
-
-    def cut(self, encoder: VisionTransformer, clips: Tensor) -> Patches:
-        """By `embed`."""
-        return self.embed.cut(encoder, clips)
-
-    def embed_all(self, encoder: VisionTransformer, patches: Patches) -> Tensor:
-        """By `embed`."""
-        return self.embed.embed_all(encoder, patches)
-
-    def embed_sets(self, encoder: VisionTransformer, patches: Patches, sets: Sequence[Any]) -> Tensor:
-        """By `embed`."""
-        return self.embed.embed_sets(encoder, patches, sets)
-
-    def assemble(self, *arguments: Any) -> Tensor:
-        """By `assemble`."""
-        return self.assembly.assemble(*arguments)
-
-    def targets(self, features: Tensor) -> Targets:
-        """By `loss`."""
-        return self.loss.targets(features)
-
-    def norm(self, norm: nn.Module, x: Tensor, *, kept: bool = False) -> Tensor:
-        """By `norm`."""
-        return self.norms.norm(norm, x, kept=kept)
-
-    def norm_through(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """By `norm`."""
-        return self.norms.norm_through(norm, x)
-
-    def project(self, projection: nn.Linear, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """By `norm`."""
-        return self.norms.project(projection, y)
-
-    def add_norm(
-        self, norm: nn.Module, y: Tensor, bias: Tensor | None, x: Tensor, drop: nn.Dropout, *, kept: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """By `norm`."""
-        return self.norms.add_norm(norm, y, bias, x, drop, kept=kept)
-
-    def hidden(self, mlp: MLP, x: Tensor) -> Tensor:
-        """By `mlp`."""
-        return self.mlp.hidden(mlp, x)
-
-    def feed_forward(self, mlp: MLP, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """By `mlp` where it is more than `hidden` and a product."""
-        return self.mlp.feed_forward(mlp, x) if self.mlp.with_product else super().feed_forward(mlp, x)
-
-    def take(self, rows: Tensor, place: Tensor) -> Tensor:
-        """By `attention`, whose last block it is for."""
-        return self.attention.take(rows, place)
-
-    def layout(self, stretches: list[Stretch], device: torch.device) -> Any:
-        """By `attention`."""
-        return self.attention.layout(stretches, device)
-
-    def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
-        """By `attention`."""
-        return self.attention.attend(attention, x, layout)
-
-    def attend_wanted(self, attention: Attention, normed: Tensor, layout: Any, wanted: Wanted) -> Tensor:
-        """By `attention`."""
-        return self.attention.attend_wanted(attention, normed, layout, wanted)
-
-    def move_(self, targets: list[Tensor], onlines: list[Tensor], momentum: float | Tensor) -> None:
-        """By `update`."""
-        self.update.move_(targets, onlines, momentum)
 
 
 def choices(wanted: str | Mapping[Any, str], architecture: str) -> dict[Piece, tuple[str, str]]:
@@ -163,7 +112,7 @@ def build_operations(
     chosen = choices(wanted, _architecture(device))
     if attention != "auto":
         chosen["attention"] = "library", "asked for"
-    made: dict[str, Operations] = {}
+    made: dict[Piece, Operations] = {}
     for piece, (name, _) in chosen.items():
         if name in ("triton", "fused"):
             reason = kernels.why_not_triton(torch.empty(0, device=device))
@@ -175,7 +124,7 @@ def build_operations(
         made["attention"] = Dispatched(attention, deterministic=deterministic, flat=flat, group=group)
     else:
         made["attention"] = Indexed("triton" if own == "triton" else "reference", flat=flat, group=group, why=why)
-    return Composite(**made), _lines(chosen)
+    return Composite(made), _lines(chosen)
 
 
 def explain_attention(operations: Composite, networks: Sequence[Attention], like: Tensor) -> str:
@@ -183,7 +132,7 @@ def explain_attention(operations: Composite, networks: Sequence[Attention], like
 
     `like` has the device and dtype that attention works in. Errors: ValueError where that cannot run here.
     """
-    piece = operations.attention
+    piece = operations.pieces["attention"]
     if isinstance(piece, Indexed):
         ragged = "; the library's ragged attention in the last block of the target encoder" if piece.flat else ""
         return f"attention  indexed_attention, {piece.impl}, {piece.why}{ragged}"
@@ -191,7 +140,7 @@ def explain_attention(operations: Composite, networks: Sequence[Attention], like
     try:
         told = [piece.explain(one.num_heads, one.head_dim, like) for one in networks]
     except ValueError as error:
-        raise ValueError(f"runtime.attention: {error}") from None
+        raise ValueError(str(error).replace("attention:", "runtime.attention:", 1)) from None
     same = len(set(told)) == 1
     return f"attention  {told[0]}" if same else f"attention  encoder: {told[0]}; predictor: {told[1]}"
 

@@ -11,8 +11,8 @@ from fastjepa.attending import Dispatched, Indexed
 from fastjepa.exits import Exit
 from fastjepa.fused import Fused
 from fastjepa.masks import target_union
-from fastjepa.models.operations import LIBRARY
-from fastjepa.pieces import PIECES, build_operations, choices, update_kernels
+from fastjepa.models.operations import LIBRARY, Operations
+from fastjepa.pieces import METHODS, PIECES, Composite, build_operations, choices, update_kernels
 from tests.small_jepa import assert_same, clips, gradients, make, masks
 
 CPU = torch.device("cpu")
@@ -36,11 +36,9 @@ def library():
 @pytest.mark.parametrize("piece", PIECES)
 def test_each_piece_alone_can_be_another_implementation(library, piece):
     operations, lines = build_operations({piece: "reference"}, "auto", CPU)
-    attributes = {"assemble": "assembly", "norm": "norms"}
-    chosen = getattr(operations, attributes.get(piece, piece))
-    assert isinstance(chosen, Indexed if piece == "attention" else Fused)
-    others = [getattr(operations, attributes.get(name, name)) for name in PIECES if name != piece]
-    assert all(other is LIBRARY or type(other) is Dispatched for other in others)
+    others = dict(operations.pieces)
+    assert isinstance(others.pop(piece), Indexed if piece == "attention" else Fused)
+    assert all(other is LIBRARY or type(other) is Dispatched for other in others.values())
     loss, found = numbers(operations)
     assert loss == pytest.approx(library["group"][0], rel=1e-10)
     assert_same(found, library["group"][1], rel=1e-9)
@@ -57,6 +55,16 @@ def test_every_backend_of_attention_gives_the_same_numbers(library, backend, tru
     loss, found = numbers(operations, truncation)
     assert loss == pytest.approx(library[truncation][0], rel=1e-10)
     assert_same(found, library[truncation][1], rel=1e-8)
+
+
+def test_every_method_of_the_seam_belongs_to_one_piece():
+    named = [name for names in METHODS.values() for name in names]
+    assert len(named) == len(set(named))
+    assert list(METHODS) == list(PIECES)
+    whole = {"check", "check_layers", "block", "finish", "feed_forward"}
+    within = {"cross", "mix"}  # which only attention calls
+    public = {name for name, one in vars(Operations).items() if callable(one) and not name.startswith("_")}
+    assert public == set(named) | whole | within
 
 
 def test_dense_calls_are_cut_to_groups_of_one_size():
@@ -120,7 +128,7 @@ def test_a_run_takes_pieces_and_backends_by_name(run):
     [
         (
             ("runtime.attention=cudnn",),
-            "runtime.attention: attention: backend='cudnn' was asked for, but it needs a CUDA",
+            "runtime.attention: backend='cudnn' was asked for, but it needs a CUDA device",
         ),
         (("runtime.kernels={norm: triton}",), "runtime.kernels: expected what runs on this machine, given triton: "),
         (("runtime.kernels={mlp: fused}",), "runtime.kernels: expected what runs on this machine, given fused: "),
@@ -183,7 +191,7 @@ MIXES = {
 def test_residual_streams_are_bfloat16_in_encoders_and_float32_in_the_predictor(mix):
     operations, _ = build_operations(MIXES[mix], "auto", CPU)
     if mix == "products":  # whose bias the norm of the library adds
-        operations.mlp = Fused("reference", with_product=True)
+        operations = Composite({**operations.pieces, "mlp": Fused("reference", with_product=True)})
     seen, plain = [], operations.block
 
     def block(number, block, after, normed, x, layout, kept):

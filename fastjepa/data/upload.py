@@ -14,23 +14,18 @@ def uploaded(batches: Iterator[Batch], device: torch.device) -> Generator[Batch,
     For a GPU the next batch is fetched, and its copy begun on a side stream, before one is handed out: a loader that is
     late is waited for one step sooner, and what the GPU still computes meanwhile counts as waiting too. The stream that
     computes waits for the copy, the host for nothing as long as batches lie in page-locked memory. What the source
-    raises comes out in place of the batch that it could not give, after the one before.
+    raises ends the run, and comes out at once: the batch that is ready then is not handed out any more.
     """
     if device.type != "cuda":
         yield from batches
         return
     side = torch.cuda.Stream(device)
     coming: tuple[Batch, torch.cuda.Event] | None = None
-    try:
-        for batch in batches:
-            begun = _begin(batch, device, side)
-            if coming is not None:
-                yield _arrived(*coming, device)
-            coming = begun
-    except Exception:
+    for batch in batches:
+        begun = _begin(batch, device, side)
         if coming is not None:
             yield _arrived(*coming, device)
-        raise
+        coming = begun
     if coming is not None:
         yield _arrived(*coming, device)
 

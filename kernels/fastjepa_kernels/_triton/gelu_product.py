@@ -12,7 +12,7 @@ from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of,
 from fastjepa_kernels._triton.linear_gelu import linear_gelu
 from fastjepa_kernels._triton.mlp import gelu_slope
 from fastjepa_kernels._triton.norms import sum_parts
-from fastjepa_kernels._triton.product import processors, tile_of
+from fastjepa_kernels._triton.product import processors, product_of, tile_of
 from fastjepa_kernels.config import lookup
 
 
@@ -46,22 +46,12 @@ def gelu_product_backward_kernel(
     """Tiles program, program + programs, ... of [rows, OUT], and a row of partial column sums for each row of tiles."""
     columns: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     tile_rows = tl.cdiv(rows, BLOCK_M)
-    inner = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), tiles, programs):
         down, across = tile_of(tile, tile_rows, columns, GROUP)
         row = down.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         column = across * BLOCK_N + tl.arange(0, BLOCK_N)
         present, used = row < rows, column < OUT
-        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for first in range(0, IN, BLOCK_K):
-            within = inner < IN - first
-            left = tl.load(
-                gradient + row[:, None] * IN + (first + inner)[None, :],
-                mask=present[:, None] & within[None, :], other=0.0,
-            )  # fmt: skip
-            there = used[None, :] & within[:, None]
-            right = tl.load(weight + (first + inner)[:, None] * OUT + column[None, :], mask=there, other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
+        total = product_of(gradient, weight, row, column, present, used, IN, OUT, 1, BLOCK_M, BLOCK_N, BLOCK_K)
         # The slope needs registers of its own: for a whole tile at once, beside the product, they would spill.
         quarter: tl.constexpr = BLOCK_N // 4
         left_half, right_half = halves(total)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastjepa_kernels._triton.launch import Shipped, combinations, on_device_of, pinned
 from fastjepa_kernels._triton.mlp import gelu
-from fastjepa_kernels._triton.product import processors, tile_of
+from fastjepa_kernels._triton.product import processors, product_of, tile_of
 from fastjepa_kernels.config import lookup
 
 
@@ -21,21 +21,12 @@ def linear_gelu_kernel(
     """Tiles program, program + programs, ... of [rows, OUT]; GROUP rows of tiles share their columns of weights."""
     columns: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     tile_rows = tl.cdiv(rows, BLOCK_M)
-    inner = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), tiles, programs):
         down, across = tile_of(tile, tile_rows, columns, GROUP)
         row = down.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         column = across * BLOCK_N + tl.arange(0, BLOCK_N)
         present, used = row < rows, column < OUT
-        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for first in range(0, IN, BLOCK_K):
-            within = inner < IN - first
-            left = tl.load(
-                x + row[:, None] * IN + (first + inner)[None, :], mask=present[:, None] & within[None, :], other=0.0
-            )
-            there = used[None, :] & within[:, None]
-            right = tl.load(weight + column[None, :] * IN + (first + inner)[:, None], mask=there, other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
+        total = product_of(x, weight, row, column, present, used, IN, 1, IN, BLOCK_M, BLOCK_N, BLOCK_K)
         if BIAS:
             total += tl.load(bias + column, mask=used, other=0.0).to(tl.float32)[None, :]
         inside = present[:, None] & used[None, :]

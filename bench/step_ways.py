@@ -121,7 +121,9 @@ def plan_of(s: Settings, device: torch.device) -> Plan:
     """Work and memory by the model of them, without weights."""
     with torch.device("meta"):
         jepa = build_jepa(s)
-    return make_plan(s, jepa, build_masks(s), float("inf"), compiled=compiles(s.runtime, device))
+    # A way that asks for what cannot be is planned all the same: it becomes a row with the reason when it is built.
+    compiled = s.runtime.compile is True or compiles(s.runtime, device)
+    return make_plan(s, jepa, build_masks(s), float("inf"), compiled=compiled)
 
 
 def fit_together(plans: Sequence[Plan], usable: float) -> bool:

@@ -144,6 +144,16 @@ def test_draws_differ_and_are_the_same_for_every_way(bench):
     assert clips.dtype == torch.uint8
 
 
+def test_a_way_that_cannot_compile_here_is_planned_all_the_same(bench, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    ways = bench("step_ways")
+    settings = ways.settings_of("vitl", "reference-compiled", quick=True)
+    assert ways.plan_of(settings, CPU).shape.compiled
+    with pytest.raises(ValueError, match=r"runtime\.compile: expected auto or false on this machine"):
+        ways.Runner(settings, CPU)
+
+
 def test_whether_ways_fit_together_counts_every_state_and_the_largest_activations(bench):
     ways = bench("step_ways")
     held = [dict.fromkeys(ways.STATE, 2.0) | {"activations": a, "input clips": 1.0} for a in (5.0, 7.0)]

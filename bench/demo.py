@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # also runs as a script
 
-from measure import Row, facts, slug, write_results
+from bench.files import Row, write_results
+from bench.machine import facts, slug
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "configs/demo.yaml"

@@ -1,38 +1,22 @@
-"""The packed execution beside the reference one: CPU time of a whole training step, on one thread.
+"""The packed execution beside the reference one in tiny models that a CPU can train: what `test_executions.py` times.
 
-    python bench/executions.py
-
-Both start from the same weights, clips and masks. First the loss and every gradient are compared; then steps alternate
-and process CPU time is taken, so that other work on the machine counts as little as it can. `speed` is the ratio of
-the fastest steps, its spread that of the ratios of neighbours. A third contender takes the reference execution through
-an optimizer path like the public code's: AdamW as torch builds it, a norm a tensor, one average a parameter.
-
-On a CPU only arithmetic shows: the memory traffic, launches and stalls that packing saves on a GPU hardly do.
+Both start from the same weights, clips and masks. `largest_difference` compares the loss and every gradient first. A
+third contender takes the reference execution through an optimizer path like the public code's: AdamW as torch builds
+it, a norm a tensor, one average a parameter.
 """
 
-import argparse
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from measure import Row, facts, slug, write_results
 
 from fastjepa.jepa import JEPA, Execution
 from fastjepa.masks import MaskCollator, target_union
 from fastjepa.models import VisionTransformer, vit_predictor
 from fastjepa.noise import noise_draws
 from fastjepa.optim import OptimizerPass, Schedule, parameter_groups
-
-ROOT = Path(__file__).parents[1]
 
 
 class Shape(NamedTuple):
@@ -128,7 +112,10 @@ def public_step(jepa: JEPA, batch: tuple) -> Callable[[], None]:
 
 
 def largest_difference(shape: str) -> float:
-    """The largest relative difference of a gradient between the executions; stops where losses or gradients differ."""
+    """The largest relative difference of a gradient between the executions.
+
+    Errors: ValueError where losses or gradients differ by more than rounding.
+    """
     batch, jepas = inputs(shape), [build(shape, execution) for execution in ("packed", "reference")]
     losses = [jepa(*batch).loss for jepa in jepas]
     for loss in losses:
@@ -136,67 +123,15 @@ def largest_difference(shape: str) -> float:
     grads = [[p.grad for p in jepa.parameters() if p.requires_grad] for jepa in jepas]
     worst = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(*grads))
     if abs(losses[0].item() / losses[1].item() - 1) > 1e-5 or worst > 1e-4:
-        raise SystemExit(f"{shape}: the executions differ: losses {[x.item() for x in losses]}, gradients {worst:.1e}")
+        raise ValueError(f"{shape}: the executions differ: losses {[x.item() for x in losses]}, gradients {worst:.1e}")
     return worst
 
 
-def compare(shape: str, repeats: int) -> list[Row]:
-    """Rows of one shape: ms of each contender, and how many times the speed of the others packed has."""
+def contenders(shape: str) -> dict[str, Callable[[], None]]:
+    """One training step of each, by name; "packed" first."""
     batch = inputs(shape)
-    steps = {
+    return {
         "packed": our_step(build(shape, "packed"), batch),
         "reference": our_step(build(shape, "reference"), batch),
         "reference, public optimizer path": public_step(build(shape, "reference"), batch),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(-3, repeats):
-        for name, step in steps.items():
-            began = time.process_time()
-            step()
-            if turn >= 0:
-                times[name].append(1e3 * (time.process_time() - began))
-    where = {"shape": shape, "threads": 1}
-    rows: list[Row] = [
-        {"name": f"step {name}", "value": min(ms), "unit": "ms", "median": statistics.median(ms), "max": max(ms),
-         "n": repeats, "parameters": where}
-        for name, ms in times.items()
-    ]  # fmt: skip
-    for name in list(steps)[1:]:
-        pairs = [slow / fast for slow, fast in zip(times[name], times["packed"])]
-        rows.append(
-            {"name": f"speed of packed over {name}", "value": min(times[name]) / min(times["packed"]), "unit": "x",
-             "median": statistics.median(pairs), "min": min(pairs), "max": max(pairs), "n": repeats,
-             "parameters": where}
-        )  # fmt: skip
-    difference = {"name": "largest gradient difference", "value": largest_difference(shape), "unit": "relative"}
-    return [*rows, {**difference, "parameters": where}]
-
-
-def main(arguments: list[str]) -> None:
-    """Measure every shape and write one result file."""
-    parser = argparse.ArgumentParser(prog="executions.py", description="Packed beside reference, on one CPU thread.")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=25, help="steps of each contender (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="result folder")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    shapes = options.shapes.split(",")
-    unknown = [shape for shape in shapes if shape not in SHAPES]
-    if unknown or options.repeats < 1:
-        wrong = f"--shapes: expected some of {', '.join(SHAPES)}, given {unknown[0]}" if unknown else ""
-        parser.error(wrong or f"--repeats: expected at least 1, given {options.repeats}")
-    command = f"python bench/executions.py --shapes {options.shapes} --repeats {options.repeats}"
-    header = facts(torch.device("cpu"), command, quick=options.repeats < 15)
-    path = options.out / f"executions-{slug(header['device'])}-{header['date'][:10]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    for shape in shapes:
-        rows += compare(shape, options.repeats)
-        write_results(path, header, rows, complete=shape == shapes[-1])
-    for row in rows:
-        print(f"{row['parameters']['shape']:<8} {row['name']:<52} {row['value']:.4g} {row['unit']}")
-    print(path)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

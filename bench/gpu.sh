@@ -3,20 +3,20 @@
 #
 #     bench/gpu.sh ceilings tests
 #
-#   ceilings   what the machine can do at our shapes (bench/ceilings.py), one result file per group of figures
+#   ceilings   what the machine can do at our shapes (bench.ceilings), one result file per group of figures
 #   kernels    every operation of fastjepa_kernels against eager, compiled and library PyTorch (bench/test_kernels.py)
-#   step       whole training steps of ViT-L and ViT-H in every way of taking one (bench/steps.py), one result file a
+#   step       whole training steps of ViT-L and ViT-H in every way of taking one (bench.steps), one result file a
 #              model; the models share 480 s, so that ways may be missing: one model at a time (STEP_ARGS) has them all
-#   profile    the components and the most expensive kernels of a ViT-H step (bench/steps.py --profile), as a text file
+#   profile    the components and the most expensive kernels of a ViT-H step (bench.steps --profile), as a text file
 #   tests      the tests that need a GPU (pytest -m gpu), their output as a text file
 #
 # A stage has 540 seconds. One that fails or takes longer does not stop the next, but the script then ends with 1.
 # Environment:
 #   PYTHON          the interpreter (python)
 #   OUT             where results go, relative to the repository (bench/results)
-#   STEP_ARGS       more arguments for bench/steps.py in both of its stages, split at spaces, e.g. "--models vith_384";
+#   STEP_ARGS       more arguments for bench.steps in both of its stages, split at spaces, e.g. "--models vith_384";
 #                   "--quick --device cpu" tries them anywhere
-#   CEILINGS_ARGS   more arguments for bench/ceilings.py, split at spaces; "--quick --device cpu" tries the script anywhere
+#   CEILINGS_ARGS   more arguments for bench.ceilings, split at spaces; "--quick --device cpu" tries the script anywhere
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -43,7 +43,7 @@ limited() { timeout --kill-after=10 "$limit" "$@"; }
 run_ceilings() {
     # --device cuda: where CUDA is broken this must fail, not measure the processor. CEILINGS_ARGS comes last and wins.
     # shellcheck disable=SC2086
-    limited "$python" bench/ceilings.py --device cuda --out "$out" ${CEILINGS_ARGS:-}
+    limited "$python" -m bench.ceilings --device cuda --out "$out" ${CEILINGS_ARGS:-}
 }
 
 run_kernels() {
@@ -56,12 +56,12 @@ run_kernels() {
 
 run_step() {
     # shellcheck disable=SC2086
-    limited "$python" bench/steps.py --device cuda --models vitl,vith --budget 480 --out "$out" ${STEP_ARGS:-}
+    limited "$python" -m bench.steps --device cuda --models vitl,vith --budget 480 --out "$out" ${STEP_ARGS:-}
 }
 
 run_profile() {
     # shellcheck disable=SC2086
-    limited "$python" bench/steps.py --device cuda --profile --models vith --out "$out" ${STEP_ARGS:-}
+    limited "$python" -m bench.steps --device cuda --profile --models vith --out "$out" ${STEP_ARGS:-}
 }
 
 run_tests() {

@@ -1,31 +1,21 @@
-"""Timing, result files and machine facts that every bench here shares. Needs torch and the standard library only.
+"""Timing that every bench here shares, and one case of it as a row of a result file.
 
-A *row* is one figure: `name value unit min max ms n drift parameters`, where value is a rate (work per second) and ms
-the median time behind it. A case that the machine cannot run is a row as well: `name skipped parameters`, where
-`skipped` is the reason, so that a missing figure can be told from a forgotten one.
+Needs torch and the standard library only.
 """
 
-import json
 import math
-import os
-import platform
-import re
 import statistics
-import subprocess
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-Row = dict[str, Any]
+from bench.files import Row, quantiles
+from bench.machine import LoadWatch
+
 Call = Callable[[], object]
 
 UNIT_SIZE = {"TFLOP/s": 1e12, "GB/s": 1e9}
@@ -155,11 +145,13 @@ def _times_and_load(case: Case, device: torch.device, seconds: float) -> tuple[l
 
 def _figures(times_ms: list[float], work: float, unit: str) -> Row:
     scale = work / UNIT_SIZE[unit] * 1e3
-    median = statistics.median(times_ms)
+    p20, median, p80 = quantiles(times_ms)
     part = max(len(times_ms) // 10, 1)
     return {
         "value": scale / median,
         "unit": unit,
+        "p20": scale / p80,
+        "p80": scale / p20,
         "min": scale / max(times_ms),
         "max": scale / min(times_ms),
         "ms": median,
@@ -172,146 +164,3 @@ def _figures(times_ms: list[float], work: float, unit: str) -> Row:
 def _first_line(message: object) -> str:
     text = str(message).strip()
     return text.splitlines()[0][:300] if text else "no message"
-
-
-LOAD_FIELDS = {
-    "clock_mhz": "clocks.sm",
-    "max_clock_mhz": "clocks.max.sm",
-    "power_w": "power.draw",
-    "power_limit_w": "power.limit",
-    "temperature_c": "temperature.gpu",
-}
-
-
-def read_load(device: torch.device) -> dict[str, float | None]:
-    """Clock, power and temperature of a CUDA device now; empty on a CPU or where nvidia-smi is missing or refuses.
-
-    torch.cuda.clock_rate() gives the same figures but needs nvidia-ml-py, which torch does not install.
-    """
-    if device.type != "cuda":
-        return {}
-    # By its uuid: nvidia-smi's own numbering ignores CUDA_VISIBLE_DEVICES.
-    uuid = "GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-    fields = ",".join(LOAD_FIELDS.values())
-    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}  # the figures stand without these readings, and their absence from the file is visible
-    return parse_load(answer)
-
-
-def parse_load(answer: str) -> dict[str, float | None]:
-    """One line of nvidia-smi's CSV as numbers; None for what a card does not report ("[N/A]")."""
-    values = [value.strip() for value in answer.strip().split(",")]
-    if len(values) != len(LOAD_FIELDS):
-        return {}
-    number = re.compile(r"\d+(\.\d+)?")
-    return {key: float(text) if number.fullmatch(text) else None for key, text in zip(LOAD_FIELDS, values)}
-
-
-class LoadWatch:
-    """Reads the load in a thread while a loop keeps the device busy; `last` is the newest reading, {} on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.last: dict[str, float | None] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.is_set():
-            self.last = read_load(self.device)
-            self._stop.wait(0.1)
-
-    def __enter__(self) -> "LoadWatch":
-        if self.device.type == "cuda":
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
-    return f"CPU {names[0].strip() if names else platform.machine()}"
-
-
-def slug(text: str) -> str:
-    """`text` as a part of a file name: "NVIDIA H100 80GB HBM3" becomes "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def facts(device: torch.device, command: str, *, quick: bool) -> dict[str, Any]:
-    """What a reader needs to know about where a result file comes from."""
-    return {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "quick": quick,
-        **read_load(device),
-    }
-
-
-def _triton_version() -> str | None:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
-    try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def write_results(path: Path, header: dict[str, Any], rows: list[Row], *, complete: bool) -> None:
-    """Write a result file so that a reader never sees half of it: under a temporary name, then renamed.
-
-    Benches call this after every row; `complete` says whether all of them are there.
-    """
-    text = json.dumps({**header, "complete": complete, "rows": rows}, indent=1, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def table(rows: Iterable[Row]) -> str:
-    """Rows as aligned text, one line each; a case that could not run shows its reason."""
-    lines = [("name", "value", "unit", "min", "max", "ms", "n", "note")]
-    for row in rows:
-        if "skipped" in row:
-            lines.append((row["name"], "-", "", "", "", "", "", f"skipped: {row['skipped'][:90]}"))
-            continue
-        figures = (f"{row[key]:.4g}" for key in ("min", "max", "ms"))
-        clock = f"{row['clock_mhz']:.0f} MHz" if row.get("clock_mhz") else ""
-        lines.append((row["name"], f"{row['value']:.4g}", row["unit"], *figures, str(row["n"]), clock))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text_columns = (0, 2, 7)
-    return "\n".join("  ".join(_aligned(line, widths, text_columns)).rstrip() for line in lines)
-
-
-def _aligned(line: tuple[str, ...], widths: list[int], text_columns: tuple[int, ...]) -> list[str]:
-    pairs = enumerate(zip(line, widths))
-    return [cell.ljust(width) if column in text_columns else cell.rjust(width) for column, (cell, width) in pairs]

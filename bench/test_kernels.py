@@ -15,6 +15,8 @@ from fastjepa_kernels.testing.cases import CASES, fresh, results, timed, yardsti
 from fastjepa_kernels.tune import cuda_clock
 
 pytestmark = pytest.mark.gpu
+KIND = "kernels"
+ON_A_DEVICE = True
 DTYPE = torch.bfloat16
 SAMPLES = 60
 SHAPES = [pytest.param(case, name, id=f"{case.name}-{name}") for case in CASES for name in case.benched()]

@@ -129,7 +129,7 @@ def test_the_speed_of_the_packed_execution_comes_from_its_result_file():
         if row["name"] == "speed of packed over reference"
     }
     cost = [row["value"] for row in result["rows"] if row["name"] == "step packed"]  # 64x3, then 64x3-noised
-    assert f"{cost[1] / cost[0]:.2f} times the time at the tiny size of `bench/executions.py`" in README
+    assert f"{cost[1] / cost[0]:.2f} times the time at the tiny size of `bench/test_executions.py`" in README
     tiny, noised, larger = (speeds[shape][0] for shape in ("64x3", "64x3-noised", "192x12"))
     text = " ".join(README.split())
     assert f"{tiny} times the reference's speed in a tiny model (64 wide, 3 deep), {noised} times with noised" in text

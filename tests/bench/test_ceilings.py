@@ -30,7 +30,7 @@ def environment(**extra):
 
 
 def ceilings(*arguments, **extra):
-    command = [sys.executable, "bench/ceilings.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "bench.ceilings", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=300)
 
 
@@ -51,10 +51,9 @@ def quick(tmp_path_factory):
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """Imports a module of the bench folder, as its scripts do."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module
+def bench():
+    """Imports a module of the bench folder."""
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def test_every_stage_writes_one_complete_file_and_leaves_no_temporary(quick):
@@ -72,7 +71,7 @@ def test_a_file_says_where_it_comes_from_and_that_it_is_quick(quick):
     for content in quick[1].values():
         assert content["device"].startswith("CPU ")
         assert content["torch"] == torch.__version__
-        assert content["command"] == "python bench/ceilings.py --device cpu --quick"
+        assert content["command"] == "python -m bench.ceilings --device cpu --quick"
         assert content["quick"] is True
         assert {"triton", "commit", "date"} <= content.keys()
         assert content["commit"] is None or len(content["commit"]) == 40
@@ -160,7 +159,7 @@ def test_operation_counts(bench):
 
 
 def test_attention_of_unequal_samples_counts_each_at_its_own_length(bench):
-    cases, shapes = bench("ceiling_cases"), bench("ceiling_shapes")
+    cases, shapes = bench("ceilings.cases"), bench("ceilings.shapes")
     ragged = shapes.Attention("ragged", heads=3, head_dim=5, lengths=(2, 7))
     assert cases.attention_flops(ragged, "forward") == 4 * 3 * 5 * (4 + 49)
     assert cases.attention_flops(ragged, "backward") == 8 * 3 * 5 * (4 + 49)
@@ -168,7 +167,7 @@ def test_attention_of_unequal_samples_counts_each_at_its_own_length(bench):
 
 
 def test_the_full_run_covers_the_published_shapes(bench):
-    cases, shapes = bench("ceiling_cases"), bench("ceiling_shapes")
+    cases, shapes = bench("ceilings.cases"), bench("ceilings.shapes")
     products = {name: tuple(sizes) for name, *sizes in cases.layer_products(shapes.FULL)}
     assert len(products) == 16 + 8  # four layers, two encoders, two row counts; then the predictor's
     assert products["vitl.target.qkv"] == (37632, 3072, 1024)
@@ -187,7 +186,7 @@ def test_the_full_run_covers_the_published_shapes(bench):
 
 
 def test_patches_are_cut_in_the_order_of_a_conv3d_weight(bench):
-    cut_patches = bench("ceiling_cases").cut_patches
+    cut_patches = bench("ceilings.cases").cut_patches
     clips, weight = torch.randn(2, 3, 4, 32, 48), torch.randn(8, 3, 2, 16, 16)
     expected = torch.nn.functional.conv3d(clips, weight, stride=(2, 16, 16)).flatten(2).transpose(1, 2).reshape(-1, 8)
     torch.testing.assert_close(cut_patches(clips) @ weight.view(8, -1).t(), expected, rtol=1e-3, atol=1e-3)
@@ -216,7 +215,7 @@ def test_a_mistake_or_a_broken_device_is_not_taken_for_a_missing_kernel(bench):
 
 
 def test_a_failed_write_leaves_the_earlier_file_whole(bench, tmp_path):
-    write_results, path = bench("measure").write_results, tmp_path / "r.json"
+    write_results, path = bench("files").write_results, tmp_path / "r.json"
     write_results(path, {"device": "d"}, [{"value": 1.0}], complete=False)
     with pytest.raises(ValueError):
         write_results(path, {"device": "d"}, [{"value": math.nan}], complete=True)
@@ -225,7 +224,7 @@ def test_a_failed_write_leaves_the_earlier_file_whole(bench, tmp_path):
 
 
 def test_load_readings_are_numbers_or_none(bench):
-    parse_load = bench("measure").parse_load
+    parse_load = bench("machine").parse_load
     assert parse_load("1755, 1980, 699.31, [N/A], 61\n") == {
         "clock_mhz": 1755.0,
         "max_clock_mhz": 1980.0,
@@ -258,7 +257,7 @@ def test_gpu_script_runs_ceilings_and_lists_its_file(tmp_path):
 
 def test_gpu_script_goes_on_after_a_failed_stage_and_ends_with_1(tmp_path):
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\necho "called with $*"\ncase "$*" in bench/*) exit 3;; esac\n')
+    fake.write_text('#!/bin/sh\necho "called with $*"\ncase "$*" in *bench.ceilings*) exit 3;; esac\n')
     fake.chmod(0o755)
     process = gpu_sh("ceilings", "tests", OUT=str(tmp_path / "out"), PYTHON=str(fake))
     assert process.returncode == 1

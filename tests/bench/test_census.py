@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from bench.census_counting import Census
-from bench.census_steps import CLIPS, UNION
+from bench.census.counting import Census
+from bench.census.steps import CLIPS, UNION
 
 ROOT = Path(__file__).parents[2]
 # GB, launches and GFLOP a clip of the public code's step, counted at the dispatcher without its statistics.

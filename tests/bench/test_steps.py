@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def steps(*arguments):
-    command = [sys.executable, "bench/steps.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "bench.steps", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -36,10 +36,9 @@ def quick(tmp_path_factory):
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """Imports a module of the bench folder, as its scripts do."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module
+def bench():
+    """Imports a module of the bench folder."""
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def test_a_file_says_what_was_measured_and_that_it_is_quick(quick):
@@ -48,7 +47,7 @@ def test_a_file_says_what_was_measured_and_that_it_is_quick(quick):
         assert content["quick"]
         assert content["model"] == f"vit_nano in place of {model}"
         assert content["command"] == (
-            "python bench/steps.py --models vitl,vith_384 --ways packed,packed-triton,reference --steps 12 --quick "
+            "python -m bench.steps --models vitl,vith_384 --ways packed,packed-triton,reference --steps 12 --quick "
             "--device cpu"
         )
         assert content["order"] == "in turns"
@@ -64,7 +63,7 @@ def test_rows_have_figures_parity_and_what_ran(quick):
         for row in (packed, reference):
             assert row["value"] == pytest.approx(1e3 * content["batch"] / row["ms"])
             assert row["min"] <= row["value"] <= row["max"]
-            assert row["p20_ms"] <= row["ms"] <= row["p80_ms"]
+            assert row["p20"] <= row["value"] <= row["p80"]
             assert row["n"] == 12
             assert row["loss_first"] != row["loss_last"]
             assert row["mfu"] is row["peak_memory_gb"] is None  # of a GPU alone
@@ -114,7 +113,7 @@ def test_a_wrong_argument_is_one_sentence(arguments, sentence, tmp_path):
 
 
 def test_what_is_measured_are_the_published_settings_with_the_batch_of_one_gpu(bench):
-    ways = bench("step_ways")
+    ways = bench("steps.ways")
     for model, clips, crop in (("vitl", 24, 224), ("vith", 24, 224), ("vith_384", 10, 384)):
         found = {way: ways.settings_of(model, way, quick=False) for way in ways.WAYS}
         for s in found.values():
@@ -134,7 +133,7 @@ def test_what_is_measured_are_the_published_settings_with_the_batch_of_one_gpu(b
 
 
 def test_draws_differ_and_are_the_same_for_every_way(bench):
-    ways = bench("step_ways")
+    ways = bench("steps.ways")
     batches = ways.prepare(ways.settings_of("vitl", "packed", quick=True), 50, CPU)
     seen = {tuple(draw.context[0].flatten().tolist()) for draw in batches.draws}
     assert len(seen) > 45
@@ -147,7 +146,7 @@ def test_draws_differ_and_are_the_same_for_every_way(bench):
 def test_a_way_that_cannot_compile_here_is_planned_all_the_same(bench, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
-    ways = bench("step_ways")
+    ways = bench("steps.ways")
     settings = ways.settings_of("vitl", "reference-compiled", quick=True)
     assert ways.plan_of(settings, CPU).shape.compiled
     with pytest.raises(ValueError, match=r"runtime\.compile: expected auto or false on this machine"):
@@ -155,7 +154,7 @@ def test_a_way_that_cannot_compile_here_is_planned_all_the_same(bench, monkeypat
 
 
 def test_whether_ways_fit_together_counts_every_state_and_the_largest_activations(bench):
-    ways = bench("step_ways")
+    ways = bench("steps.ways")
     held = [dict.fromkeys(ways.STATE, 2.0) | {"activations": a, "input clips": 1.0} for a in (5.0, 7.0)]
     plans = [SimpleNamespace(held=one, state_bytes=2.0 * len(ways.STATE)) for one in held]
     needed = 2 * 2.0 * len(ways.STATE) + 8.0
@@ -186,7 +185,7 @@ class Fake:
 @pytest.fixture
 def measured(bench, monkeypatch, tmp_path):
     """Measures packed and reference with stand-ins: (rows, the bench)."""
-    rounds, rows, ways = bench("step_rounds"), bench("step_rows"), bench("step_ways")
+    rounds, rows, ways = bench("steps.rounds"), bench("steps.rows"), bench("steps.ways")
     monkeypatch.setattr(rounds, "Runner", Fake)
     settings = {way: ways.settings_of("vitl", way, quick=True) for way in ("packed", "reference")}
     plans = {
@@ -234,7 +233,7 @@ def test_one_that_lacks_memory_even_so_is_a_row_with_the_reason(measured):
 
 @pytest.mark.parametrize("step", [0, 9])
 def test_a_kernel_that_does_not_compile_is_a_row_with_the_reason(measured, bench, step):
-    error = bench("step_rounds").TritonError("out of resource: shared memory")
+    error = bench("steps.rounds").TritonError("out of resource: shared memory")
     content, one = measured({("packed", step, 1): error})
     rows = {row["name"]: row for row in content["rows"]}
     assert "out of resource" in rows["step packed"]["skipped"]
@@ -304,10 +303,10 @@ def test_steps_on_a_gpu_are_timed_by_its_clock_without_a_wait_between(bench, mon
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     runner = Runner()
-    assert bench("step_rounds").time_steps(runner, None, 4) == ([7] * 4, 250)
+    assert bench("steps.rounds").time_steps(runner, None, 4) == ([7] * 4, 250)
     assert (runner.taken, len(waits)) == (5, 1)
     waits.clear()
-    marks, more = bench("step_profile").Marks(runner.device), []
+    marks, more = bench("steps.profile").Marks(runner.device), []
     for milliseconds in (3, 5):
         with marks.part("step"):
             for _ in range(2):
@@ -321,7 +320,7 @@ def test_steps_on_a_gpu_are_timed_by_its_clock_without_a_wait_between(bench, mon
 def test_figures_of_a_gpu(measured, bench):
     """MFU by the work of the plan, and memory."""
     _, one = measured()
-    figures = bench("step_rows").Figures(ms=[200.0, 200.0], losses=[0.5, 0.5], peak_bytes=3e9)
+    figures = bench("steps.rows").Figures(ms=[200.0, 200.0], losses=[0.5, 0.5], peak_bytes=3e9)
     one.header["peak_flops"], one.device = 4e12, SimpleNamespace(type="cuda")
     one.found["packed"] = figures
     row = one.row("packed", figures)
@@ -336,7 +335,7 @@ def test_what_the_time_does_not_allow_is_said(measured):
 
 
 def test_losses_that_differ_end_the_command_with_1(bench, monkeypatch, tmp_path, capsys):
-    main, rounds = bench("steps").main, bench("step_rounds")
+    main, rounds = bench("steps.__main__").main, bench("steps.rounds")
 
     class Tampered(rounds.Runner):
         def forward(self, batches):

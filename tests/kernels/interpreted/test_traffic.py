@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastjepa_kernels as kernels
-from bench.census_counting import aten_traffic
+from bench.census.counting import aten_traffic
 from fastjepa_kernels.registry import LAUNCHERS
 from fastjepa_kernels.testing.case import results
 from fastjepa_kernels.testing.cases import CASES

@@ -1,6 +1,6 @@
 """What this machine can do at the shapes of V-JEPA pretraining: the ceilings that any implementation is held against.
 
-    python bench/ceilings.py --stages gemm,attention
+    python -m bench.ceilings --stages gemm,attention
 
 Needs torch alone; under five minutes on an H100 or H200. Each stage writes a result file of its own, anew after every
 row, so that a run cut short keeps what it has. Figures come from back-to-back calls on the same inputs: what fits the
@@ -14,9 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from ceiling_cases import STAGES
-from ceiling_shapes import FULL, QUICK, Shapes
-from measure import Row, device_name, facts, measure, slug, table, write_results
+
+from bench.ceilings.cases import STAGES
+from bench.ceilings.shapes import FULL, QUICK, Shapes
+from bench.files import Row, table, write_results
+from bench.machine import device_name, facts, slug
+from bench.measure import measure
 
 
 def run_stage(stage: str, shapes: Shapes, device: torch.device, folder: Path, command: str) -> list[Row]:
@@ -40,7 +43,8 @@ def run_stage(stage: str, shapes: Shapes, device: torch.device, folder: Path, co
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the command line; wrong input ends the program with one sentence and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="ceilings.py", description="Measure GEMM, copy, attention and optimizer ceilings at V-JEPA's shapes."
+        prog="python -m bench.ceilings",
+        description="Measure GEMM, copy, attention and optimizer ceilings at V-JEPA's shapes.",
     )
     parser.add_argument(
         "--stages", default=",".join(STAGES), help="comma-separated, in the order to run them (default: %(default)s)"
@@ -70,7 +74,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def plain_command(options: argparse.Namespace) -> str:
     """The command line that repeats this run. Without the folder: it changes no figure and may be a private path."""
-    words = ["python bench/ceilings.py"]
+    words = ["python -m bench.ceilings"]
     if options.stages != list(STAGES):
         words.append(f"--stages {','.join(options.stages)}")
     if options.device != "auto":

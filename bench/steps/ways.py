@@ -1,4 +1,4 @@
-"""The ways of taking a training step that `bench/steps.py` compares, and the batches that all of them get.
+"""The ways of taking a training step that `bench.steps` compares, and the batches that all of them get.
 
 A way is a handful of settings over a published settings file; what runs is what a training run would build from them.
 """
@@ -19,7 +19,7 @@ from fastjepa.memory import STATE
 from fastjepa.pieces import PIECES
 from fastjepa.plan import Plan, make_plan
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Clips of a forward pass in the published runs: 24 (ViT-L, ViT-H at 224 px) and 10 (384 px).
 MODELS = {"vitl": 24, "vith": 24, "vith_384": 10}
 _FUSED = {piece: "fused" if piece in ("mlp", "embed") else "triton" for piece in PIECES}

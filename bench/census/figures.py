@@ -1,26 +1,10 @@
-"""Launches, bytes and FLOPs of one training step at full ViT-L and ViT-H size, in both executions, by component.
+"""Both executions of a model counted, as plain numbers, rows of a result file, and a table."""
 
-    python -m bench.census [--json] [--model vitl,vith] [--items 20] [--out bench/results]
-
-Counted on tensors without numbers (`bench.census_steps`), so that any machine gives the same figures, exactly, in
-seconds; what a launch and its bytes are stands in `bench.census_counting`. The step: 24 clips of 16 frames at 224 px,
-the mean token counts of the published masks, bfloat16 autocast, clipping, AdamW, moving average of the target encoder.
-"reference" runs the networks and the optimizer as the public code does, without its statistics; "packed" is the
-library's own step with the Triton forms of `fastjepa_kernels`. Attention counts as one forward and one backward kernel
-in both, though ours launches two for a gradient.
-"""
-
-import argparse
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
-from bench import measure
-from bench.census_counting import Census, Figures
-from bench.census_steps import CLIPS, CONTEXT, FRAMES, MODELS, SIDE, TARGET, Execution, count
+from bench import files
+from bench.census.counting import Census, Figures
+from bench.census.steps import CLIPS, CONTEXT, FRAMES, SIDE, TARGET, Execution, count
 
 ORDER = ("patch embed", "target", "context", "predictor", "loss", "optimizer")
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
@@ -94,9 +78,9 @@ def _cells(figures: Row | None) -> str:
     return f"{figures['launches']:>12,}{figures['bytes'] / 1e9:>10.1f}{figures['flops_per_clip'] / 1e9:>12,.1f}"
 
 
-def result_rows(row: Row) -> list[measure.Row]:
+def result_rows(row: Row) -> list[files.Row]:
     """The totals and components of a model as rows of a result file."""
-    rows: list[measure.Row] = []
+    rows: list[files.Row] = []
     for execution in EXECUTIONS:
         parts = {"total": row[execution], **row[execution]["components"]}
         for component, figures in parts.items():
@@ -112,30 +96,3 @@ def result_rows(row: Row) -> list[measure.Row]:
         rows.append({"name": f"times fewer {figure}", "value": row[f"times_fewer_{figure}"], "unit": "x",
                      "parameters": where})  # fmt: skip
     return rows
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Count and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.census", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of tables")
-    parser.add_argument("--model", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for a result file too")
-    parser.add_argument("--items", type=int, default=0, help="largest single items to list (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    models = options.model.split(",")
-    for model in models:
-        if model not in MODELS:
-            parser.error(f"--model: expected some of {', '.join(MODELS)}, given {model}")
-    if options.items < 0:
-        parser.error(f"--items: expected at least 0, given {options.items}")
-    rows = [census(model, options.items) for model in models]
-    if options.out is not None:
-        header = measure.facts(torch.device("cpu"), f"python -m bench.census --model {options.model}", quick=False)
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"census-{header['date'][:10]}.json"
-        measure.write_results(path, header, [one for row in rows for one in result_rows(row)], complete=True)
-    print(json.dumps(rows, indent=1) if options.json else "\n\n".join(table(row) for row in rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from measure import CANNOT_RUN, synchronize
-from step_rows import Bench, Figures
-from step_ways import Batches, Runner, fit_together
 from torch._dynamo.utils import counters
 
+from bench.measure import CANNOT_RUN, synchronize
+from bench.steps.rows import Bench, Figures
+from bench.steps.ways import Batches, Runner, fit_together
 from fastjepa.memory import usable_memory
 
 try:

@@ -1,4 +1,4 @@
-"""The sizes that ceilings.py measures at: those of the published V-JEPA recipes, and tiny ones to try the code."""
+"""The sizes that `bench.ceilings` measures at: those of the published V-JEPA recipes, and tiny ones to try the code."""
 
 from dataclasses import dataclass
 

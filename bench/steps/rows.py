@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Row, write_results
-from step_ways import Batches
 
+from bench.files import Row, quantiles, write_results
+from bench.steps.ways import Batches
 from fastjepa.config import Settings
 from fastjepa.plan import Plan
 
@@ -69,7 +69,7 @@ class Bench:
         if figures.skipped:
             return {**row, "skipped": figures.skipped}
         ms, batch = figures.ms, self.plans[way].batch_size
-        median, (p20, *_, p80) = statistics.median(ms), _quantiles(ms)
+        p20, median, p80 = quantiles(ms)
         rate, part = 1e3 * batch / median, max(len(ms) // 10, 1)
         peak, reference = self.header["peak_flops"], self.found.get("reference")
         more: Row = {}
@@ -82,11 +82,11 @@ class Bench:
             **row,
             "value": rate,
             "unit": "clips/s",
+            "p20": 1e3 * batch / p80,
+            "p80": 1e3 * batch / p20,
             "min": 1e3 * batch / max(ms),
             "max": 1e3 * batch / min(ms),
             "ms": median,
-            "p20_ms": p20,
-            "p80_ms": p80,
             "n": len(ms),
             "drift": statistics.median(ms[-part:]) / statistics.median(ms[:part]),
             "mfu": None if peak is None else rate * self.plans[way].flop_per_clip / peak,
@@ -118,7 +118,7 @@ class Bench:
         lines = [
             f"{self.header['model']}, {self.header['batch']} clips, {self.header['device']}: {self.order}; losses "
             f"within {PARITY_BOUND:.0%} of each other over {PARITY_STEPS} steps",
-            f"{'way':<20}{'clips/s':>9}{'ms':>9}{'p20':>9}{'p80':>9}{'x ref.':>8}{'MFU':>8}{'peak GB':>9}"
+            f"{'way':<20}{'clips/s':>9}{'p20':>9}{'p80':>9}{'ms':>9}{'x ref.':>8}{'MFU':>8}{'peak GB':>9}"
             f"{'loss':>9}{'last':>9}{'differ':>9}",
         ]
         for row in self.rows():
@@ -131,13 +131,9 @@ class Bench:
             ratio = f"{row['times_reference']:.2f}" if "times_reference" in row else "-"
             apart = f"{row['parity']['largest']:.1e}" + ("" if row["parity"]["within"] else " TOO FAR")
             lines.append(
-                f"{name:<20}{row['value']:>9.4g}{row['ms']:>9.4g}{row['p20_ms']:>9.4g}{row['p80_ms']:>9.4g}{ratio:>8}"
+                f"{name:<20}{row['value']:>9.4g}{row['p20']:>9.4g}{row['p80']:>9.4g}{row['ms']:>9.4g}{ratio:>8}"
                 f"{mfu:>8}{memory:>9}{row['loss_first']:>9.4f}{row['loss_last']:>9.4f}{apart:>9}"
             )
         for name, figures in self.found.items():
             lines += [f"{name}: {line}" for line in figures.how]
         return "\n".join(lines)
-
-
-def _quantiles(ms: list[float]) -> list[float]:
-    return statistics.quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else ms * 4

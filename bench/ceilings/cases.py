@@ -1,4 +1,4 @@
-"""The cases of ceilings.py: for each stage the calls that are timed, at the shapes of ceiling_shapes.py.
+"""The cases of each stage: the calls that are timed, at the sizes of `bench.ceilings.shapes`.
 
 Letters: M rows, N outputs and K inputs of a linear layer; B batch, H heads, L tokens of a sample, D channels of a head.
 """
@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from ceiling_shapes import Attention, Shapes
-from measure import Call, Case, attention_backward_flops, attention_forward_flops, gemm_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.ceilings.shapes import Attention, Shapes
+from bench.measure import Call, Case, attention_backward_flops, attention_forward_flops, gemm_flops
 
 BF16 = torch.bfloat16
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 
-from bench.census_counting import Census
+from bench.census.counting import Census
 from fastjepa.jepa import JEPA
 from fastjepa.masks import TargetUnion
 from fastjepa.models import build_vit, packing, vit_predictor

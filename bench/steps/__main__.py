@@ -1,7 +1,7 @@
 """Whole training steps on one device, from clips on it to the updated target encoder: the library's ways of taking one.
 
-    python bench/steps.py --models vitl,vith --ways packed,reference
-    python bench/steps.py --models vith --profile
+    python -m bench.steps --models vitl,vith --ways packed,reference
+    python -m bench.steps --models vith --profile
 
 Needs the published settings files alone: clips are random bytes on the device. All ways of a model take the same steps
 in turns of a few, so that a device that slows down slows all of them; where they do not fit into its memory together,
@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from measure import device_name, facts, slug
-from step_profile import write_profile
-from step_rounds import measure_model
-from step_rows import Bench
-from step_ways import CLIP_BATCHES, MODELS, WAYS, Runner, plan_of, prepare, settings_of
 
+from bench.machine import device_name, facts, slug
+from bench.steps.profile import write_profile
+from bench.steps.rounds import measure_model
+from bench.steps.rows import Bench
+from bench.steps.ways import CLIP_BATCHES, MODELS, WAYS, Runner, plan_of, prepare, settings_of
 from fastjepa.gpus import peak_flops
 
 LEAST_DRAWS = 50
@@ -31,7 +31,9 @@ LEAST_QUICK_DRAWS = 8
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the command line; wrong input ends the program with one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(prog="steps.py", description="Time whole training steps, in several ways.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.steps", description="Time whole training steps, in several ways."
+    )
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--ways", default=None, help=f"comma-separated (default: {','.join(WAYS)}; packed to profile)")
     parser.add_argument("--steps", type=int, default=60, help="timed steps of every way (default: %(default)s)")
@@ -65,7 +67,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def plain_command(options: argparse.Namespace) -> str:
     """The command line that repeats this run. Without the folder: it changes no figure and may be a private path."""
-    words = ["python bench/steps.py", f"--models {','.join(options.models)}", f"--ways {','.join(options.ways)}"]
+    words = ["python -m bench.steps", f"--models {','.join(options.models)}", f"--ways {','.join(options.ways)}"]
     if not options.profile:
         words.append(f"--steps {options.steps}")
     words += [f"--{name}" for name in ("profile", "trace", "quick") if getattr(options, name)]

@@ -9,11 +9,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from measure import synchronize
-from step_ways import Batches, Runner
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bench.measure import synchronize
+from bench.steps.ways import Batches, Runner
 from fastjepa.models import packing
 
 COMPONENTS = ("target", "context", "predictor", "loss", "backward", "optimizer")

@@ -1,0 +1,1 @@
+"""Every claim of the project, measured: see README.md here."""

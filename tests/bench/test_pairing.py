@@ -1,0 +1,114 @@
+"""Variants in turns, what becomes of their times, and the files of a session."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import pairing, recording
+
+ROOT = Path(__file__).parents[2]
+CASES = """
+import pytest
+
+from bench.pairing import alternate, rate_row, ratio_row, wall_clock
+
+KIND = "made"
+ON_A_DEVICE = {on_a_device}
+
+
+@pytest.mark.parametrize("case", ["one", "two", "three"])
+def test_made(benchmark, results, case):
+    if case == "two":
+        pytest.skip("there is no two")
+    assert case != "{failing}"
+    times = alternate(benchmark, {{"ours": list, "theirs": list}}, wall_clock, 5)
+    results([rate_row("made", times["ours"], 1.0, "clips/s", {{"case": case}})])
+    results([ratio_row("made over", times, "theirs", {{"case": case}})])
+"""
+
+
+class Pedantic:
+    """Stands for pytest-benchmark's fixture: its order of calls."""
+
+    def pedantic(self, target, args, setup, rounds, iterations):
+        for _ in range(rounds):
+            setup()
+            target(*args)
+
+
+def test_variants_take_turns_and_warm_up_is_not_timed():
+    calls = []
+    variants = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c")}
+    times = pairing.alternate(Pedantic(), variants, lambda call: call() or len(calls), rounds=2, warm_up=1)
+    assert calls == ["a", "b", "c", "b", "c", "a", "b", "c", "a"]
+    assert times == {"a": [6, 9], "b": [4, 7], "c": [5, 8]}
+
+
+def test_rows_have_their_spread_lower_figure_first():
+    ms = [10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
+    rate = pairing.rate_row("x", ms, 3.0, "clips/s", {})
+    assert (rate["p20"], rate["value"], rate["p80"]) == pytest.approx((60.0, 1e3 * 3 / 35, 150.0))
+    time = pairing.time_row("x", ms, {})
+    assert (time["p20"], time["value"], time["p80"]) == pytest.approx((20.0, 35.0, 50.0))
+    ratio = pairing.ratio_row("x", {"ours": ms, "other": [2 * one for one in ms]}, "other", {})
+    assert (ratio["p20"], ratio["value"], ratio["p80"], ratio["unit"]) == (2.0, 2.0, 2.0, "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["bench", "--benchmark-only"], "pytest bench --benchmark-only"),
+        (["-q", "-o", "addopts=--x", "bench", "--results", "/private", "--benchmark-json=/a", "-k", "a or b"],
+         "pytest bench -k 'a or b'"),
+    ],
+)  # fmt: skip
+def test_the_command_of_a_file_has_no_private_paths(arguments, command):
+    assert recording.plain_command(arguments) == command
+
+
+def session(tmp_path, *arguments, on_a_device=False, failing="none"):
+    """pytest on a folder that has the benches' own conftest: (its process, contents of result files by name)."""
+    folder = tmp_path / "cases"
+    folder.mkdir(exist_ok=True)
+    (folder / "conftest.py").write_text("from bench.conftest import *\nfrom bench.conftest import _within_budget\n")
+    (folder / "test_made.py").write_text(CASES.format(on_a_device=on_a_device, failing=failing))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", folder]
+    done = subprocess.run(
+        [*map(str, command), "--benchmark-only", "--results", str(out), *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done, {path.name: json.loads(path.read_text()) for path in out.glob("*")}
+
+
+def test_a_session_writes_its_figures_and_says_what_it_skipped(tmp_path):
+    done, files = session(tmp_path, str(tmp_path / "cases"))
+    assert done.returncode == 0, done.stdout
+    ((name, content),) = files.items()
+    assert name.startswith("made-20")
+    assert content["complete"]
+    assert [row["name"] for row in content["rows"]] == ["made", "made over", "test_made[two]", "made", "made over"]
+    assert content["rows"][2]["skipped"] == "there is no two"
+    assert "skipped 1: there is no two" in done.stdout
+    assert f"wrote {tmp_path / 'out' / name}" in done.stdout
+
+
+def test_a_failed_case_leaves_the_file_incomplete(tmp_path):
+    done, files = session(tmp_path, str(tmp_path / "cases"), failing="three")
+    assert done.returncode == 1
+    ((_, content),) = files.items()
+    assert not content["complete"]
+    assert len(content["rows"]) == 3
+
+
+def test_some_cases_have_a_file_of_their_own_and_time_may_run_out(tmp_path):
+    done, files = session(tmp_path, str(tmp_path / "cases"), "-k", "one", on_a_device=True)
+    assert done.returncode == 0, done.stdout
+    ((name, _),) = files.items()
+    assert name.startswith("made-cpu-")
+    assert name.endswith("-one.json")
+    done, _ = session(tmp_path, str(tmp_path / "cases"), "--budget", "0")
+    assert "skipped 3: no time was left of --budget 0" in done.stdout

@@ -1,29 +1,35 @@
 #!/usr/bin/env bash
 # Everything worth running on a machine with a GPU, one stage after another:
 #
-#     bench/gpu.sh ceilings tests
+#     bench/gpu.sh ceilings tests step
 #
 #   ceilings   what the machine can do at our shapes (bench.ceilings), one result file per group of figures
-#   kernels    every operation of fastjepa_kernels against eager, compiled and library PyTorch (bench/test_kernels.py)
-#   step       whole training steps of ViT-L and ViT-H in every way of taking one (bench.steps), one result file a
-#              model; the models share 480 s, so that ways may be missing: one model at a time (STEP_ARGS) has them all
-#   profile    the components and the most expensive kernels of a ViT-H step (bench.steps --profile), as a text file
 #   tests      the tests that need a GPU (pytest -m gpu), their output as a text file
+#   kernels    every operation of fastjepa_kernels beside what it replaces (bench/test_kernels.py)
+#   step       whole training steps of ViT-L, ViT-H and ViT-H 384 in pairs of ways (bench/test_step.py), the pairs that
+#              matter most first; what the time does not allow is a row that says so
+#   public     the library's step beside the public code's (bench/test_public.py); JEPA_REPO names a checkout of it
+#   data       decoders and the loader, alone and beside a step, and what a step costs by its sizes
+#              (bench/test_data.py, bench/test_scaling.py)
+#   profile    the components and the most expensive kernels of a ViT-H step (bench.step), as a text file
 #
-# A stage has 540 seconds. One that fails or takes longer does not stop the next, but the script then ends with 1.
+# A stage has 540 seconds, and begins no case after 480. One that fails or takes longer does not stop the next, but the
+# script then ends with 1.
 # Environment:
 #   PYTHON          the interpreter (python)
 #   OUT             where results go, relative to the repository (bench/results)
-#   STEP_ARGS       more arguments for bench.steps in both of its stages, split at spaces, e.g. "--models vith_384";
-#                   "--quick --device cpu" tries them anywhere
-#   CEILINGS_ARGS   more arguments for bench.ceilings, split at spaces; "--quick --device cpu" tries the script anywhere
+#   BENCH_ARGS      more arguments for pytest in the stages kernels, step, public and data, split at spaces, e.g.
+#                   "-k vith": some of the cases, in a result file of their own
+#   PROFILE_ARGS    more arguments for bench.step, e.g. "--models vitl --way reference"
+#   CEILINGS_ARGS   more arguments for bench.ceilings; "--quick --device cpu" tries it anywhere
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python}
 out=${OUT:-bench/results}
 limit=540
-valid="ceilings kernels step profile tests"
+budget=480
+valid="ceilings tests kernels step public data profile"
 
 if (($# == 0)); then
     echo "Usage: bench/gpu.sh STAGE..., where a stage is one of: $valid." >&2
@@ -40,32 +46,37 @@ mkdir -p "$out"
 # Runs "$@" for at most the limit; the second signal is for a process that a stuck kernel keeps from ending.
 limited() { timeout --kill-after=10 "$limit" "$@"; }
 
+# Cases of pytest-benchmark. Without a figure there is no result: where all of them are skipped, the stage has failed.
+cases() {
+    local mark
+    mark=$(mktemp)
+    sleep 0.05 # file times move in ticks: a result must be newer than the mark
+    # shellcheck disable=SC2086
+    limited "$python" -m pytest -q "$@" --benchmark-only --results "$out" --budget "$budget" ${BENCH_ARGS:-} &&
+        [[ -n $(find "$out" -name '*.json' -newer "$mark" -print -quit) ]]
+}
+
 run_ceilings() {
     # --device cuda: where CUDA is broken this must fail, not measure the processor. CEILINGS_ARGS comes last and wins.
     # shellcheck disable=SC2086
     limited "$python" -m bench.ceilings --device cuda --out "$out" ${CEILINGS_ARGS:-}
 }
 
-run_kernels() {
-    local file
-    file="$out/kernels-$(date -u +%Y-%m-%d).json"
-    # The repository's own options skip benches. Without CUDA all of them are skipped: then no file means no result.
-    limited "$python" -m pytest -q -rs -o addopts="--import-mode=importlib --strict-markers" bench/test_kernels.py \
-        --benchmark-only --benchmark-json="$file" && [[ -s $file ]]
+run_tests() {
+    limited "$python" -m pytest -q -rs -m gpu tests 2>&1 | tee "$out/tests-gpu-$(date -u +%Y-%m-%d).txt"
 }
 
-run_step() {
-    # shellcheck disable=SC2086
-    limited "$python" -m bench.steps --device cuda --models vitl,vith --budget 480 --out "$out" ${STEP_ARGS:-}
-}
+run_kernels() { cases bench/test_kernels.py; }
+
+run_step() { cases bench/test_step.py; }
+
+run_public() { cases bench/test_public.py; }
+
+run_data() { cases bench/test_data.py bench/test_scaling.py; }
 
 run_profile() {
     # shellcheck disable=SC2086
-    limited "$python" -m bench.steps --device cuda --profile --models vith --out "$out" ${STEP_ARGS:-}
-}
-
-run_tests() {
-    limited "$python" -m pytest -q -rs -m gpu tests 2>&1 | tee "$out/tests-gpu-$(date -u +%Y-%m-%d).txt"
+    limited "$python" -m bench.step --device cuda --models vith --out "$out" ${PROFILE_ARGS:-}
 }
 
 marker=$(mktemp)

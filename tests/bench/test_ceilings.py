@@ -34,12 +34,6 @@ def ceilings(*arguments, **extra):
     return subprocess.run(command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=300)
 
 
-def gpu_sh(*stages, **extra):
-    command = ["bash", "bench/gpu.sh", *stages]
-    env = environment(PYTHON=sys.executable) | extra
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """One quick run of all stages: (its process, {stage: content of its file}, its folder)."""
@@ -233,41 +227,6 @@ def test_load_readings_are_numbers_or_none(bench):
         "temperature_c": 61.0,
     }
     assert parse_load("No devices were found\n") == {}
-
-
-@pytest.mark.parametrize("stages", [(), ("nothing",), ("ceilings", "nothing")])
-def test_gpu_script_names_its_stages_when_asked_for_none_or_another(stages, tmp_path):
-    process = gpu_sh(*stages, OUT=str(tmp_path / "out"))
-    assert process.returncode == 2
-    assert len(process.stderr.splitlines()) == 1
-    assert "ceilings kernels step profile tests" in process.stderr
-    assert not process.stdout
-    assert not (tmp_path / "out").exists(), "no stage may start before all names are known to be right"
-
-
-def test_gpu_script_runs_ceilings_and_lists_its_file(tmp_path):
-    process = gpu_sh("ceilings", OUT=str(tmp_path), CEILINGS_ARGS="--quick --device cpu --stages copy")
-    assert process.returncode == 0, process.stderr
-    (file,) = tmp_path.iterdir()
-    header, row = process.stdout.splitlines()[-2:]
-    assert header.split()[:3] == ["stage", "seconds", "verdict"]
-    stage, _, verdict, name = row.split()
-    assert (stage, verdict, name) == ("ceilings", "ok", file.name)
-
-
-def test_gpu_script_goes_on_after_a_failed_stage_and_ends_with_1(tmp_path):
-    fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\necho "called with $*"\ncase "$*" in *bench.ceilings*) exit 3;; esac\n')
-    fake.chmod(0o755)
-    process = gpu_sh("ceilings", "tests", OUT=str(tmp_path / "out"), PYTHON=str(fake))
-    assert process.returncode == 1
-    first, second = process.stdout.splitlines()[-2:]
-    assert "failed (3)" in first
-    assert first.endswith("none")
-    (file,) = (tmp_path / "out").iterdir()
-    assert second.split()[0] == "tests"
-    assert second.endswith(file.name)
-    assert file.read_text() == "called with -m pytest -q -rs -m gpu tests\n"
 
 
 @pytest.mark.gpu

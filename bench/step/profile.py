@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.measure import synchronize
-from bench.steps.ways import Batches, Runner
+from bench.step.ways import Batches, Runner
 from fastjepa.models import packing
 
 COMPONENTS = ("target", "context", "predictor", "loss", "backward", "optimizer")

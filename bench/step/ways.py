@@ -1,4 +1,4 @@
-"""The ways of taking a training step that `bench.steps` compares, and the batches that all of them get.
+"""The ways of taking a training step that are compared, and the batches that all of them get.
 
 A way is a handful of settings over a published settings file; what runs is what a training run would build from them.
 """
@@ -16,6 +16,8 @@ from fastjepa.compiling import compiles
 from fastjepa.config import Settings
 from fastjepa.masks import TargetUnion, TokenSet, target_union
 from fastjepa.memory import STATE
+from fastjepa.models.predictor import Draw as NoiseDraw
+from fastjepa.noise import noise_draws
 from fastjepa.pieces import PIECES
 from fastjepa.plan import Plan, make_plan
 
@@ -23,15 +25,28 @@ ROOT = Path(__file__).parents[2]
 # Clips of a forward pass in the published runs: 24 (ViT-L, ViT-H at 224 px) and 10 (384 px).
 MODELS = {"vitl": 24, "vith": 24, "vith_384": 10}
 _FUSED = {piece: "fused" if piece in ("mlp", "embed") else "triton" for piece in PIECES}
-# In the order in which they are built: where time runs out, the last ones are missing.
+_REFERENCE = ("runtime.execution=reference", "runtime.compile=false")
+_NOISED = ("model.targets=noised", "model.noise=linear")  # as configs/vitl_noised.yaml has them
 WAYS: dict[str, tuple[str, ...]] = {
     "packed": (),
-    "reference": ("runtime.execution=reference", "runtime.compile=false"),
     "packed-eager": ("runtime.compile=false",),
-    "reference-compiled": ("runtime.execution=reference", "runtime.compile=true"),
     "packed-triton": ("runtime.kernels=triton",),
     "packed-fused": (f"runtime.kernels={{{', '.join(f'{piece}: {name}' for piece, name in _FUSED.items())}}}",),
+    "packed-noised": _NOISED,
+    "reference": _REFERENCE,
+    "reference-compiled": ("runtime.execution=reference", "runtime.compile=true"),
+    "reference-noised": (*_REFERENCE, *_NOISED),
 }
+# Two ways that are timed in turns, ours first. In the order in which they are measured: time may run out.
+PAIRS = (
+    ("packed", "reference"),
+    ("packed", "reference-compiled"),
+    ("packed-noised", "reference-noised"),
+    ("packed-fused", "packed"),
+    ("packed-triton", "packed"),
+    ("packed", "packed-eager"),
+    ("packed-noised", "packed"),
+)
 # Most of a run clips its gradients; its first 12,300 steps, which these weights would be in, do not.
 CLIPPING = "compat.clip_after_warmup=0"
 QUICK = (
@@ -61,11 +76,11 @@ class Batches(NamedTuple):
         return self.clips[step % len(self.clips)], self.draws[step % len(self.draws)]
 
 
-def settings_of(model: str, way: str, *, quick: bool) -> Settings:
+def settings_of(model: str, way: str, *, quick: bool, overrides: Sequence[str] = ()) -> Settings:
     """The published settings with one GPU's batch as the whole step, run in this way; `quick` has a tiny model."""
     clips = QUICK_CLIPS if quick else MODELS[model]
     batch = (f"mask.group={clips}", f"optim.global_batch={clips}", f"data.batch_size={clips}")
-    more = (*batch, CLIPPING, *WAYS[way], *(QUICK if quick else ()))
+    more = (*batch, CLIPPING, *WAYS[way], *(QUICK if quick else ()), *overrides)
     return configfile.load(ROOT / "configs" / f"{model}.yaml", list(more))
 
 
@@ -106,8 +121,15 @@ class Runner:
     def forward(self, batches: Batches) -> Tensor:
         """The loss of the next step."""
         clips, draw = batches.at(self.taken)
+        noise = self._noise(draw) if self.settings.model.targets == "noised" else None
         with parallel.autocast(self.device, self.settings.optim.dtype):
-            return self.jepa(clips, draw.context, draw.target, union=draw.union).loss
+            return self.jepa(clips, draw.context, draw.target, noise, union=draw.union).loss
+
+    def _noise(self, draw: Draw) -> list[NoiseDraw]:
+        s, clips = self.settings, self.settings.optim.global_batch
+        slots = range(self.taken * clips, (self.taken + 1) * clips)
+        keyed = self.jepa.operations.keyed_noise
+        return noise_draws(s.optim.seed, slots, draw.target, s.model.predictor_dim, self.device, keyed=keyed)
 
     def step(self, batches: Batches) -> None:
         """One training step, from clips on the device to the target encoder; the host waits for nothing."""

@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 from bench import files
 from bench.census.counting import Census, Figures
-from bench.census.steps import CLIPS, CONTEXT, FRAMES, SIDE, TARGET, Execution, count
+from bench.census.steps import CLIPS, CONTEXT, FRAMES, KERNELS, SIDE, TARGET, Execution, count
 
 ORDER = ("patch embed", "target", "context", "predictor", "loss", "optimizer")
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
@@ -96,3 +96,18 @@ def result_rows(row: Row) -> list[files.Row]:
         rows.append({"name": f"times fewer {figure}", "value": row[f"times_fewer_{figure}"], "unit": "x",
                      "parameters": where})  # fmt: skip
     return rows
+
+
+def rows_without(model: str, piece: str) -> list[files.Row]:
+    """The totals of a packed step that has all kernels but those of one piece, as rows of a result file.
+
+    `piece` is one of `fastjepa.pieces.PIECES`. Errors: ValueError for another.
+    """
+    if piece not in KERNELS:
+        raise ValueError(f"piece: expected one of {', '.join(KERNELS)}, given {piece!r}")
+    total = count(model, "packed", {**KERNELS, piece: "library"}).total()
+    where = {"model": model, "execution": "packed", "without": piece}
+    return [
+        {"name": "launches", "value": total.launches, "unit": "launches", "parameters": where},
+        {"name": "bytes", "value": total.bytes / 1e9, "unit": "GB", "parameters": where},
+    ]

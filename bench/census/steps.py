@@ -7,7 +7,7 @@ Triton forms of `fastjepa_kernels`, foreach forms in the optimizer.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 
 from bench.census.counting import Census
+from fastjepa.attending import Flat
 from fastjepa.jepa import JEPA
 from fastjepa.masks import TargetUnion
 from fastjepa.models import build_vit, packing, vit_predictor
@@ -48,12 +49,16 @@ class CudaAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(model: str, execution: Execution) -> Census:
-    """A whole step of the model ("vitl" or "vith"): forward, backward, clipping, AdamW, moving average."""
+def count(model: str, execution: Execution, kernels: Mapping[str, str] = KERNELS) -> Census:
+    """A whole step of the model ("vitl" or "vith"): forward, backward, clipping, AdamW, moving average.
+
+    `kernels` are those of the packed step, as in `runtime.kernels`.
+    """
     census = Census()
     with FakeTensorMode(), _as_on_a_gpu():
-        jepa = _build(model, execution)
-        step = _public_step(jepa, census) if execution == "reference" else _packed_step(jepa, census)
+        jepa = _build(model, execution, kernels)
+        packed = execution == "packed"
+        step = _packed_step(jepa, census, kernels["update"]) if packed else _public_step(jepa, census)
         dtype = torch.float32 if execution == "reference" else torch.uint8
         clips = torch.empty(CLIPS, 3, FRAMES, SIDE, SIDE, dtype=dtype)
         context, target = ([torch.empty(CLIPS, kept, dtype=torch.int64) for kept in sets] for sets in (CONTEXT, TARGET))
@@ -62,7 +67,7 @@ def count(model: str, execution: Execution) -> Census:
     return census
 
 
-def _build(model: str, execution: Execution) -> JEPA:
+def _build(model: str, execution: Execution, kernels: Mapping[str, str]) -> JEPA:
     """The published model: made without numbers at all, as making them is what takes time; then as fake tensors."""
     grid = {"img_size": SIDE, "num_frames": FRAMES, "patch_size": 16, "tubelet_size": 2, "uniform_power": True}
     # Meta tensors know no streams either, but no autocast.
@@ -73,7 +78,7 @@ def _build(model: str, execution: Execution) -> JEPA:
             use_mask_tokens=True,
         )  # fmt: skip
         packed = execution == "packed"
-        operations = build_operations(KERNELS, "auto", torch.device("cpu"))[0] if packed else LIBRARY
+        operations = build_operations(dict(kernels), "auto", torch.device("cpu"))[0] if packed else LIBRARY
         jepa = JEPA(encoder, predictor, execution=execution, operations=operations)
     for module in jepa.modules():
         for name, one in module.named_parameters(recurse=False):
@@ -119,9 +124,10 @@ def _public_optimizer(jepa: JEPA) -> None:
             target.data.mul_(MOMENTUM).add_((1 - MOMENTUM) * online.detach().data)
 
 
-def _packed_step(jepa: JEPA, census: Census) -> Callable[..., None]:
+def _packed_step(jepa: JEPA, census: Census, kernels: Any) -> Callable[..., None]:
     """The library's own, with the kernels that are meant for a GPU asked for by name."""
-    update = OptimizerPass(jepa, SCHEDULE, clip_grad=CLIP_GRAD, copies=torch.bfloat16, kernels="triton")
+    named = None if kernels == "library" else kernels
+    update = OptimizerPass(jepa, SCHEDULE, clip_grad=CLIP_GRAD, copies=torch.bfloat16, kernels=named)
     update.state()  # moments are made before the first step, not in it
 
     def step(clips: Tensor, context: list[Tensor], target: list[Tensor]) -> None:
@@ -167,7 +173,8 @@ def _lengths_noted(jepa: JEPA, census: Census) -> Iterator[None]:
 
     def layout(stretches: list[Stretch], device: torch.device) -> Any:
         flat = plain(stretches, device)
-        census.mark_lengths(flat.starts, [one.length for one in stretches for _ in range(one.clips)])
+        if isinstance(flat, Flat):  # library attention goes by the shapes of its calls
+            census.mark_lengths(flat.starts, [one.length for one in stretches for _ in range(one.clips)])
         return flat
 
     with patch.object(jepa.operations, "layout", layout):

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from bench.census.counting import Census
+from bench.census.figures import rows_without
 from bench.census.steps import CLIPS, UNION
 
 ROOT = Path(__file__).parents[2]
@@ -161,3 +162,15 @@ def test_a_gradient_belongs_to_the_phase_of_its_call():
 def test_whoever_asks_the_device_for_a_number_raises():
     with pytest.raises(DataDependentOutputException):
         counted(lambda x: x.sum().item(), (3,))
+
+
+@pytest.mark.parametrize(("piece", "least_gb", "launches"), [("norm", 60, 1500), ("attention", 10, 1200)])
+def test_without_its_kernels_a_piece_moves_more(rows, piece, least_gb, launches):
+    found = {row["name"]: row["value"] for row in rows_without("vitl", piece)}
+    assert found["bytes"] > rows["vitl"]["packed"]["bytes"] / 1e9 + least_gb
+    assert found["launches"] > launches
+
+
+def test_a_piece_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"piece: expected one of embed, assemble, .*, given 'norms'"):
+        rows_without("vitl", "norms")

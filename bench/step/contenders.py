@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch._dynamo.utils import counters
 
+from bench.machine import LoadWatch
 from bench.measure import synchronize
 from bench.step.profile import components
 from bench.step.ways import Batches, Runner
@@ -64,13 +65,16 @@ class Own:
         return finite(torch.stack(self.runner.losses).tolist())
 
     def facts(self) -> dict[str, Any]:
-        """What a row says besides; takes some more steps for the breakdown."""
+        """What a row says besides; takes some more steps for the breakdown, and for clock and power under load."""
         peak = (self.held + self.peak) / 1e9 if self.device.type == "cuda" else None
+        with LoadWatch(self.device) as load:  # not while steps are timed: reading it takes the host's time
+            parts = components(self.runner, self.batches, COMPONENT_STEPS)
         return {
             "peak_memory_gb": peak,
             "graphs_while_timed": self.graphs,
-            "components": components(self.runner, self.batches, COMPONENT_STEPS),
+            "components": parts,
             "how": self.runner.how,
+            **load.last,
         }
 
     def close(self) -> None:

@@ -1,73 +1,77 @@
-"""Every operation of `fastjepa_kernels` beside what it replaces: eager, compiled, the best library call.
+"""Every operation of `fastjepa_kernels` where a training step calls it, beside what it replaces.
 
-    pytest -o addopts="--import-mode=importlib --strict-markers" bench/test_kernels.py --benchmark-only
-
-The table of pytest-benchmark is what a caller waits for, the host's launches among it. `extra_info` of the JSON holds
-the device's own time, with cold caches: `device_ms`, `p20_ms`, `p80_ms`. Results are checked before they are timed.
+A case is one pass of one operation at one place of a step. Its ways take turns: ours, eager, compiled, and what
+libraries have. All of them are checked before they are timed; where ours is not exact enough the case fails, and where
+another is not, its row says so. Times are the device's own.
 """
 
-import statistics
+import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo
+import torch._functorch.config
 
-from fastjepa_kernels.testing.cases import CASES, fresh, results, timed, yardstick
-from fastjepa_kernels.tune import cuda_clock
+from bench.files import Row
+from bench.kernels.cases import Prepared, Setting, failure_of_ours, measure, measure_ceilings, prepare
+from fastjepa_kernels.dispatch import has_triton
+from fastjepa_kernels.testing.cases_of_steps import Place, places
 
 pytestmark = pytest.mark.gpu
 KIND = "kernels"
 ON_A_DEVICE = True
-DTYPE = torch.bfloat16
-SAMPLES = 60
-SHAPES = [pytest.param(case, name, id=f"{case.name}-{name}") for case in CASES for name in case.benched()]
-WAYS = ("ours", "eager", "compiled", "library")
+CASES = [pytest.param(place, which, id=f"{place}-{which}") for place in places() for which in place.case.passes()]
 
 
-def way_of(case, way):
-    """The call that is timed: ours, what it replaces, that compiled, or the library's."""
-    if way == "library" and case.best is None:
-        pytest.skip("the eager form is the library call")
-    if way == "compiled":
+class Workbench:
+    """What cases share: the ceilings of the session, and the place whose passes are timed one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.setting = Setting.of_a_gpu(device)
+        self.unrecorded: list[Row] = measure_ceilings(self.setting)
+        self.ceilings = {row["unit"]: row["value"] for row in self.unrecorded}
+        self.prepared: Prepared | None = None
+
+    def at(self, place: Place) -> Prepared:
+        """The place with its ways compiled and checked. The one before is given up first, memory and all."""
+        if self.prepared is None or self.prepared.place is not place:
+            self.clear()
+            self.prepared = prepare(place, self.setting)
+        return self.prepared
+
+    def clear(self) -> None:
+        """Give up what is there. Compiled code holds on to what it was made for."""
+        self.prepared = None
         torch._dynamo.reset()
-        torch._functorch.config.donated_buffer = False  # one graph is run backward again and again
-        return torch.compile(case.eager, dynamic=False)
-    return {"ours": case.ours(), "eager": case.eager, "library": case.best}[way]
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize(("case", "name"), SHAPES)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("which", ["forward", "backward"])
-def test_operation(benchmark, case, name, which, way):
-    """One pass of one operation at one shape, checked where it is ours, then timed."""
-    if which not in case.passes():
-        pytest.skip("there is no backward pass")
-    if not torch.cuda.is_available():  # `--benchmark-only` runs what the mark leaves in
+@pytest.fixture(scope="module")
+def workbench(device: torch.device) -> Iterator[Workbench]:
+    """Of a GPU that Triton has."""
+    if device.type != "cuda":
         pytest.skip("needs a CUDA device")
-    call, inputs = way_of(case, way), case.make(case.shapes[name], torch.device("cuda"), DTYPE)
-    if way == "ours":
-        yardstick(case, inputs, DTYPE)(results(case, call, fresh(case, inputs), DTYPE))
-    run = timed(case, call, fresh(case, inputs), which)
-    for _ in range(3):  # compilation belongs to nobody's time
-        run()
-    samples = sorted(cuda_clock(run) for _ in range(SAMPLES))
-    benchmark.group = f"{case.name} {name} {which}"
-    benchmark.extra_info.update(
-        operation=case.name, shape=case.shapes[name], which=which, way=way, dtype=str(DTYPE),
-        device_ms=statistics.median(samples), p20_ms=samples[SAMPLES // 5], p80_ms=samples[-1 - SAMPLES // 5],
-        gpu=torch.cuda.get_device_name(), torch=torch.__version__, peak_bytes=_peak(run),
-    )  # fmt: skip
-
-    def waited():
-        run()
-        torch.cuda.synchronize()
-
-    benchmark.pedantic(waited, rounds=20, iterations=1, warmup_rounds=2)
+    if not has_triton():
+        pytest.skip("Triton is not installed")
+    # One graph is run backward again and again.
+    with torch._functorch.config.patch(donated_buffer=False):
+        bench = Workbench(device)
+        yield bench
+        bench.clear()
 
 
-def _peak(run):
-    """What one call allocates at most, beyond what is there before."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+@pytest.mark.parametrize(("place", "which"), CASES)
+def test_operation(benchmark, workbench, results, place, which):
+    """One pass of one operation at one place."""
+    benchmark.group = f"{place} {which}"
+    try:
+        rows = measure(benchmark, workbench.at(place), which, workbench.setting, workbench.ceilings)
+    except torch.OutOfMemoryError:
+        workbench.clear()
+        pytest.skip("the inputs and their yardstick do not fit into this device's memory")
+    results([*workbench.unrecorded, *rows])
+    workbench.unrecorded = []
+    if reason := failure_of_ours(rows):
+        pytest.fail(f"ours: {reason}")

@@ -31,6 +31,24 @@ def test_the_reference_the_eager_form_and_the_library_agree(case, shape):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.exact], ids=lambda case: case.name)
+@pytest.mark.parametrize("shape", ["small", "odd"])
+def test_the_form_in_less_memory_has_the_numbers_of_the_eager_one(case, shape):
+    inputs = fresh(case, case.make(case.shapes[shape], CPU, torch.float64))
+    pairs = zip(*(results(case, call, inputs, torch.float32) for call in (case.exact, case.eager)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other)
+
+
+def test_a_timed_gradient_arrives_in_the_dtype_of_the_result():
+    case = case_of("patch_embed_gather")  # whose first input are bytes
+    inputs = fresh(case, case.make(case.shapes["small"], CPU, torch.bfloat16))
+    gradients = timed(case, case.eager, inputs, "backward")()
+    expected = results(case, case.eager, inputs, torch.bfloat16)[1:]
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @by_name
 def test_the_yardstick_sees_a_wrong_result(case):
     inputs = case.make(case.shapes["small"], CPU, torch.bfloat16)

@@ -23,7 +23,8 @@ def _kept(shape: Shape, device: torch.device) -> Tensor:
     return order.argsort(dim=-1)[..., : shape["kept"]].contiguous()
 
 
-def _tokens(clips: int, tokens: int, kept: int, width: int, masks: int = 1) -> Shape:
+def tokens(clips: int, tokens: int, kept: int, width: int, masks: int = 1) -> Shape:
+    """Tokens of which each mask keeps so many."""
     rows = masks * clips * kept
     return {"masks": masks, "clips": clips, "tokens": tokens, "kept": kept, "width": width, "rows": rows}
 
@@ -173,14 +174,14 @@ CASES = (
     Case(
         "gather_tokens", _gather_inputs, lambda impl, x, index: (ours.gather_tokens(x, index, impl=impl),),
         _gather_eager,
-        {"small": _tokens(2, 40, 33, 96, 2), "odd": _tokens(3, 9, 7, 1000), "encoder": _tokens(24, 1568, 560, 1280, 2),
-         "huge": _tokens(1, 2**21 + 3, 2**21 + 3, 1024)},
+        {"small": tokens(2, 40, 33, 96, 2), "odd": tokens(3, 9, 7, 1000), "encoder": tokens(24, 1568, 560, 1280, 2),
+         "huge": tokens(1, 2**21 + 3, 2**21 + 3, 1024)},
         {"gather_tokens": "forward", "gather_tokens_backward": "backward"}, (0,), _gather_library,
     ),
     Case(
         "scatter_tokens", _scatter_inputs, _scatter, _scatter_eager,
-        {"small": _tokens(2, 40, 33, 96), "odd": _tokens(3, 9, 7, 1000), "predictor": _tokens(24, 1568, 560, 384),
-         "huge": _tokens(1, 2**21 + 3, 2**20, 1024)},
+        {"small": tokens(2, 40, 33, 96), "odd": tokens(3, 9, 7, 1000), "predictor": tokens(24, 1568, 560, 384),
+         "huge": tokens(1, 2**21 + 3, 2**20, 1024)},
         {"scatter_tokens": "forward"}, (0, 2),
     ),
     Case(
@@ -194,8 +195,8 @@ CASES = (
     ),
     Case(
         "target_loss", _loss_inputs, lambda impl, *inputs: (ours.target_loss(*inputs, impl=impl),), _loss_eager,
-        {"small": _tokens(2, 40, 33, 96, 2), "odd": _tokens(3, 9, 7, 1000),
-         "encoder": _tokens(24, 1568, 1000, 1280, 2)},
+        {"small": tokens(2, 40, 33, 96, 2), "odd": tokens(3, 9, 7, 1000),
+         "encoder": tokens(24, 1568, 1000, 1280, 2)},
         {"target_loss": "forward", "target_loss_total": "forward", "target_loss_backward": "backward"}, (0,),
     ),
     Case("ema_update_", _ema_inputs, _ema, _ema_eager, {**_FLAT, "huge": {"rows": 2**31 + 5}},

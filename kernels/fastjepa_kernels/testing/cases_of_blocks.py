@@ -1,13 +1,15 @@
 """Cases of what a transformer block is made of: patches, attention, rotary positions, the feed-forward half."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastjepa_kernels as ours
-from fastjepa_kernels.testing.case import Case, Shape, random
+from fastjepa_kernels.testing.case import Call, Case, Shape, random
 
 GRID = (8, 16, 16)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -45,6 +47,59 @@ def _rows(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.transpose(1, 2) for part in x.gather(1, places).unbind(2))
 
 
+def _a_clip_at_a_time(call: Call, clips: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor]:
+    """The rows of all clips, where the scores of one clip are there at a time, also in the backward pass."""
+    parts = [checkpoint(call, *clip, use_reentrant=False, preserve_rng_state=False) for clip in clips]
+    return (torch.cat([rows for (rows,) in parts]),)
+
+
+def _attention_exact(x: Tensor, index: Tensor) -> tuple[Tensor]:
+    return _a_clip_at_a_time(_attention_eager, zip(x.split(1), index.split(1)))
+
+
+def _packed_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Rows of the clips of two mask sets after another, where clips begin, and one empty tensor a set."""
+    clips, lengths = shape["clips"], (shape["first"], shape["second"])
+    sets = [torch.empty(clips, length, 0, device=device, dtype=dtype) for length in lengths]
+    kept = torch.tensor([0, *(length for length in lengths if length for _ in range(clips))], device=device)
+    x = random(clips * sum(lengths), 3, shape["heads"], shape["width"], like=(device, dtype), seed=1)
+    return x, kept.cumsum(0).to(torch.int32), *sets
+
+
+def _packed(impl: Any, x: Tensor, starts: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor]:
+    longest = max(first.shape[1], second.shape[1])
+    return (ours.indexed_attention(x, cu_seqlens=starts, max_length=longest, impl=impl),)
+
+
+def stretches(x: Tensor, *sets: Tensor) -> list[Tensor]:
+    """Rows [R, ...] of the packed case as [B, K, ...] of each mask set that has rows."""
+    parts = x.split([one.shape[0] * one.shape[1] for one in sets])
+    return [part.unflatten(0, one.shape[:2]) for part, one in zip(parts, sets) if one.shape[1]]
+
+
+def _dense_eager(x: Tensor) -> tuple[Tensor]:
+    """Attention of packed rows [B, K, 3, H, d] -> [B * K, H, d]."""
+    q, k, v = (part.transpose(1, 2) for part in x.unbind(2))
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return ((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(0, 1),)
+
+
+def _packed_eager(x: Tensor, starts: Tensor, *sets: Tensor) -> tuple[Tensor]:
+    return (torch.cat([_dense_eager(part)[0] for part in stretches(x, *sets)]),)
+
+
+def _packed_exact(x: Tensor, starts: Tensor, *sets: Tensor) -> tuple[Tensor]:
+    return _a_clip_at_a_time(_dense_eager, ((clip,) for part in stretches(x, *sets) for clip in part.split(1)))
+
+
+def _packed_library(x: Tensor, starts: Tensor, *sets: Tensor) -> tuple[Tensor]:
+    parts = []
+    for part in stretches(x, *sets):
+        q, k, v = (one.transpose(1, 2) for one in part.unbind(2))
+        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+    return (torch.cat(parts),)
+
+
 def _biased_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Rows of clips of one length after another, the bias in float32, and where the clips begin."""
     clips, kept, heads, head = shape["clips"], shape["kept"], shape["heads"], shape["width"]
@@ -74,6 +129,11 @@ def _biased_rows(x: Tensor, bias: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.transpose(1, 2) for part in rows.unbind(2))
 
 
+def _biased_exact(x: Tensor, bias: Tensor, starts: Tensor) -> tuple[Tensor]:
+    rows = x.split(len(x) // (len(starts) - 1))
+    return _a_clip_at_a_time(_biased_eager, ((clip, bias, starts[:2]) for clip in rows))
+
+
 def _turned(impl: Any, x: Tensor, index: Tensor) -> tuple[Tensor]:
     return (ours.indexed_attention(x, q_index=index, kv_index=index, rope=ours.Rope(GRID), impl=impl),)
 
@@ -83,6 +143,16 @@ def _turned_eager(x: Tensor, index: Tensor) -> tuple[Tensor]:
     q, k = _turn(q, index).to(x.dtype), _turn(k, index).to(x.dtype)
     scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
     return ((scores.softmax(dim=-1) @ v.transpose(1, 2)).transpose(1, 2),)
+
+
+def _turned_exact(x: Tensor, index: Tensor) -> tuple[Tensor]:
+    return _a_clip_at_a_time(_turned_eager, zip(x.split(1), index.split(1)))
+
+
+def _turned_library(x: Tensor, index: Tensor) -> tuple[Tensor]:
+    q, k, v = _rows(x, index)
+    q, k = (_turn(part.transpose(1, 2), index).to(x.dtype).transpose(1, 2) for part in (q, k))
+    return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2),)
 
 
 def _turn(x: Tensor, ids: Tensor) -> Tensor:
@@ -172,46 +242,73 @@ def _patch_eager(video: Tensor, weight: Tensor, bias: Tensor, index: Tensor, pos
     return (whole.gather(1, index.unsqueeze(-1).expand(-1, -1, whole.shape[2])),)
 
 
-def _heads(clips: int, tokens: int, kept: int, heads: int, head: int) -> Shape:
+def _patch_library(video: Tensor, weight: Tensor, bias: Tensor, index: Tensor, position: Tensor) -> tuple[Tensor]:
+    """A product of the kept patches alone."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    clips, channels, depth, patch = len(video), *weight.shape[1:4]
+    cut = video.unflatten(4, (-1, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, depth))
+    patches = cut.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(clips, -1, channels * depth * patch * patch)
+    kept = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[2])).to(wide)
+    level, spread = (torch.tensor(x, device=video.device, dtype=wide).view(-1, 1) for x in (MEAN, STD))
+    values = ((kept.unflatten(-1, (channels, -1)) / 255 - level) / spread).flatten(2).to(weight.dtype)
+    return ((F.linear(values, weight.flatten(1), bias) + position[index]).to(weight.dtype),)
+
+
+def heads(clips: int, tokens: int, kept: int, heads: int, head: int) -> Shape:
+    """Attention among the kept tokens of each clip."""
     return {"clips": clips, "tokens": tokens, "kept": kept, "heads": heads, "width": head, "rows": kept}
 
 
-def _clip(clips: int, frames: int, side: int, patch: int, kept: int, width: int) -> Shape:
+def packed(clips: int, first: int, second: int, heads: int, head: int) -> Shape:
+    """Clips of two mask sets that keep so many rows each, or of one."""
+    rows = max(first, second)
+    return {"clips": clips, "first": first, "second": second, "heads": heads, "width": head, "rows": rows}
+
+
+def clip(clips: int, frames: int, side: int, patch: int, kept: int, width: int) -> Shape:
+    """Clips of which so many patches are kept."""
     tokens = frames // 2 * (side // patch) ** 2
     return {"clips": clips, "frames": frames, "side": side, "patch": patch, "tokens": tokens, "kept": kept,
             "width": width, "rows": clips * kept}  # fmt: skip
 
 
-def _product(rows: int, width: int) -> Shape:
+def product(rows: int, width: int) -> Shape:
+    """Rows of a feed-forward layer."""
     return {"rows": rows, "width": width, "hidden": 4 * width}
 
 
-_ATTENTION = {"small": _heads(2, 40, 33, 2, 32), "odd": _heads(1, 9, 7, 1, 88)}
-_PRODUCTS = {"small": _product(33, 48), "odd": _product(7, 40), "encoder": _product(24 * 560, 1280),
-             "predictor": _product(24 * 1400, 384)}  # fmt: skip
-_CLIPS = {"small": _clip(2, 4, 32, 8, 11, 48), "odd": _clip(1, 2, 24, 8, 7, 40),
-          "encoder": _clip(24, 16, 224, 16, 560, 1280)}  # fmt: skip
+_ATTENTION = {"small": heads(2, 40, 33, 2, 32), "odd": heads(1, 9, 7, 1, 88)}
+_PRODUCTS = {"small": product(33, 48), "odd": product(7, 40), "encoder": product(24 * 560, 1280),
+             "predictor": product(24 * 1400, 384)}  # fmt: skip
+_CLIPS = {"small": clip(2, 4, 32, 8, 11, 48), "odd": clip(1, 2, 24, 8, 7, 40),
+          "encoder": clip(24, 16, 224, 16, 560, 1280)}  # fmt: skip
 
 BLOCK_CASES = (
     Case(
         "indexed_attention", _attention_inputs, _attention, _attention_eager,
-        {**_ATTENTION, "encoder": _heads(24, 1568, 560, 16, 80), "predictor": _heads(24, 1568, 1400, 16, 24)},
+        {**_ATTENTION, "encoder": heads(24, 1568, 560, 16, 80), "predictor": heads(24, 1568, 1400, 16, 24)},
         {"indexed_attention": "forward", "indexed_attention_query": "backward", "indexed_attention_key": "backward"},
-        (0,), _attention_library,
+        (0,), _attention_library, _attention_exact,
+    ),
+    Case(
+        "indexed_attention packed", _packed_inputs, _packed, _packed_eager,
+        {"small": packed(2, 33, 7, 2, 32), "odd": packed(1, 9, 0, 1, 88), "encoder": packed(24, 365, 100, 16, 80)}, {},
+        (0,), _packed_library, _packed_exact,
     ),
     Case(
         "indexed_attention biased", _biased_inputs, _biased, _biased_eager,
-        {**_ATTENTION, "encoder": _heads(24, 1568, 560, 16, 80), "predictor": _heads(24, 1568, 1400, 16, 24)},
+        {**_ATTENTION, "encoder": heads(24, 1568, 560, 16, 80), "predictor": heads(24, 1568, 1400, 16, 24)},
         {"indexed_attention_biased": "forward", "indexed_attention_query_biased": "backward",
-         "indexed_attention_key_biased": "backward"}, (0, 1), _biased_library,
+         "indexed_attention_key_biased": "backward"}, (0, 1), _biased_library, _biased_exact,
     ),
     Case(
         "indexed_attention turned", _attention_inputs, _turned, _turned_eager,
-        {**_ATTENTION, "encoder": _heads(24, 2048, 560, 16, 80)}, {"indexed_attention_ready": "forward"}, (0,),
+        {**_ATTENTION, "encoder": heads(24, 2048, 560, 16, 80)}, {"indexed_attention_ready": "forward"}, (0,),
+        _turned_library, _turned_exact,
     ),
     Case(
         "rope3d", _rope_inputs, _rope, lambda x, ids: (_turn(x, ids).to(x.dtype),),
-        {**_ATTENTION, "encoder": _heads(24, 2048, 560, 16, 80)}, {"rope3d": "forward"}, (0,),
+        {**_ATTENTION, "encoder": heads(24, 2048, 560, 16, 80)}, {"rope3d": "forward"}, (0,),
     ),
     Case(
         "linear_gelu", _gelu_inputs,
@@ -225,13 +322,13 @@ BLOCK_CASES = (
     ),
     Case(
         "mlp", _mlp_inputs, lambda impl, *inputs: (ours.mlp(*inputs, impl=impl),), _mlp_eager,
-        {"small": _product(33, 48), "odd": _product(7, 40), "vitl": _product(11160, 1024),
-         "vith": _product(11160, 1280), "predictor": _product(55608, 384)},
+        {"small": product(33, 48), "odd": product(7, 40), "vitl": product(11160, 1024),
+         "vith": product(11160, 1280), "predictor": product(55608, 384)},
         {"gelu_product_backward": "backward"}, (0, 1, 2, 3),
     ),
-    Case("patch_embed_gather", _patch_inputs, _patch("cut"), _patch_eager, _CLIPS, {}, (1, 2)),
+    Case("patch_embed_gather", _patch_inputs, _patch("cut"), _patch_eager, _CLIPS, {}, (1, 2), _patch_library),
     Case(
         "patch_embed_gather fused", _patch_inputs, _patch("fused"), _patch_eager, _CLIPS,
-        {"patch_embed_gather": "forward"}, (1, 2),
+        {"patch_embed_gather": "forward"}, (1, 2), _patch_library,
     ),
 )  # fmt: skip

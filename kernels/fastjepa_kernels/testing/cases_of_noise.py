@@ -53,10 +53,10 @@ def _noise(impl: Any, x: Tensor, alpha: Tensor, keys: Tensor) -> tuple[Tensor]:
     return (ours.layer_norm_noise(x, alpha, keys, SEED, impl=impl),)
 
 
-def _index(shape: Shape, device: torch.device, seed: int) -> Tensor:
+def _index(shape: Shape, device: torch.device, seed: int, kept: str = "kept") -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     order = torch.rand(shape["clips"], shape["tokens"], generator=generator, device=device).argsort(dim=-1)
-    return order[:, : shape["kept"]].contiguous()
+    return order[:, : shape[kept]].contiguous()
 
 
 def _gather_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -78,7 +78,7 @@ def _assemble_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     return (
         random(shape["clips"], shape["kept"], width, like=like, seed=1),
         _index(shape, device, 7),
-        _index(shape, device, 8),
+        _index(shape, device, 8, "asked"),
         random(shape["tokens"], width, like=(device, torch.float32), seed=2),
         random(width, like=like, seed=3),
     )
@@ -95,11 +95,17 @@ def _assemble_eager(
     return (torch.cat([context + table[context_index], asked], dim=1).to(context.dtype),)
 
 
-def _tokens(clips: int, tokens: int, kept: int, width: int) -> Shape:
+def tokens(clips: int, tokens: int, kept: int, width: int) -> Shape:
+    """Rows by name, of clips."""
     return {"clips": clips, "tokens": tokens, "kept": kept, "width": width, "rows": clips * kept}
 
 
-_SHAPES = {"small": _tokens(2, 40, 33, 96), "odd": _tokens(3, 9, 7, 1000), "predictor": _tokens(24, 1568, 900, 384)}
+def assembled(clips: int, every: int, kept: int, asked: int, width: int) -> Shape:
+    """Context rows and target rows of clips."""
+    return {**tokens(clips, every, kept, width), "asked": asked}
+
+
+_SHAPES = {"small": tokens(2, 40, 33, 96), "odd": tokens(3, 9, 7, 1000), "predictor": tokens(24, 1568, 900, 384)}
 
 NOISE_CASES = (
     Case(
@@ -112,6 +118,8 @@ NOISE_CASES = (
     ),
     Case("gather_norm_noise", _gather_inputs, _gather, _gather_eager, _SHAPES, {}, (0,)),
     Case(
-        "assemble_tokens", _assemble_inputs, _assemble, _assemble_eager, _SHAPES, {"assemble_sum": "backward"}, (0, 4),
+        "assemble_tokens", _assemble_inputs, _assemble, _assemble_eager,
+        {"small": assembled(2, 40, 33, 33, 96), "odd": assembled(3, 9, 7, 4, 1000),
+         "predictor": assembled(24, 1568, 900, 900, 384)}, {"assemble_sum": "backward"}, (0, 4),
     ),
 )  # fmt: skip

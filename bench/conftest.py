@@ -1,5 +1,6 @@
 """What `pytest bench --benchmark-only` adds to pytest-benchmark: result files, a time limit, and what was skipped."""
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.data.videos import Shelf
 from bench.files import Row
 from bench.recording import Kind, Session, selection_of
 
@@ -40,6 +42,13 @@ def device() -> torch.device:
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def videos() -> Iterator[Shelf]:
+    """Videos to measure with, made where they are asked for; they go with the session."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Shelf(Path(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,158 @@
+"""The loader of a training run, by itself and beside steps."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench.measure import Call, synchronize
+from bench.step.ways import CLIPPING, QUICK, ROOT, Batches, Draw, Runner
+from fastjepa import configfile
+from fastjepa.build import build_dataset, build_masks
+from fastjepa.config import Settings
+from fastjepa.data.loader import Batch, make_loader, running
+from fastjepa.data.source import open_videos
+from fastjepa.data.upload import uploaded
+from fastjepa.loop import Clock
+
+LISTED = 10_000  # videos of a list: more than the clips that are read, so that each is new, as in a large data set
+STEPS = 100_000
+CLIPS = {"cuda": 24, "cpu": 4}  # of a batch: the published ones; on a CPU such a batch would take seconds
+LOADED = "340x256", 250  # size and group of pictures of the videos
+WARM_UP = 3
+TINY = (*QUICK, "data.frames=16", "optim.dtype=float32")
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def auto_workers() -> int:
+    """Loader processes of `data.workers=auto`."""
+    return max(1, min(8, processors() - 1))
+
+
+def why_not(workers: int) -> str:
+    """Why so many loader processes are not measured here; empty where they are."""
+    return f"{workers} workers are more than this machine's {processors()} processors" * (workers > processors())
+
+
+def settings_of(video: Path, clips: int, *more: str) -> Settings:
+    """ViT-L as published with so many clips a step, all of them from this file: each time as from a new one."""
+    listed = video.with_suffix(".txt")
+    listed.write_text(f'"{video}"\n' * LISTED)
+    batch = (f"optim.global_batch={clips}", f"data.batch_size={clips}")
+    return configfile.load(ROOT / "configs" / "vitl.yaml", [f"data.path={listed}", *batch, CLIPPING, *more])
+
+
+@contextmanager
+def batches_of(s: Settings, workers: int, device: torch.device) -> Iterator[Iterator[Batch]]:
+    """The batches of a training run with these settings, on the device; worker processes end with the block."""
+    d = s.data
+    loader = make_loader(
+        build_dataset(s, open_videos(d.path, s.optim.seed)),
+        build_masks(s),
+        first_step=0,
+        last_step=STEPS,
+        global_batch=s.optim.global_batch,
+        batch_size=s.optim.global_batch,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+        tokens=d.frames // d.tubelet * (d.crop // d.patch) ** 2,
+    )
+    with running(loader) as loaded, closing(uploaded(loaded, device)) as batches:
+        yield batches
+
+
+class Stretch(NamedTuple):
+    """Steps in a row: milliseconds of all of them, and the share of these in which the host waited for data."""
+
+    ms: float
+    waited: float
+
+
+def stretch(batches: Iterator[Batch], step: Callable[[Batch], None], count: int, device: torch.device) -> Stretch:
+    """So many batches through `step`, timed as the training loop does.
+
+    Errors: ValueError where a file could not be read: another one's clip was measured.
+    """
+    synchronize(device)
+    clock = Clock(started=time.perf_counter())
+    for _ in range(count):
+        began = time.perf_counter()
+        batch = next(batches)
+        clock.waited += time.perf_counter() - began
+        if batch.bad:
+            raise ValueError(f"{batch.bad[0][0]}: {batch.bad[0][1]}")
+        step(batch)
+    synchronize(device)
+    seconds = time.perf_counter() - clock.started
+    return Stretch(1e3 * seconds, clock.waited / seconds)
+
+
+def pass_by(batch: Batch) -> None:
+    """In place of a step: nothing."""
+
+
+def block_of(workers: int) -> int:
+    """Batches that are timed together: one of each worker, for they come at about the same time; at least two."""
+    return max(2, workers)
+
+
+def fresh(s: Settings, workers: int, device: torch.device, step: Callable[[Batch], None] = pass_by) -> Stretch:
+    """One block behind a loader of its own, which has not had a pause to fill its queue in.
+
+    What workers begin with comes first: the time until their first batches, and as many as they have ready by then.
+    """
+    with batches_of(s, workers, device) as batches:
+        stretch(batches, step, workers + 1, device)
+        return stretch(batches, step, block_of(workers), device)
+
+
+class Beside:
+    """A model that trains on the loader's batches; "steps with the loader" and each of the two alone, by name."""
+
+    def __init__(self, s: Settings, workers: int, device: torch.device) -> None:
+        self.settings, self.workers, self.device = s, workers, device
+        self.runner = Runner(s, device)
+        with batches_of(s, 0, device) as batches:
+            self.held = [next(batches) for _ in range(2)]
+        self.waited: list[float] = []
+        stretch(cycle(self.held), self.step, WARM_UP, device)
+
+    def step(self, batch: Batch) -> None:
+        """One training step."""
+        draw = Draw(batch.masks_context, batch.masks_target, batch.union)
+        self.runner.step(Batches([batch.clips], [draw]))
+
+    @property
+    def steps(self) -> int:
+        """Steps of a block."""
+        return block_of(self.workers)
+
+    def variants(self) -> dict[str, Callable[[], float]]:
+        """Each gives the milliseconds of one block; the first notes the share of them waited for data."""
+
+        def together() -> float:
+            found = fresh(self.settings, self.workers, self.device, self.step)
+            self.waited.append(found.waited)
+            return found.ms
+
+        return {
+            "steps with the loader": together,
+            "steps alone": lambda: stretch(cycle(self.held), self.step, self.steps, self.device).ms,
+            "loader alone": lambda: fresh(self.settings, self.workers, self.device).ms,
+        }
+
+
+def own_clock(call: Call) -> float:
+    """For calls that time a part of themselves, and return its milliseconds."""
+    ms = call()
+    assert isinstance(ms, float)
+    return ms

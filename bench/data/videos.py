@@ -1,0 +1,89 @@
+"""Videos to measure with, made in a session: textures that move, with objects in front and the noise of a sensor.
+
+Flat colours would cost next to no bits, and no time to decode. These come to about what videos of their size have on
+the web; what they have is in the result file.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+
+# Frames by size: 340 x 256 is the short side of a published pretraining set. Ten seconds; four of the large.
+SIZES = {"340x256": 300, "640x360": 300, "1280x720": 120}
+GOPS = (12, 250)  # frames from one key frame to the next: of a camera, and the most that x264 takes by default
+RATE = 30
+ENCODER = {"preset": "veryfast", "crf": "26", "sc_threshold": "0"}  # no further key frames
+OBJECTS = 3
+GRAIN, MARGIN = 1.5, 64  # grey levels; pixels by which one noise is moved from frame to frame
+
+
+class Shelf:
+    """The videos in a folder, each made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, size: str, gop: int) -> Path:
+        """The file of this size ("340x256") and group of pictures. Its siblings of other groups are made with it."""
+        if not self._file(size, gop).exists():
+            write([self._file(size, one) for one in GOPS], GOPS, pictures(size, SIZES[size]))
+        return self._file(size, gop)
+
+    def _file(self, size: str, gop: int) -> Path:
+        return self.folder / f"{size}-gop{gop}.mp4"
+
+
+def write(paths: Sequence[Path], gops: Sequence[int], frames: Iterator[np.ndarray]) -> None:
+    """Encode the frames, uint8 [H, W, 3], as H.264: a file for each group of pictures, of the same pictures."""
+    first = next(frames)
+    outs = [av.open(str(path), "w") for path in paths]
+    streams = []
+    for out, gop in zip(outs, gops):
+        stream = out.add_stream("libx264", rate=RATE, options=ENCODER)
+        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], "yuv420p"
+        stream.codec_context.thread_count, stream.codec_context.gop_size = 1, gop
+        streams.append(stream)
+    for picture in (first, *frames):
+        for out, stream in zip(outs, streams):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+    for out, stream in zip(outs, streams):
+        out.mux(stream.encode(None))
+        out.close()
+
+
+def pictures(size: str, count: int) -> Iterator[np.ndarray]:
+    """So many frames of a video of this size, uint8 [H, W, 3], always the same."""
+    width, height = map(int, size.split("x"))
+    rng = np.random.default_rng(0)
+    far, near = texture(height * 3 // 2, width * 2, rng), texture(height // 2, height // 2, rng)
+    noise = rng.normal(0, GRAIN, (height + MARGIN, width + MARGIN, 1)).round().astype(np.int16)
+    side = height // 2
+    y, x = np.mgrid[:side, :side] - side // 2
+    disc = (np.hypot(y, x) < side // 2)[..., None]
+    for number in range(count):
+        t = number / RATE
+        top, left = int(height / 4 * (1 + np.sin(0.3 * t))), int(width / 2 * (1 + np.sin(0.4 * t)))
+        picture = far[top : top + height, left : left + width].copy()
+        for k in range(OBJECTS):
+            top = int((height - side) * (0.5 + 0.5 * np.cos((0.5 + 0.3 * k) * t + 2 * k)))
+            left = int((width - side) * (0.5 + 0.5 * np.sin((0.7 + 0.2 * k) * t + k)))
+            np.copyto(picture[top : top + side, left : left + side], near, where=disc)
+        dy, dx = rng.integers(0, MARGIN, 2)
+        yield np.clip(picture + noise[dy : dy + height, dx : dx + width], 0, 255).astype(np.uint8)
+
+
+def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [height, width, 3] with the spectrum of natural pictures: amplitudes that fall with the frequency."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
+
+    def layer() -> np.ndarray:
+        phase = np.exp(2j * np.pi * rng.random(amplitude.shape))
+        plane = np.fft.irfft2(amplitude * phase, s=(height, width))
+        return plane / plane.std()
+
+    light = layer()
+    planes = [128 + 40 * light + 20 * layer() for _ in range(3)]
+    return np.clip(np.stack(planes, axis=-1), 0, 255).astype(np.uint8)

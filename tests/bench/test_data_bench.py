@@ -1,0 +1,289 @@
+"""The data bench: its videos, what it compares before it times, and what its timed blocks hold."""
+
+import multiprocessing
+import sys
+from contextlib import contextmanager
+from itertools import count
+from types import ModuleType, SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from bench import test_data
+from bench.data import decoders, loading
+from bench.data import videos as made
+from fastjepa import start
+from fastjepa.config import Settings
+from fastjepa.data import decode
+from fastjepa.data.loader import Batch
+
+CPU = torch.device("cpu")
+SMALL = "160x128"
+
+
+class Fixture:
+    """Stands for pytest-benchmark's."""
+
+    def pedantic(self, target, args, setup, rounds, iterations):
+        for _ in range(rounds):
+            setup()
+            target(*args)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "SIZES", {SMALL: 80})
+        yield made.Shelf(tmp_path_factory.mktemp("videos"))
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    monkeypatch.setattr(test_data, "ROUNDS", 1)
+    return []
+
+
+def test_videos_have_their_frames_key_frames_and_bits(shelf):
+    infos = [decode.probe(shelf.path(SMALL, gop)) for gop in made.GOPS]
+    assert [(info.frames, info.width, info.height, info.rate) for info in infos] == [(80, 160, 128, 30)] * 2
+    assert infos[0].keys.tolist() == list(range(0, 80, 12))
+    assert infos[1].keys.tolist() == [0]
+    sizes = [shelf.path(SMALL, gop).stat().st_size for gop in made.GOPS]
+    assert sizes[0] > sizes[1] > 0.1 / 8 * 80 * 160 * 128, "a tenth of a bit a pixel is little already"
+    first, second = (decode.read_frames(info, range(80)).astype(int) for info in infos)
+    assert np.abs(first - second).mean() < 10, "the same pictures in both"
+    assert np.abs(np.diff(first, axis=0)).mean(axis=(1, 2, 3)).min() > 2 * decoders.SAME, "frames can be told apart"
+
+
+def test_a_video_is_made_once(shelf, monkeypatch):
+    path = shelf.path(SMALL, 12)
+    monkeypatch.setattr(made, "write", lambda *_: pytest.fail("made again"))
+    assert shelf.path(SMALL, 12) == path
+    assert shelf.path(SMALL, 250) != path
+
+
+@pytest.mark.parametrize("gop", made.GOPS)
+def test_all_ways_read_the_same_frames(shelf, gop):
+    info = decode.probe(shelf.path(SMALL, gop))
+    clips = [draw.frames for draw in decoders.draws(info, 2)] + [np.array([5, 5, 79])]
+    ways, _ = decoders.readers(info)
+    assert list(ways)[:3] == ["fastjepa", "fastjepa, new video", decoders.PLAIN]
+    assert max(decoders.differences(ways, clips).values()) <= 1
+    ways["late"] = lambda frames: ways["fastjepa"](np.minimum(frames + 1, 79))
+    with pytest.raises(ValueError, match=r"late: frames \[.*\] differ from fastjepa's by"):
+        decoders.differences(ways, clips)
+
+
+def test_one_wrong_frame_of_a_clip_is_found(shelf):
+    info = decode.probe(shelf.path(SMALL, 12))
+    ways = {"ours": lambda frames: decode.read_frames(info, frames)}
+    ways["slip"] = lambda frames: ways["ours"](np.where(frames == 40, 41, frames))
+    with pytest.raises(ValueError, match="slip"):
+        decoders.differences(ways, [np.arange(0, 64, 4)])
+
+
+@pytest.mark.parametrize("gop", made.GOPS)
+def test_frames_decoded_are_counted_right(shelf, gop, monkeypatch):
+    info, frames = decode.probe(shelf.path(SMALL, gop)), np.arange(15, 79, 4)
+    real, seen = decode._Converter.__call__, []
+    monkeypatch.setattr(decode._Converter, "__call__", lambda self, frame: seen.append(1) or real(self, frame))
+    frames_of, decoded = decode._frames, []
+    monkeypatch.setattr(decode, "_frames", lambda *a: (decoded.append(f) or f for f in frames_of(*a)))
+    decode.read_frames(info, frames)
+    assert decoders.frames_decoded(info, frames, "fastjepa") == len(decoded) == {12: 64, 250: 76}[gop]
+    assert decoders.frames_decoded(info, frames, decoders.PLAIN) == 76
+
+
+def fake_torchcodec(monkeypatch, decoder):
+    module = ModuleType("torchcodec.decoders")
+    module.VideoDecoder = decoder
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+
+
+def test_torchcodec_is_read_in_both_modes(shelf, monkeypatch):
+    opened = []
+
+    class Decoder:
+        def __init__(self, path, *, dimension_order, num_ffmpeg_threads, seek_mode):
+            assert (dimension_order, num_ffmpeg_threads) == ("NHWC", 1)
+            opened.append(seek_mode)
+            self.path = path
+
+        def get_frames_at(self, indices):
+            assert all(type(i) is int for i in indices)
+            return SimpleNamespace(data=torch.from_numpy(decoders.read_plainly(self.path, np.array(indices))))
+
+    fake_torchcodec(monkeypatch, Decoder)
+    info = decode.probe(shelf.path(SMALL, 12))
+    ways, lacking = decoders.readers(info)
+    assert lacking == {}
+    decoders.differences(ways, [np.array([3, 7])])
+    assert opened == ["exact", "approximate"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("no"), "torchcodec is not installed"),
+        (RuntimeError("Could not load libtorchcodec. Likely causes:\n 1."),
+         "torchcodec does not load: Could not load libtorchcodec. Likely causes:"),
+    ],
+)  # fmt: skip
+def test_torchcodec_that_cannot_run_is_skipped_with_its_reason(shelf, monkeypatch, rows, error, reason):
+    class Refusing(ModuleType):
+        def __getattr__(self, name):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", Refusing("torchcodec.decoders"))
+    ways, lacking = decoders.readers(decode.probe(shelf.path(SMALL, 12)))
+    assert len(ways) == 3
+    assert lacking == {"torchcodec": reason, "torchcodec, approximate": reason}
+    test_data.test_decode(Fixture(), rows.extend, CPU, shelf, SMALL, 12)
+    assert [row["name"] for row in rows if row.get("skipped") == reason] == [
+        "decode, torchcodec", "decode, torchcodec, approximate",
+    ]  # fmt: skip
+
+
+def test_rates_of_decoders_are_of_the_clips_and_frames_they_read(shelf, rows, monkeypatch):
+    read = []
+    real = decoders.read_frames
+    monkeypatch.setattr(decoders, "read_frames", lambda info, frames: read.append(len(frames)) or real(info, frames))
+    monkeypatch.setattr(test_data, "processor_clock", lambda call: call() and 1000.0)
+    test_data.test_decode(Fixture(), rows.extend, CPU, shelf, SMALL, 250)
+    found = {row["name"]: row for row in rows if "value" in row}
+    assert found["decode, fastjepa"]["value"] == test_data.READ
+    assert found["decode, PyAV from the start"]["value"] == test_data.READ
+    info = decode.probe(shelf.path(SMALL, 250))
+    last = sum(int(draw.frames.max()) + 1 for draw in decoders.draws(info, test_data.READ))
+    assert found["source frames, fastjepa"]["value"] == found["source frames, PyAV from the start"]["value"] == last
+    assert found["speed of fastjepa over PyAV from the start"]["value"] == 1.0
+    assert set(read) == {decoders.FRAMES}
+
+
+def test_transforms_and_masks_have_a_row_each(shelf, rows):
+    test_data.test_transform(Fixture(), rows.extend, CPU, shelf, SMALL)
+    assert [row["name"] for row in rows] == [
+        "transform", "transform with motion shift", "transform with erasing", "transform with RandAugment",
+    ]  # fmt: skip
+    rows.clear()
+    test_data.test_masks(Fixture(), rows.extend, CPU)
+    assert [row["name"] for row in rows] == ["masks, multiblock", "masks, multiblock, no truncation", "masks, tube"]
+    assert all(row["value"] > 0 for row in rows)
+
+
+def test_workers_of_auto_are_those_of_a_run(monkeypatch):
+    for processors in (1, 2, 4, 64):
+        monkeypatch.setattr(loading, "processors", lambda n=processors: n)
+        monkeypatch.setattr(start, "_processors", lambda n=processors: n)
+        assert loading.auto_workers() == start._workers(Settings())
+
+
+def test_more_workers_than_processors_are_refused_with_a_sentence(monkeypatch, shelf, rows):
+    monkeypatch.setattr(loading, "processors", lambda: 2)
+    assert loading.why_not(2) == ""
+    with pytest.raises(pytest.skip.Exception, match="4 workers are more than this machine's 2 processors"):
+        test_data.test_loader(Fixture(), rows.extend, CPU, shelf, 4)
+
+
+def test_the_loader_is_that_of_a_run_and_every_clip_is_of_a_new_video(shelf, monkeypatch):
+    from fastjepa.data import dataset
+
+    probed, real = [], dataset.probe
+    monkeypatch.setattr(dataset, "probe", lambda path: probed.append(path) or real(path))
+    s = loading.settings_of(shelf.path(SMALL, 12), 2, *loading.TINY)
+    assert (s.optim.global_batch, s.data.frames, s.data.crop, s.data.stride) == (2, 16, 64, 4)
+    with loading.batches_of(s, 0, CPU) as batches:
+        first, second = next(batches), next(batches)
+    assert probed == [str(shelf.path(SMALL, 12))] * 4
+    assert first.clips.shape == (2, 3, 16, 64, 64)
+    assert first.clips.dtype == torch.uint8
+    assert (first.slots, second.slots) == ((0, 1), (2, 3))
+
+
+def test_a_loader_case_measures_and_its_workers_end_with_it(shelf, rows, monkeypatch):
+    monkeypatch.setattr(test_data, "LOADED", (SMALL, 12))
+    test_data.test_loader(Fixture(), rows.extend, CPU, shelf, 1)
+    assert multiprocessing.active_children() == []
+    clips, batches = rows
+    assert clips["parameters"]["workers"] == 1
+    assert clips["value"] == pytest.approx(loading.CLIPS["cpu"] * batches["value"])
+    assert clips["value"] == pytest.approx(1e3 * 2 * loading.CLIPS["cpu"] / clips["ms"])
+
+
+def batch(bad=()):
+    return Batch(torch.zeros(1), [], [], None, (0,), list(bad), [])
+
+
+def test_a_stretch_counts_as_waited_what_the_loader_takes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loading, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def coming():
+        while True:
+            now[0] += 3.0
+            yield batch()
+
+    def step(_):
+        now[0] += 1.0
+
+    found = loading.stretch(coming(), step, 5, CPU)
+    assert found == (pytest.approx(20_000), pytest.approx(0.75))
+
+
+def test_a_stretch_refuses_clips_of_another_file():
+    with pytest.raises(ValueError, match=r"a\.mp4: the file is empty"):
+        loading.stretch(iter([batch([("a.mp4", "the file is empty")])]), loading.pass_by, 1, CPU)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_a_fresh_loader_has_no_queue_when_its_block_begins(monkeypatch, workers):
+    events, real = [], loading.stretch
+
+    @contextmanager
+    def started(s, given, device):
+        assert given == workers
+        events.append("started")
+        yield (batch() for _ in count())
+        events.append("ended")
+
+    monkeypatch.setattr(loading, "batches_of", started)
+    monkeypatch.setattr(loading, "stretch", lambda b, step, n, device: events.append(n) or real(b, step, n, device))
+    steps = []
+    loading.fresh(None, workers, CPU, steps.append)
+    assert events == ["started", workers + 1, max(2, workers), "ended"]
+    assert len(steps) == sum(events[1:3]), "steps are taken from the first batch on"
+
+
+def test_steps_beside_the_loader_are_training_steps(shelf, rows, monkeypatch):
+    monkeypatch.setattr(test_data, "LOADED", (SMALL, 12))
+    monkeypatch.setattr(loading, "auto_workers", lambda: 0)
+    kept = []
+    real = loading.Beside.variants
+    monkeypatch.setattr(loading.Beside, "variants", lambda self: kept.append(self) or real(self))
+    test_data.test_beside_a_step(Fixture(), rows.extend, CPU, shelf)
+    (beside,) = kept
+    assert [row["name"] for row in rows] == [
+        "steps with the loader", "steps alone", "loader alone", "data wait",
+    ]  # fmt: skip
+    together = loading.WARM_UP + (1 + 2) + 2
+    assert beside.runner.taken == together, "warm-up, a settling loader's and a block's steps, a block alone"
+    assert len(beside.waited) == 1
+    assert 0 < rows[-1]["value"] < 100
+    assert all(loss.isfinite() for loss in beside.runner.losses)
+
+
+def test_plain_reading_stops_at_the_last_frame_wanted(shelf, monkeypatch):
+    real, decoded = av.open, []
+
+    @contextmanager
+    def watched(path):
+        with real(path) as container:
+            yield SimpleNamespace(decode=lambda video: (decoded.append(f) or f for f in container.decode(video=video)))
+
+    monkeypatch.setattr(decoders.av, "open", watched)
+    decoders.read_plainly(str(shelf.path(SMALL, 12)), np.array([3, 9, 9]))
+    assert len(decoded) == 10

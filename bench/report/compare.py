@@ -1,0 +1,148 @@
+"""What got slower, or larger, between two measurements of the same series, beyond the spread of both."""
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.files import Row
+from bench.report import cells
+from bench.report.stored import Series, Stored, by_series, choose, completed, read, read_folder, row_key
+
+COMMITTED = Path(__file__).parents[1] / "results"
+MORE_IS_BETTER = {"clips/s", "frames/s", "videos/s", "batches/s", "images/s", "GB/s", "TFLOP/s", "x"}
+LESS_IS_BETTER = {"ms", "s", "GB", "launches", "GFLOP/clip"}
+# A processor's times say as much of it and its neighbours as of the code; ratios and counts do not.
+OF_A_CPU = {"x", "GB", "launches", "GFLOP/clip"}
+ROUNDING = 1e-9  # counts are divided by a power of ten when they are written
+HOW = "measure with: pytest bench --benchmark-only"
+
+
+@dataclass
+class Comparison:
+    """What is known of the figures of two sets of files, a line each."""
+
+    commit: str
+    files: list[str] = field(default_factory=list)
+    worse: list[str] = field(default_factory=list)
+    better: list[str] = field(default_factory=list)
+    apart: list[str] = field(default_factory=list)
+    same: int = 0
+    new: int = 0
+    cpu_times: int = 0
+
+    def text(self) -> str:
+        """For a person."""
+        lines = [f"Against {self.commit}:", *self.files]
+        if self.cpu_times:
+            lines.append(
+                "On a CPU only ratios and counts are compared: times depend on the processor and its neighbours "
+                f"({self.cpu_times} left out)."
+            )
+        for title, found in (
+            ("slower or larger beyond the spread", self.worse),
+            ("faster or smaller beyond the spread", self.better),
+            ("not compared", self.apart),
+        ):
+            lines += ["", f"{title}: {len(found) or 'none'}", *(f"  {line}" for line in found)]
+        return "\n".join([*lines, "", f"within the spread: {self.same}", f"new, nothing before: {self.new}"])
+
+
+def against(commit: str, folder: Path) -> Comparison:
+    """The newest results of `folder` beside those of a commit.
+
+    A baseline is a stored file that was measured at that commit, or else the newest one that it contains.
+    Errors: ValueError with one sentence for a commit that git does not know, and where nothing can be compared.
+    """
+    stored = read_folder(folder)
+    home = folder if _git(folder, "rev-parse", "--is-inside-work-tree") is not None else COMMITTED
+    full = _git(home, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+    if full is None:
+        raise ValueError(f"--against: expected a commit that git knows, given {commit!r}.")
+    full = full.strip()
+    # What is committed now may have been overwritten in the folder: a file of the same day has the same name.
+    known = [*stored, *committed(home, "HEAD")]
+    bases = _chosen(committed(home, full) or committed(COMMITTED, full))
+    bases |= _chosen([one for one in known if one.commit == full and not one.modified])
+    found = Comparison(commit if full.startswith(commit) else f"{commit} ({full[:7]})")
+    for series, files in by_series(stored).items():
+        base = bases.get(series)
+        if base is None or files[0].date <= base.date:  # the baseline itself is no news of it, nor is what is older
+            found.apart.append(f"{series}: {'nothing newer' if base else 'nothing there'} ({files[0].name})")
+            continue
+        present = completed(files[0], files)
+        found.files.append(f"  {series}: {_named(present)} against {_named(base)}")
+        _compare(found, series, base, present)
+    for series in sorted(bases.keys() - by_series(stored).keys()):
+        found.apart.append(f"{series}: no file now")
+    if not found.files:
+        raise ValueError(f"--against: expected results newer than those of {commit}, found none; {HOW}.")
+    if not (found.worse or found.better or found.same):
+        raise ValueError(f"--against: expected figures that both measurements have, found none; {HOW}.")
+    return found
+
+
+def _chosen(files: Sequence[Stored]) -> dict[Series, Stored]:
+    return {one.series: one for one in choose(files)}
+
+
+def committed(folder: Path, commit: str) -> list[Stored]:
+    """The result files that a commit holds in this folder of its repository; none where it has no such folder."""
+    listed = _git(folder, "ls-tree", "--name-only", commit) or ""
+    names = [name for name in listed.splitlines() if name.endswith(".json")]
+    found = (read(name, _git(folder, "show", f"{commit}:./{name}") or "") for name in names)
+    return [one for one in found if one is not None]
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says in a folder; None where it, or the folder's repository, is missing, or for an error."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _named(one: Stored) -> str:
+    commit = one.commit[:7] if one.commit else "a commit not known"
+    changed = " and changes to it" if one.modified else ""
+    return f"{one.name} (of {commit}{changed}, {one.date[:16].replace('T', ' ')}, torch {one.header['torch']})"
+
+
+def _compare(found: Comparison, series: Series, base: Stored, present: Stored) -> None:
+    before, now = ({row_key(row): row for row in one.rows} for one in (base, present))
+    found.new += sum("value" in row and "value" not in before.get(key, {}) for key, row in now.items())
+    on_a_cpu = present.header["device"].startswith("CPU")
+    for key, old in before.items():
+        if "value" not in old:
+            continue
+        new, unit = now.get(key), old["unit"]
+        if unit not in MORE_IS_BETTER | LESS_IS_BETTER:
+            continue
+        if on_a_cpu and unit not in OF_A_CPU:
+            found.cpu_times += 1
+        elif new is None or "value" not in new:
+            found.apart.append(f"{_what(series, old)}: {new['skipped'] if new else 'not measured now'}")
+        elif new["unit"] != unit:
+            found.apart.append(f"{_what(series, old)}: {new['unit']} now, {unit} before")
+        elif apart := _apart(old, new):
+            gained = (apart > 0) == (unit in MORE_IS_BETTER)
+            (found.better if gained else found.worse).append(f"{_what(series, old)}: {_change(old, new)}")
+        else:
+            found.same += 1
+
+
+def _apart(old: Row, new: Row) -> int:
+    """1 where all of `new` lies above `old`, -1 where it lies below, 0 where their spreads meet."""
+    (low, high), (new_low, new_high) = (cells.spread(row) or (row["value"],) * 2 for row in (old, new))
+    slack = ROUNDING * max(abs(high), abs(new_high))
+    return int(new_low > high + slack) - int(new_high < low - slack)
+
+
+def _what(series: Series, row: Row) -> str:
+    return ", ".join((series.kind, row["name"], *(cells.word(one) for one in row["parameters"].values())))
+
+
+def _change(old: Row, new: Row) -> str:
+    percent = f" ({new['value'] / old['value'] - 1:+.1%})" if old["value"] else ""
+    return f"{cells.with_spread(old)} -> {cells.with_spread(new)} {old['unit']}{percent}"

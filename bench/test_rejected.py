@@ -5,19 +5,22 @@ import torch
 from torch.nn import functional as F
 
 from bench.pairing import alternate, processor_clock, ratio_row, time_row
+from fastjepa.data.sampling import Box
+from fastjepa.data.transforms import cut
 from fastjepa.models import vit_tiny
 from fastjepa.models.operations import LIBRARY
-from fastjepa.pixels import MEAN, STD, as_floats
+from fastjepa.pixels import MEAN, STD, as_floats, normalise
 
 KIND = "rejected"
 ON_A_DEVICE = True
 ROUNDS = 30
 CLIPS, FRAMES, SIDE = 4, 16, 112
+OF_A_CPU = "lost on a CPU: a GPU takes the other way, or none of both"
 
 
 def _measure(benchmark, results, what, variants):
     benchmark.group = what
-    where = {"clips": CLIPS, "frames": FRAMES, "side": SIDE, "threads": 1}
+    where = {"threads": 1}
     times = alternate(benchmark, variants, processor_clock, ROUNDS)
     results([time_row(f"{what}: {name}", ms, where) for name, ms in times.items()])
     kept, *lost = times
@@ -28,7 +31,7 @@ def _measure(benchmark, results, what, variants):
 def clips(device):
     """Random bytes [B, 3, T, H, W]; the cases are of a CPU."""
     if device.type != "cpu":
-        pytest.skip("lost on a CPU: a GPU takes the other way")
+        pytest.skip(OF_A_CPU)
     generator = torch.Generator().manual_seed(1)
     return torch.randint(256, (CLIPS, 3, FRAMES, SIDE, SIDE), dtype=torch.uint8, generator=generator)
 
@@ -45,6 +48,27 @@ def test_bytes_to_floats_in_one_call(benchmark, results, clips):
 
     assert torch.allclose(in_one_call(), as_floats(clips), atol=1e-5)
     _measure(benchmark, results, "normalise bytes", {"widened": lambda: as_floats(clips), "addcmul": in_one_call})
+
+
+def test_all_frames_resized_in_one_call(benchmark, results, device):
+    """The crop of a 720p clip resized in one call beside a frame at a time."""
+    if device.type != "cpu":
+        pytest.skip(OF_A_CPU)
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randint(256, (FRAMES, 720, 1280, 3), dtype=torch.uint8, generator=generator).numpy()
+    box = Box(top=100, left=200, height=500, width=560)
+
+    def in_one_call():
+        window = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+        floats = torch.from_numpy(window.copy()).permute(0, 3, 1, 2).float()
+        resized = F.interpolate(floats, size=(224, 224), mode="bilinear", align_corners=False)
+        return normalise(resized.permute(1, 0, 2, 3).contiguous())
+
+    def by_frames():
+        return cut(frames, box, False, 224)
+
+    assert torch.equal(by_frames(), in_one_call())
+    _measure(benchmark, results, "resize a 720p clip", {"a frame at a time": by_frames, "in one call": in_one_call})
 
 
 @pytest.mark.parametrize("which", ["forward", "forward and backward"])

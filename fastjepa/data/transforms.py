@@ -47,11 +47,9 @@ def _picture(frames: np.ndarray, box: Box, flip: bool, size: int, end_box: Box |
 
     The box is the same in every frame, or moves linearly to `end_box`.
     """
-    if end_box is None:
-        clip = _resized(frames, box, size, white)
-    else:
-        boxes = shifted_boxes(box, end_box, len(frames))
-        clip = torch.cat([_resized(frames[i : i + 1], moved, size, white) for i, moved in enumerate(boxes)])
+    boxes = [box] * len(frames) if end_box is None else shifted_boxes(box, end_box, len(frames))
+    # A frame at a time: the float copy of all frames' boxes would leave the processor's caches.
+    clip = torch.cat([_resized(frames[i : i + 1], one, size, white) for i, one in enumerate(boxes)])
     if flip:
         clip = clip.flip(-1)
     return clip.permute(1, 0, 2, 3).contiguous()

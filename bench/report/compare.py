@@ -1,7 +1,7 @@
 """What got slower, or larger, between two measurements of the same series, beyond the spread of both."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ MORE_IS_BETTER = {"clips/s", "frames/s", "videos/s", "batches/s", "images/s", "G
 LESS_IS_BETTER = {"ms", "s", "GB", "launches", "GFLOP/clip"}
 # A processor's times say as much of it and its neighbours as of the code; ratios and counts do not.
 OF_A_CPU = {"x", "GB", "launches", "GFLOP/clip"}
+ALLOCATOR = 0.01  # of the peak memory: blocks are rounded up, and fit better or worse from run to run
 ROUNDING = 1e-9  # counts are divided by a power of ten when they are written
 HOW = "measure with: pytest bench --benchmark-only"
 
@@ -110,7 +111,7 @@ def _named(one: Stored) -> str:
 
 
 def _compare(found: Comparison, series: Series, base: Stored, present: Stored) -> None:
-    before, now = ({row_key(row): row for row in one.rows} for one in (base, present))
+    before, now = ({row_key(row): row for row in _with_memory(one.rows)} for one in (base, present))
     found.new += sum("value" in row and "value" not in before.get(key, {}) for key, row in now.items())
     on_a_cpu = present.header["device"].startswith("CPU")
     for key, old in before.items():
@@ -130,6 +131,16 @@ def _compare(found: Comparison, series: Series, base: Stored, present: Stored) -
             (found.better if gained else found.worse).append(f"{_what(series, old)}: {_change(old, new)}")
         else:
             found.same += 1
+
+
+def _with_memory(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows, and the peak memory of those that tell it as a figure of its own, with the allocator's slack."""
+    for row in rows:
+        yield row
+        if (peak := row.get("peak_memory_gb")) is not None:
+            spread = {"p20": peak * (1 - ALLOCATOR), "p80": peak * (1 + ALLOCATOR)}
+            yield {"name": f"{row['name']}, peak memory", "value": peak, "unit": "GB", "n": 1, **spread,
+                   "parameters": row["parameters"]}  # fmt: skip
 
 
 def _apart(old: Row, new: Row) -> int:

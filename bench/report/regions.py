@@ -22,12 +22,16 @@ BENCHES = "`pytest bench --benchmark-only`"
 
 @dataclass(frozen=True)
 class Region:
-    """A region's kinds of result files (all needed), its table of one device, how to measure, its picture's text."""
+    """A region's kinds of result files (all needed), its table of one device, how to measure, its picture's text.
+
+    `folded`: the picture says enough, the table opens on demand.
+    """
 
     kinds: tuple[str, ...]
     table: Callable[[Sequence[Stored]], str]
     how: str
     alt: str = ""
+    folded: bool = False
 
 
 REGIONS = {
@@ -41,8 +45,10 @@ REGIONS = {
     "executions": Region(
         ("executions",), tables.executions, BENCHES, "Speed of the packed execution over the reference one"
     ),
-    "data": Region(("data",), tables.data, BENCHES, "Clips a second of decoders and loader"),
-    "scaling": Region(("scaling",), tables.scaling, BENCHES, "Cost against batch, tokens, frames, crop and workers"),
+    "data": Region(("data",), tables.data, BENCHES, "Clips a second of decoders and loader", folded=True),
+    "scaling": Region(
+        ("scaling",), tables.scaling, BENCHES, "Cost against batch, tokens, frames, crop and workers", folded=True
+    ),
     "step": Region(("step",), tables.steps, "`bench/gpu.sh step` on a machine with a GPU", "Clips a second of steps"),
     "public": Region(
         ("public",),
@@ -112,7 +118,12 @@ def region(name: str, chosen: Sequence[Stored], drawn: Collection[str], links: L
     for device, table in tables_of.items():
         if len(tables_of) > 1:
             blocks.append(f"**{device}**")
-        blocks += [table, provenance(measured[device], links)]
+        shown = (
+            f"<details><summary>The figures</summary>\n\n{table}\n\n</details>"
+            if one.folded and name in drawn
+            else table
+        )
+        blocks += [shown, provenance(measured[device], links)]
     return "\n\n".join(blocks)
 
 

@@ -106,6 +106,7 @@ def test_what_was_not_measured_says_how_it_would_be(home):
 def test_tables_show_figures_spread_and_what_was_skipped(home):
     report(home)
     assert "![Clips a second of decoders and loader](docs/bench-data.png)" in region(home, "data")
+    assert "<details><summary>The figures</summary>" in region(home, "data"), "the picture says enough"
     assert "| what | workers | clips/s (p20 to p80) |\n|---|---|---|\n| loader | 1 | 20.0 (19.0 to 21.0) |" in region(
         home, "data"
     )

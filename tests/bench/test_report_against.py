@@ -12,7 +12,7 @@ from bench.files import Row
 from bench.report import compare
 from bench.report.__main__ import main
 from fastjepa.models import packing
-from tests.planted_results import CPU, H100, plant, row
+from tests.planted_results import CPU, H100, pair, plant, row
 
 RATIO = "speed of packed over reference"
 
@@ -216,3 +216,17 @@ def test_a_copy_in_the_packed_step_is_found_by_the_census(repository, capsys):
         assert f" {unit} (+" in total
         assert any(line.startswith(f"census, times fewer {name}, vitl") for line in worse)
     assert not any("reference" in line for line in worse)
+
+
+@pytest.mark.parametrize(("peak", "code"), [(33.5, 0), (35.0, 1)])
+def test_more_memory_is_found_beyond_what_an_allocator_rounds(repository, capsys, peak, code):
+    repository.plant("step", pair("vith", "packed", "reference", (100.0, 60.0)), H100, date="2026-11-25")
+    first = repository.commit("first")
+    repository.commit("hungry")
+    rows = pair("vith", "packed", "reference", (100.0, 60.0))
+    rows[0]["peak_memory_gb"] = peak
+    repository.plant("step", rows, H100, date="2026-11-26")
+    assert repository.against(first) == code
+    found = lines(capsys, SLOWER)
+    assert len(found) == code
+    assert all(line.startswith("step, step packed, peak memory, vith, packed, reference: 33.3 ") for line in found)

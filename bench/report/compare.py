@@ -155,5 +155,8 @@ def _what(series: Series, row: Row) -> str:
 
 
 def _change(old: Row, new: Row) -> str:
-    percent = f" ({new['value'] / old['value'] - 1:+.1%})" if old["value"] else ""
-    return f"{cells.with_spread(old)} -> {cells.with_spread(new)} {old['unit']}{percent}"
+    percent = f" ({new['value'] / old['value'] - 1:+.2%})" if old["value"] else ""
+    before, now = cells.with_spread(old), cells.with_spread(new)
+    if before == now:  # counts are exact: a change in their later digits is one
+        before, now = f"{old['value']:,.9g}", f"{new['value']:,.9g}"
+    return f"{before} -> {now} {old['unit']}{percent}"

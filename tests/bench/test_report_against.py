@@ -65,7 +65,7 @@ def test_a_slower_ratio_is_found_in_files_of_two_commits(repository, capsys):
     repository.plant("executions", [row(RATIO, 1.10, "x", 0.03, shape="64x3")], date="2026-11-26")
     assert repository.against(first) == 1
     assert lines(capsys, SLOWER) == [
-        f"executions, {RATIO}, 64x3: 1.32 (1.28 to 1.36) -> 1.10 (1.07 to 1.13) x (-16.7%)"
+        f"executions, {RATIO}, 64x3: 1.32 (1.28 to 1.36) -> 1.10 (1.07 to 1.13) x (-16.67%)"
     ]
     assert repository.against(first[:8]) == 1
     printed = capsys.readouterr().out
@@ -158,7 +158,7 @@ def test_a_baseline_is_a_measurement_of_the_commit_rather_than_one_that_it_conta
     repository.commit("contains what was measured of the first")
     repository.plant("executions", [row(RATIO, 1.1, "x", 0.01)], date="2026-11-25T10:00:00+00:00", modified=True)
     assert repository.against(first) == 1
-    assert lines(capsys, SLOWER)[0].endswith("1.30 (1.29 to 1.31) -> 1.10 (1.09 to 1.11) x (-15.4%)")
+    assert lines(capsys, SLOWER)[0].endswith("1.30 (1.29 to 1.31) -> 1.10 (1.09 to 1.11) x (-15.38%)")
 
 
 def test_a_file_of_modified_code_is_no_baseline(repository, capsys):
@@ -230,3 +230,12 @@ def test_more_memory_is_found_beyond_what_an_allocator_rounds(repository, capsys
     found = lines(capsys, SLOWER)
     assert len(found) == code
     assert all(line.startswith("step, step packed, peak memory, vith, packed, reference: 33.3 ") for line in found)
+
+
+def test_a_count_that_grew_in_its_later_digits_is_shown_with_them(repository, capsys):
+    repository.plant("census", [row("bytes", 169.901, "GB", None, model="vitl")], date="2026-11-25")
+    first = repository.commit("first")
+    repository.commit("a little more")
+    repository.plant("census", [row("bytes", 169.948, "GB", None, model="vitl")], date="2026-11-26")
+    assert repository.against(first) == 1
+    assert lines(capsys, SLOWER) == ["census, bytes, vitl: 169.901 -> 169.948 GB (+0.03%)"]

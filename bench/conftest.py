@@ -36,8 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device that figures are of: the current GPU, or else the processor with one thread."""
-    torch.set_num_threads(1)
-    return _device()
+    found = _device()
+    if found.type == "cpu":
+        torch.set_num_threads(1)
+    return found
 
 
 def _device() -> torch.device:

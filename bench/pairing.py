@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.files import Row, quantiles
@@ -36,8 +37,12 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Milliseconds of each variant, one figure a round. A round is one call of each, the first variant last.
 
-    pytest-benchmark times the first variant; the others run between its rounds.
+    pytest-benchmark times the first variant; the others run between its rounds. By `processor_clock` all have one
+    thread.
     """
+    threads = torch.get_num_threads()
+    if clock is processor_clock:
+        torch.set_num_threads(1)
     times: dict[str, list[float]] = {name: [] for name in variants}
     first, *others = variants
     for call in variants.values():
@@ -49,6 +54,7 @@ def alternate(
             times[name].append(clock(variants[name]))
 
     benchmark.pedantic(turn, args=([first],), setup=lambda: turn(others), rounds=rounds, iterations=1)
+    torch.set_num_threads(threads)
     return times
 
 

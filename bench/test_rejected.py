@@ -15,7 +15,7 @@ KIND = "rejected"
 ON_A_DEVICE = True
 ROUNDS = 30
 CLIPS, FRAMES, SIDE = 4, 16, 112
-OF_A_CPU = "lost on a CPU: a GPU takes the other way, or none of both"
+OF_A_CPU = "lost on a CPU: a GPU takes the other way, or neither"
 
 
 def _measure(benchmark, results, what, variants):

@@ -8,8 +8,9 @@ sides. A case has two ways of taking the steps, in turns of ten; a way that lack
 
 import pytest
 
+from bench.failures import CannotRun
 from bench.step.contenders import Own
-from bench.step.pairs import STEPS, TURN, Pair, Side
+from bench.step.pairs import STEPS, TURN, Pair, Side, disagreement
 from bench.step.ways import MODELS, PAIRS, fit_together, plan_of, prepare, settings_of
 from fastjepa.memory import usable_memory
 
@@ -25,7 +26,13 @@ def test_step(benchmark, results, device, model, ours, other):
     if device.type != "cuda":
         pytest.skip("needs a CUDA device: these steps take minutes each on a CPU")
     benchmark.group = f"step {model}"
-    results(pair_of(model, ours, other, device).measure(benchmark))
+    try:
+        rows = pair_of(model, ours, other, device).measure(benchmark)
+    except CannotRun as error:
+        pytest.skip(str(error))
+    results(rows)
+    if wrong := disagreement(rows):
+        pytest.fail(wrong, pytrace=False)
 
 
 def pair_of(model, ours, other, device, *, quick=False):

@@ -13,11 +13,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench.ceilings.cases import copy_call, gemm_call
+from bench.failures import reason
 from bench.files import Row
 from bench.kernels.turns import DeviceClock, Rotation, cache_bytes, copies_of, passes, peak_bytes, rounds_within
 from bench.kernels.ways import FAILURES, OURS, Make, ways_of
 from bench.kernels.work import work_of
-from bench.measure import UNIT_SIZE, Call, gemm_flops
+from bench.machine import LoadWatch
+from bench.measure import UNIT_SIZE, Call, gemm_flops, synchronize
 from bench.pairing import WARM_UP, Clock, alternate, rate_row, ratio_row
 from fastjepa_kernels.dispatch import Impl
 from fastjepa_kernels.testing.case import Call as Operation
@@ -92,9 +94,7 @@ def _attempt(call: Callable[[], T]) -> T | str:
     except torch.AcceleratorError:
         raise  # the device itself has failed, and everything after this would fail with it
     except FAILURES as error:
-        # The first line of what a compiler raises only says which compiler it was.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {' '.join(lines[:3])[:300] or 'no message'}"
+        return reason(error)
 
 
 def measure(
@@ -149,7 +149,10 @@ def failure_of_ours(rows: list[Row]) -> str:
 
 
 def measure_ceilings(setting: Setting) -> list[Row]:
-    """The largest rates that this device has in the same session, and by the same clock, as the rows say they do."""
+    """The largest rates that this device has in the same session, and by the same clock, as the rows say they do.
+
+    With clock, power and temperature under this load, where the machine tells them.
+    """
     copied, side, device = setting.copied, setting.side, setting.device
     tries: list[tuple[str, Call, float, str, dict[str, int]]] = [
         ("copy", copy_call(copied, "copy", device), 2 * copied, "GB/s", {"bytes": copied}),
@@ -167,5 +170,9 @@ def measure_ceilings(setting: Setting) -> list[Row]:
         for _ in range(WARM_UP):
             clock(call)
         ms = [clock(call) for _ in range(setting.most)]
-        found.append(rate_row(f"ceiling {name}", ms, work / UNIT_SIZE[unit], unit, parameters))
+        with LoadWatch(device) as load:  # not while it is timed: reading takes the host's time
+            for _ in range(setting.most):
+                call()
+            synchronize(device)
+        found.append(rate_row(f"ceiling {name}", ms, work / UNIT_SIZE[unit], unit, parameters) | load.last)
     return found

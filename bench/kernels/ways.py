@@ -13,21 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastjepa_kernels
-from bench.measure import CANNOT_RUN
+from bench import failures
 from fastjepa_kernels.dispatch import Impl
 from fastjepa_kernels.testing.case import Call, Case, Shape
 from fastjepa_kernels.testing.cases_of_blocks import stretches
 
-try:
-    from triton.errors import TritonError
-except ImportError:  # no Triton on this machine: nothing raises its errors
-    TritonError = RuntimeError
-
 # Ours, and what everything is compared with.
 OURS = "ours"
-# What a way may raise that is no mistake of the bench: a kernel that does not compile is Triton's error, what a library
-# refuses are ValueErrors, and a result that is not exact enough is an AssertionError.
-FAILURES = (*CANNOT_RUN, TritonError, ValueError, AssertionError)
+# What a way may raise that is no mistake of the bench: that, and a result that is not exact enough.
+FAILURES = (*failures.FAILURES, AssertionError)
 
 Make = Callable[[], Call]
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.failures import CannotRun
 from bench.step.contenders import finite
 from bench.step.ways import Batches, Draw
 from fastjepa.masks import target_union
@@ -28,15 +29,15 @@ class Size(NamedTuple):
     batch: int
 
 
-class CannotRun(RuntimeError):
-    """The public code does not run here; `str(error)` says why in a line."""
+class NoCheckout(CannotRun):
+    """Nothing names a checkout of the public code."""
 
 
 def checkout() -> Path:
-    """The checkout that JEPA_REPO names. Errors: CannotRun where it names none."""
+    """The checkout that JEPA_REPO names. Errors: NoCheckout without it, CannotRun where it names something else."""
     named = os.environ.get("JEPA_REPO", "")
     if not named:
-        raise CannotRun("JEPA_REPO names no checkout of the public code (clone it into peers/, which git ignores)")
+        raise NoCheckout("JEPA_REPO names no checkout of the public code (clone it into peers/, which git ignores)")
     if not (Path(named) / TRAIN).is_file():
         raise CannotRun(f"JEPA_REPO: expected a checkout of the public code with {TRAIN}, given {named!r}")
     return Path(named)
@@ -56,7 +57,7 @@ class PublicCode:
                    "steps": warm_up + rounds * (turn + 1)}  # fmt: skip
         command = [sys.executable, str(BLACK_BOX), "--repo", str(repo), "--model", size.model, "--variant", variant]
         command += [f"--masks={masks}", *(f"--{key}={value}" for key, value in numbers.items())]
-        self.steps, self.turn_steps = numbers["steps"], turn
+        self.turn_steps, self.device, self.commit = turn, device, commit_of(repo)
         with self.said.open("w") as errors:
             pipe, env = subprocess.PIPE, _environment(device)
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=env)
@@ -72,6 +73,8 @@ class PublicCode:
         """Milliseconds of `count` steps in a row, by the code's own clock, after one that is not counted."""
         assert count == self.turn_steps
         assert self.process.stdin is not None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what this process keeps for later is what the other one lacks
         print("go", file=self.process.stdin, flush=True)
         self._hear()
         return self.last["ms"][1:]
@@ -82,7 +85,8 @@ class PublicCode:
 
     def facts(self) -> dict[str, Any]:
         """What a row says besides. Its peak memory is the allocator's of its own process, with the batch."""
-        return {"peak_memory_gb": self.last["peak_memory_gb"], "how": ["the public code in a process of its own"]}
+        return {"peak_memory_gb": self.last["peak_memory_gb"], "public_commit": self.commit,
+                "how": ["the public code in a process of its own"]}  # fmt: skip
 
     def close(self) -> None:
         """End the process."""
@@ -106,6 +110,15 @@ class PublicCode:
             said = [text for text in self.said.read_text().splitlines() if text.strip()]
             raise CannotRun(f"the public code ended with exit code {code}: {said[-1][:300] if said else 'no message'}")
         self.last = json.loads(line)
+
+
+def commit_of(repo: Path) -> str | None:
+    """The commit of the checkout; None where it is no repository."""
+    command = ["git", "-C", str(repo), "rev-parse", "--verify", "--quiet", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    inside = subprocess.run([*command[:3], "rev-parse", "--show-prefix"], capture_output=True, text=True, check=False)
+    # An unpacked archive inside another repository has no commit of its own.
+    return done.stdout.strip() if done.returncode == 0 and not inside.stdout.strip() else None
 
 
 def _environment(device: torch.device) -> dict[str, str]:

@@ -146,6 +146,8 @@ class Turns:
         if over < 0 or over % self.options.turn:
             return
         cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.empty_cache()  # the other side takes its turn in this memory
         peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
         self.speak({"ms": self.ms[-self.options.turn :] if over else [], "losses": self.losses, "peak_memory_gb": peak})
         if not sys.stdin.readline() or len(self.ms) == self.options.steps:
@@ -204,6 +206,8 @@ def main() -> None:
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     options = parser.parse_args()
+    if not Path(options.repo, "app", "vjepa", "train.py").is_file():
+        parser.error(f"--repo: expected a checkout of the public code, given {options.repo!r}")
     out = os.fdopen(os.dup(1), "w")  # the code prints and logs to standard output
 
     def speak(message: dict[str, Any]) -> None:

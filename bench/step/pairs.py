@@ -4,28 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.failures import FAILURES, CannotRun, reason
 from bench.files import Row
-from bench.measure import CANNOT_RUN
 from bench.pairing import rate_row, ratio_row
-from bench.step.contenders import Contender, free
+from bench.step.contenders import Contender
 from fastjepa.gpus import peak_flops
 from fastjepa.plan import Plan
 
-try:
-    from triton.errors import TritonError
-except ImportError:  # no Triton on this machine: nothing raises its errors
-    TritonError = RuntimeError
-
-STEPS, TURN = 60, 10
+STEPS, TURN = 50, 10
 PARITY_STEPS = 20
 # Of a loss in bfloat16, over the first steps of training: sums in another order, rounded to 8 bits of mantissa.
 PARITY_BOUND = 0.02
-# A kernel that does not compile is Triton's error, settings that this machine cannot follow are ValueErrors.
-FAILURES = (*CANNOT_RUN, TritonError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -51,35 +43,42 @@ class Pair:
     def measure(self, benchmark: BenchmarkFixture, steps: int = STEPS) -> list[Row]:
         """Rows of both and of their ratio. pytest-benchmark times our turns of `TURN` steps and one that is not timed.
 
-        A side that cannot run here skips the case with the reason. Errors: AssertionError where losses differ by more
-        than rounding explains.
+        Whether both compute the same losses is for `disagreement` to say. Errors: CannotRun where one side cannot run
+        on this machine, ValueError for a loss that is not finite.
         """
         times: dict[str, list[float]] = {side.name: [] for side in (self.ours, self.other)}
-        losses: dict[str, list[float]] = {}
-        facts: dict[str, dict[str, Any]] = {}
+        known: dict[str, tuple[list[float], dict[str, Any]]] = {}
         rounds = -(-steps // TURN)
-        ours = self._built(self.ours)
-        other = self._built(self.other) if self.together else None
+        ours, other = self.ours.name, self.other.name
+        running: dict[str, Contender] = {}
 
-        def turn(name: str, contender: Contender | None) -> None:
-            if contender is not None:
-                times[name] += contender.turn(TURN)
+        def turn(name: str) -> None:
+            if name in running:
+                times[name] += running[name].turn(TURN)
 
-        def finish(name: str, contender: Contender) -> None:
-            losses[name], facts[name] = contender.losses(), contender.facts()
-            contender.close()
+        def finish() -> None:
+            # Facts of all first: closing one drops the compiled code of the others too.
+            known.update({name: (one.losses(), one.facts()) for name, one in running.items()})
+            close()
 
-        benchmark.pedantic(
-            turn, args=(self.ours.name, ours), setup=lambda: turn(self.other.name, other), rounds=rounds, iterations=1
-        )
-        finish(self.ours.name, ours)
-        del ours
-        if other is None:
-            free()
-            other = self._built(self.other)
-            for _ in range(rounds):
-                turn(self.other.name, other)
-        finish(self.other.name, other)
+        def close() -> None:
+            while running:
+                running.popitem()[1].close()
+
+        try:
+            running[ours] = self._built(self.ours)
+            if self.together:
+                running[other] = self._built(self.other)
+            benchmark.pedantic(turn, args=(ours,), setup=lambda: turn(other), rounds=rounds, iterations=1)
+            finish()
+            if not self.together:
+                running[other] = self._built(self.other)
+                for _ in range(rounds):
+                    turn(other)
+                finish()
+        finally:
+            close()
+        losses, facts = ({name: found[place] for name, found in known.items()} for place in (0, 1))
         return self.rows(times, losses, facts)
 
     def _built(self, side: Side) -> Contender:
@@ -90,7 +89,7 @@ class Pair:
         except FAILURES as error:
             if side is self.ours and not isinstance(error, ValueError):
                 raise
-            pytest.skip(f"{side.name}: {reason(error)}")
+            raise CannotRun(f"{side.name}: {reason(error)}") from None
 
     def rows(
         self, times: dict[str, list[float]], losses: dict[str, list[float]], facts: dict[str, dict[str, Any]]
@@ -122,19 +121,15 @@ class Pair:
         }
 
     def parity(self, losses: dict[str, list[float]]) -> dict[str, Any]:
-        """The largest relative difference of two losses over the first steps. Errors: AssertionError beyond the bound.
-
-        Steps of unlike work are no comparison.
-        """
+        """The largest relative difference of two losses over the first steps."""
         pairs = list(zip(losses[self.ours.name], losses[self.other.name]))[:PARITY_STEPS]
         largest = max(abs(mine / theirs - 1) for mine, theirs in pairs)
-        assert largest <= PARITY_BOUND, (
-            f"losses of {self.ours.name} and {self.other.name} differ by {largest:.1e}, more than rounding explains"
-        )
-        return {"steps": len(pairs), "largest": largest, "bound": PARITY_BOUND}
+        return {"steps": len(pairs), "largest": largest, "bound": PARITY_BOUND, "within": largest <= PARITY_BOUND}
 
 
-def reason(error: BaseException) -> str:
-    """An error in a line: the first line of what a compiler raises only says which compiler it was."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])[:300] or 'no message'}"
+def disagreement(rows: list[Row]) -> str:
+    """Why these rows of a pair are no figures of the same work; empty where they are."""
+    apart = [row for row in rows if (row.get("parity") or {}).get("within") is False]
+    if not apart:
+        return ""
+    return f"{apart[0]['name']}: losses differ by {apart[0]['parity']['largest']:.1e}, more than rounding explains"

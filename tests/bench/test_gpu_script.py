@@ -75,7 +75,7 @@ def test_every_stage_that_is_documented_runs_something_that_exists(tmp_path):
                 assert (ROOT / word.replace(".", "/") / "__main__.py").is_file(), word
     measured = [call for call in calls if "--benchmark-only" in call]
     assert len(measured) == 4
-    assert all(call.endswith(f"--results {tmp_path / 'out'} --budget 480 -k vith") for call in measured)
+    assert all(f" --results {tmp_path / 'out'} --budget " in call and call.endswith(" -k vith") for call in measured)
     script = (ROOT / "bench" / "gpu.sh").read_text()
     assert all(f"#   {stage} " in script for stage in STAGES.split())
 

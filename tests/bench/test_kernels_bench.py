@@ -20,6 +20,7 @@ from bench.kernels.work import work_of
 from bench.pairing import wall_clock
 from fastjepa_kernels.testing.cases import CASES
 from fastjepa_kernels.testing.cases_of_steps import Place, places
+from tests.pedantic import Pedantic
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -29,17 +30,6 @@ SETTING = Setting(
     CPU, impl="reference", clock=lambda: wall_clock, compiler="aot_eager", seconds=0, least=3, most=3, copied=1 << 12,
     side=16,
 )  # fmt: skip
-
-
-class Pedantic:
-    """Stands for pytest-benchmark's fixture."""
-
-    group = ""
-
-    def pedantic(self, target, args, setup, rounds, iterations):
-        for _ in range(rounds):
-            setup()
-            target(*args)
 
 
 @pytest.fixture(autouse=True)

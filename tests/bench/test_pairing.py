@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import pairing, recording
+from tests.pedantic import Pedantic
 
 ROOT = Path(__file__).parents[2]
 CASES = """
@@ -30,21 +32,22 @@ def test_made(benchmark, results, case):
 """
 
 
-class Pedantic:
-    """Stands for pytest-benchmark's fixture: its order of calls."""
-
-    def pedantic(self, target, args, setup, rounds, iterations):
-        for _ in range(rounds):
-            setup()
-            target(*args)
-
-
 def test_variants_take_turns_and_warm_up_is_not_timed():
     calls = []
     variants = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c")}
     times = pairing.alternate(Pedantic(), variants, lambda call: call() or len(calls), rounds=2, warm_up=1)
     assert calls == ["a", "b", "c", "b", "c", "a", "b", "c", "a"]
     assert times == {"a": [6, 9], "b": [4, 7], "c": [5, 8]}
+
+
+def test_what_is_timed_by_the_processor_has_one_thread():
+    torch.set_num_threads(2)
+    seen = []
+    pairing.alternate(
+        Pedantic(), {"a": lambda: seen.append(torch.get_num_threads())}, pairing.processor_clock, rounds=1
+    )
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
 
 
 def test_rows_have_their_spread_lower_figure_first():

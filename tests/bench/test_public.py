@@ -1,12 +1,17 @@
 """The public code as a black box beside ours: its turns, its masks, its end. A small package stands for a checkout."""
 
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from bench import test_public as cases
-from bench.public.beside import CannotRun, PublicCode, Size, checkout
+from bench.failures import CannotRun
+from bench.public.beside import NoCheckout, PublicCode, Size, checkout, commit_of
 from bench.step.contenders import Own
 from bench.step.ways import settings_of
+from tests.pedantic import Pedantic
 
 CPU = torch.device("cpu")
 SIZE = Size("vit_tiny", crop=64, frames=4, batch=2)
@@ -115,23 +120,43 @@ def test_one_that_breaks_says_what_it_said_last(repo, failing):
 
 def test_a_checkout_must_be_named(monkeypatch, tmp_path):
     monkeypatch.delenv("JEPA_REPO", raising=False)
-    with pytest.raises(CannotRun, match="JEPA_REPO names no checkout"):
+    with pytest.raises(NoCheckout, match="JEPA_REPO names no checkout"):
         checkout()
     monkeypatch.setenv("JEPA_REPO", str(tmp_path))
     with pytest.raises(CannotRun, match=r"expected a checkout of the public code with app/vjepa/train\.py, given"):
         checkout()
 
 
+def test_a_wrong_checkout_or_one_that_breaks_is_no_skip(repo, monkeypatch, tmp_path):
+    def case():
+        cases.test_public(SimpleNamespace(), lambda rows: None, CPU, "tiny", "shipped")
+
+    monkeypatch.delenv("JEPA_REPO", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="names no checkout"):
+        case()
+    monkeypatch.setenv("JEPA_REPO", str(tmp_path / "nowhere"))
+    with pytest.raises(pytest.fail.Exception, match="expected a checkout"):
+        case()
+    monkeypatch.setenv("JEPA_REPO", str(repo(0)))
+    with pytest.raises(pytest.fail.Exception, match="it broke"):
+        case()
+
+
+def test_the_commit_of_a_checkout_is_known_where_it_has_one(tmp_path):
+    assert commit_of(tmp_path) is None
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    named = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *named, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+    assert len(commit_of(tmp_path)) == 40
+    inside = tmp_path / "unpacked"
+    inside.mkdir()
+    assert commit_of(inside) is None, "that is another repository's"
+
+
 def test_a_case_measures_both_in_turns(repo, monkeypatch):
     monkeypatch.setenv("JEPA_REPO", str(repo()))
     monkeypatch.setattr(cases, "CPU_STEPS", 10)
     rows = []
-
-    class Pedantic:
-        def pedantic(self, target, args, setup, rounds, iterations):
-            for _ in range(rounds):
-                setup()
-                target(*args)
 
     cases.with_public(Pedantic(), rows.extend, CPU, "tiny", "nostats")
     assert [row["name"] for row in rows] == ["step packed", "step public nostats", "step packed over public nostats"]

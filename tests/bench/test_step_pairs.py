@@ -5,19 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench import failures
 from bench.step import contenders, pairs, profile
 from bench.test_step import pair_of
+from tests.pedantic import Pedantic
 
 CPU = torch.device("cpu")
-
-
-class Pedantic:
-    """Stands for pytest-benchmark's fixture: its order of calls."""
-
-    def pedantic(self, target, args, setup, rounds, iterations):
-        for _ in range(rounds):
-            setup()
-            target(*args)
 
 
 class Fake:
@@ -35,6 +28,7 @@ class Fake:
         return contenders.finite(list(self.values) * 30)
 
     def facts(self):
+        self.log.append(f"facts {self.name}")
         return {"peak_memory_gb": None, "how": [self.name]}
 
     def close(self):
@@ -62,45 +56,56 @@ def test_sides_take_turns_and_leave():
     log = []
     mine, theirs, ratio = pair(log).measure(Pedantic(), steps=15)
     assert log == [
-        "build ours", "build other", "turn other", "turn ours", "turn other", "turn ours", "close ours", "close other",
+        "build ours", "build other", "turn other", "turn ours", "turn other", "turn ours", "facts ours", "facts other",
+        "close other", "close ours",
     ]  # fmt: skip
     assert (mine["name"], mine["value"], mine["n"]) == ("step ours", pytest.approx(400.0), 20)
     assert (mine["parameters"], mine["how"]) == ({"model": "m", "way": "ours", "beside": "other"}, ["ours"])
     assert (theirs["name"], theirs["value"]) == ("step other", pytest.approx(200.0))
     assert (ratio["name"], ratio["value"], ratio["unit"]) == ("step ours over other", 2.0, "x")
     assert ratio["in_turns"]
-    assert ratio["parity"] == {"steps": 20, "largest": 0.0, "bound": pairs.PARITY_BOUND}
+    assert ratio["parity"] == {"steps": 20, "largest": 0.0, "bound": pairs.PARITY_BOUND, "within": True}
+    assert not pairs.disagreement([mine, theirs, ratio])
 
 
 def test_what_does_not_fit_together_follows():
     log = []
     *_, ratio = pair(log, together=False).measure(Pedantic(), steps=10)
-    assert log == ["build ours", "turn ours", "close ours", "build other", "turn other", "close other"]
+    assert log == [
+        "build ours", "turn ours", "facts ours", "close ours",
+        "build other", "turn other", "facts other", "close other",
+    ]  # fmt: skip
     assert not ratio["in_turns"]
 
 
 def test_losses_that_differ_are_no_figure():
-    with pytest.raises(AssertionError, match=r"losses of ours and other differ by 4\.0e-02"):
-        pair([], ours=(10.0, 0.52)).measure(Pedantic(), steps=10)
+    rows = pair([], ours=(10.0, 0.52)).measure(Pedantic(), steps=10)
+    assert pairs.disagreement(rows) == ("step ours over other: losses differ by 4.0e-02, more than rounding explains")
     # Unlike work has unlike losses.
-    assert pair([], ours=(10.0, 0.52), same=False).measure(Pedantic(), steps=10)[2]["parity"] is None
+    rows = pair([], ours=(10.0, 0.52), same=False).measure(Pedantic(), steps=10)
+    assert rows[2]["parity"] is None
+    assert not pairs.disagreement(rows)
 
 
 def test_a_loss_that_is_not_finite_is_no_figure():
+    log = []
     with pytest.raises(ValueError, match="the loss of step 0 is not finite"):
-        pair([], ours=(10.0, float("nan"))).measure(Pedantic(), steps=10)
+        pair(log, ours=(10.0, float("nan"))).measure(Pedantic(), steps=10)
+    assert log[-2:] == ["close other", "close ours"], "their memory is what the next case needs"
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no room"), ValueError("no such setting"), pairs.TritonError("out of resource")]
+    "error", [torch.OutOfMemoryError("no room"), ValueError("no such setting"), failures.TritonError("out of resource")]
 )
-def test_another_that_cannot_run_here_skips_the_case_with_the_reason(error):
-    with pytest.raises(pytest.skip.Exception, match=f"other: {type(error).__name__}: "):
-        pair([], builds={"other": raising(error)}).measure(Pedantic(), steps=10)
+def test_another_that_cannot_run_here_is_the_reason_of_the_case(error):
+    log = []
+    with pytest.raises(failures.CannotRun, match=f"other: {type(error).__name__}: "):
+        pair(log, builds={"other": raising(error)}).measure(Pedantic(), steps=10)
+    assert log == ["build ours", "close ours"]
 
 
 def test_ours_may_lack_what_the_settings_ask_for_but_must_not_fail():
-    with pytest.raises(pytest.skip.Exception, match=r"ours: ValueError: runtime\.compile"):
+    with pytest.raises(failures.CannotRun, match=r"ours: ValueError: runtime\.compile"):
         pair([], builds={"ours": raising(ValueError("runtime.compile: no compiler"))}).measure(Pedantic())
     with pytest.raises(RuntimeError, match="broken"):
         pair([], builds={"ours": raising(RuntimeError("broken"))}).measure(Pedantic())
@@ -114,7 +119,7 @@ def test_a_device_that_failed_or_a_mistake_of_our_own_is_no_skip(error):
 
 def test_the_reason_of_a_compiler_is_more_than_its_first_line():
     error = RuntimeError("backend='inductor' raised:\n\nCompilationError: no such type\nat line 3\nmore")
-    assert pairs.reason(error) == "RuntimeError: backend='inductor' raised: CompilationError: no such type at line 3"
+    assert failures.reason(error) == "RuntimeError: backend='inductor' raised: CompilationError: no such type at line 3"
 
 
 def test_figures_of_a_gpu(monkeypatch):
@@ -150,8 +155,8 @@ def test_a_tampered_execution_is_found(monkeypatch):
             return loss * 1.05 if self.jepa.execution == "packed" else loss
 
     monkeypatch.setattr(contenders, "Runner", Tampered)
-    with pytest.raises(AssertionError, match="more than rounding explains"):
-        pair_of("vitl", "packed", "reference", CPU, quick=True).measure(Pedantic(), steps=1)
+    rows = pair_of("vitl", "packed", "reference", CPU, quick=True).measure(Pedantic(), steps=1)
+    assert "more than rounding explains" in pairs.disagreement(rows)
 
 
 def test_steps_on_a_gpu_are_timed_by_its_clock_without_a_wait_between(monkeypatch):

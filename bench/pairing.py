@@ -71,9 +71,14 @@ def time_row(name: str, ms: list[float], parameters: dict[str, Any]) -> Row:
     return {"name": name, "value": median, "unit": "ms", "p20": p20, "p80": p80, "n": len(ms), "parameters": parameters}
 
 
-def ratio_row(name: str, times: Mapping[str, list[float]], over: str, parameters: dict[str, Any]) -> Row:
-    """How many times the speed of `over` the first variant has: the median of the rounds, with its spread."""
-    first = next(iter(times))
-    p20, median, p80 = quantiles([slow / fast for slow, fast in zip(times[over], times[first])])
-    return {"name": name, "value": median, "unit": "x", "p20": p20, "p80": p80, "n": len(times[first]),
+def ratio_row(
+    name: str, times: Mapping[str, list[float]], over: str, parameters: dict[str, Any], of: str | None = None
+) -> Row:
+    """How many times the speed of `over` the variant `of` has, the first one where it is None.
+
+    The median of the rounds, with its spread.
+    """
+    fast = times[next(iter(times)) if of is None else of]
+    p20, median, p80 = quantiles([theirs / ours for theirs, ours in zip(times[over], fast)])
+    return {"name": name, "value": median, "unit": "x", "p20": p20, "p80": p80, "n": len(fast),
             "parameters": parameters}  # fmt: skip

@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.data.loading import CLIPS, TINY, own_clock
 from bench.files import Row
-from bench.pairing import alternate, processor_clock, rate_row
+from bench.pairing import alternate, processor_clock, rate_row, ratio_row
 from bench.step.contenders import time_steps
 from bench.step.pairs import FAILURES
 from bench.step.ways import CLIPPING, ROOT, Batches, Runner, fit_together, plan_of, prepare
@@ -34,8 +34,9 @@ AXES: dict[str, dict[str, tuple[Value, ...]]] = {
     "crop": {"cuda": (160, 224, 288, 384), "cpu": (64, 96, 128)},
 }
 PROCESSES = (1, 2, 4, 8)
-DRAWS = 20
-WARM_UP = {"cuda": 5, "cpu": 2}
+DRAWS = 50
+WARM_UP = {"cuda": 5, "cpu": 5}
+IN_TURNS, ALONE = "in turns", "by itself"
 TURN = 5  # timed steps in a row on a GPU, where the host runs ahead; on a CPU there is one
 
 
@@ -65,6 +66,7 @@ class Point:
     peak_bytes: int = 0
     skipped: str = ""
     lacked_memory: bool = False
+    order: str = ""
     _running: tuple[Runner, Batches, int] | None = None
 
     def __post_init__(self) -> None:
@@ -96,7 +98,15 @@ class Point:
             return {"name": name, "skipped": self.skipped, "parameters": self.parameters}
         row = rate_row(name, self.ms, self.settings.optim.global_batch, "clips/s", self.parameters)
         peak = self.peak_bytes / 1e9 if self.device.type == "cuda" else None
-        return row | {"context_tokens": round(self.tokens, 1), "peak_memory_gb": peak}
+        return row | {"context_tokens": round(self.tokens, 1), "peak_memory_gb": peak, "order": self.order}
+
+    def over(self, first: "Point", name: str) -> list[Row]:
+        """How many times the clips/s of the first point this one has, by turns; nothing where they took none."""
+        if self is first or not (self.ms and first.ms) or {self.order, first.order} != {IN_TURNS}:
+            return []
+        clips = self.settings.optim.global_batch / first.settings.optim.global_batch
+        times = {"this": self.ms, "first": [clips * ms for ms in first.ms]}
+        return [ratio_row(f"{name}, over the first point", times, "first", self.parameters)]
 
     def _attempt(self, call: Callable[[], None]) -> bool:
         try:
@@ -152,8 +162,8 @@ class Unwatched:
             target(*args)
 
 
-def measure(benchmark: BenchmarkFixture, points: Sequence[Point], rounds: int) -> str:
-    """Turns of all points where they fit into memory together, else one after another; says which it was.
+def measure(benchmark: BenchmarkFixture, points: Sequence[Point], rounds: int) -> None:
+    """Turns of all points where they fit into memory together, else one after another; each says which it was.
 
     A point that lacks memory beside the others has another try by itself.
     """
@@ -161,6 +171,8 @@ def measure(benchmark: BenchmarkFixture, points: Sequence[Point], rounds: int) -
     together = fit_together([point.plan for point in points], usable_memory(points[0].device))
     groups = [list(points)] if together else [[point] for point in points]
     for group in groups:
+        for point in group:
+            point.order = IN_TURNS if len(group) > 1 else ALONE
         built = {str(number): point.turn for number, point in enumerate(group) if point.build()}
         if built:
             alternate(watching, built, own_clock, rounds, warm_up=0)
@@ -171,7 +183,6 @@ def measure(benchmark: BenchmarkFixture, points: Sequence[Point], rounds: int) -
                 point.ms, point.peak_bytes, point.skipped, point.lacked_memory = [], 0, "", False
                 groups.append([point])
         torch._dynamo.reset()  # compiled code holds on to what it was made for
-    return "in turns" if len(groups) == 1 else "one after another"
 
 
 def why_one_process(processes: int) -> str:

@@ -1,4 +1,4 @@
-"""From video files to batches on the device: decoders, transform, masks and the loader, alone and beside a step.
+"""From video files to batches on the device: decoders, transform, masks, and the loader beside a step.
 
 Videos are made in the session (`bench.data.videos`) and read from the memory of the file system: a slow disk shows
 nowhere here. What one process does is timed by its processors, what waits for others by the clock on the wall.
@@ -7,11 +7,11 @@ nowhere here. What one process does is timed by its processors, what waits for o
 import pytest
 
 from bench.data import loading
-from bench.data.decoders import FRAMES, STRIDE, differences, draws, frames_decoded, readers
-from bench.data.loading import CLIPS, LOADED, Beside, batches_of, block_of, pass_by, processors, settings_of, stretch
+from bench.data.decoders import FRAMES, STRIDE, differences, draws, frames_decoded, readers, spaced
+from bench.data.loading import CLIPS, LOADED, Beside, processors, settings_of
 from bench.data.videos import GOPS, SIZES
 from bench.files import quantiles
-from bench.pairing import alternate, processor_clock, rate_row, ratio_row, wall_clock
+from bench.pairing import alternate, processor_clock, rate_row, ratio_row
 from bench.step.ways import ROOT
 from fastjepa import configfile
 from fastjepa.build import build_masks
@@ -19,10 +19,12 @@ from fastjepa.data.decode import probe, read_frames
 from fastjepa.data.sampling import Augmentation
 from fastjepa.data.transforms import transform
 from fastjepa.masks import target_union
+from fastjepa.start import auto_workers
 
 KIND = "data"
 ON_A_DEVICE = True
-READ = 2  # clips of one timed call
+READ, READ_ROUNDS = 6, 3  # clips of one timed call, and its rounds
+CUT = 2
 ROUNDS = 5
 CROP = 224
 AUGMENTED = {
@@ -36,6 +38,7 @@ MASKS = {
     "multiblock, no truncation": ("mask.truncation=none",),
     "tube": ("mask.kind=tube",),
 }
+OF_THE_HOST = {"clock": "processor"}  # also on a machine with a GPU
 MASKED_CLIPS, MASKED_STEPS = 24, 4  # the published clips of a GPU; steps of one timed call
 
 
@@ -46,20 +49,22 @@ def test_decode(benchmark, results, device, videos, size, gop):
     benchmark.group = f"decode {size} gop {gop}"
     path = videos.path(size, gop)
     info = probe(path)
-    clips = [draw.frames for draw in draws(info, READ)]
+    clips = spaced(info, READ)
     ways, lacking = readers(info)
     apart = differences(ways, clips)
     variants = {name: lambda read=read: [read(frames) for frames in clips] for name, read in ways.items()}
-    times = alternate(benchmark, variants, processor_clock, ROUNDS, warm_up=1)
+    times = alternate(benchmark, variants, processor_clock, READ_ROUNDS, warm_up=1)
     where = {"size": size, "gop": gop, "frames": FRAMES, "stride": STRIDE}
     for name, ms in times.items():
         decoded = sum(frames_decoded(info, frames, name) for frames in clips)
-        results([rate_row(f"decode, {name}", ms, READ, "clips/s", where)])
-        results([rate_row(f"source frames, {name}", ms, decoded, "frames/s", where)])
+        results([rate_row(f"decode, {name}", ms, READ, "clips/s", where) | OF_THE_HOST])
+        results([rate_row(f"source frames, {name}", ms, decoded, "frames/s", where) | OF_THE_HOST])
     results([{"name": f"decode, {name}", "skipped": reason, "parameters": where} for name, reason in lacking.items()])
-    results([ratio_row(f"speed of fastjepa over {name}", times, name, where) for name in list(times)[2:]])
+    known, new, *others = times  # in a first epoch all videos are new
+    for ours in (new, known):
+        results([ratio_row(f"speed of {ours} over {name}", times, name, where, of=ours) for name in others])
     results([{"name": f"difference of {name}", "value": apart[name], "unit": "grey levels", "parameters": where}
-             for name in list(times)[2:]])  # fmt: skip
+             for name in others])  # fmt: skip
     megabits = 8e-6 * path.stat().st_size / info.frames * float(info.rate)
     results([{"name": "bit rate of the video", "value": megabits, "unit": "Mbit/s", "parameters": where}])
 
@@ -72,13 +77,13 @@ def test_transform(benchmark, results, device, videos, size):
     frames = read_frames(info, draws(info, 1)[0].frames)
 
     def cutting(augmentation):
-        drawn, floats = draws(info, READ, augmentation), augmentation.erase > 0
+        drawn, floats = draws(info, CUT, augmentation), augmentation.erase > 0
         return lambda: [transform(frames, draw, CROP, floats=floats) for draw in drawn]
 
     variants = {name: cutting(augmentation) for name, augmentation in AUGMENTED.items()}
-    times = alternate(benchmark, variants, processor_clock, ROUNDS, warm_up=1)
+    times = alternate(benchmark, variants, processor_clock, 2 * ROUNDS)
     where = {"size": size, "crop": CROP, "frames": FRAMES}
-    results([rate_row(f"transform{name}", ms, READ, "clips/s", where) for name, ms in times.items()])
+    results([rate_row(f"transform{name}", ms, CUT, "clips/s", where) | OF_THE_HOST for name, ms in times.items()])
 
 
 def test_masks(benchmark, results, device):
@@ -99,27 +104,8 @@ def test_masks(benchmark, results, device):
     variants = {name: drawing(more) for name, more in MASKS.items()}
     times = alternate(benchmark, variants, processor_clock, 4 * ROUNDS)
     where = {"model": "vith", "clips": MASKED_CLIPS}
-    results([rate_row(f"masks, {name}", ms, MASKED_STEPS, "batches/s", where) for name, ms in times.items()])
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2, 4, 8, 16, 32])
-def test_loader(benchmark, results, device, videos, workers):
-    """The loader of a training run, from files to batches on the device.
-
-    Blocks of batches follow one another without a pause: what is timed is what the workers bring, not a queue that
-    they have filled before.
-    """
-    if reason := loading.why_not(workers):
-        pytest.skip(reason)
-    benchmark.group = "loader"
-    clips, block = CLIPS[device.type], block_of(workers)
-    with batches_of(settings_of(videos.path(*LOADED), clips), workers, device) as batches:
-        variants = {"loader": lambda: stretch(batches, pass_by, block, device)}
-        times = alternate(benchmark, variants, wall_clock, ROUNDS, warm_up=2 if workers else 1)["loader"]
-    where = {"workers": workers, "clips": clips, "size": LOADED[0], "gop": LOADED[1], "crop": CROP,
-             "processors": processors()}  # fmt: skip
-    results([rate_row("loader", times, block * clips, "clips/s", where)])
-    results([rate_row("loader, batches", times, block, "batches/s", where)])
+    for name, ms in times.items():
+        results([rate_row(f"masks, {name}", ms, MASKED_STEPS, "batches/s", where) | OF_THE_HOST])
 
 
 def test_beside_a_step(benchmark, results, device, videos):
@@ -128,13 +114,15 @@ def test_beside_a_step(benchmark, results, device, videos):
     "data wait" is that of the training log: the time that the host waits, in which a GPU may still be at work.
     """
     benchmark.group = "beside a step"
-    on_gpu, workers, clips = device.type == "cuda", loading.auto_workers(), CLIPS[device.type]
+    on_gpu, workers, clips = device.type == "cuda", auto_workers(), CLIPS[device.type]
     s = settings_of(videos.path(*LOADED), clips, *(() if on_gpu else loading.TINY))
     beside = Beside(s, workers, device)
     times = alternate(benchmark, beside.variants(), loading.own_clock, ROUNDS, warm_up=0)
     where = {"model": s.model.name, "clips": clips, "crop": s.data.crop, "workers": workers, "processors": processors(),
              "size": LOADED[0], "gop": LOADED[1]}  # fmt: skip
-    results([rate_row(name, ms, beside.steps * clips, "clips/s", where) for name, ms in times.items()])
+    results(
+        [rate_row(name, ms, beside.steps * clips, "clips/s", where) | {"clock": "wall"} for name, ms in times.items()]
+    )
     p20, median, p80 = quantiles([100 * share for share in beside.waited])
     results([{"name": "data wait", "value": median, "unit": "%", "p20": p20, "p80": p80,
               "n": len(beside.waited), "parameters": where}])  # fmt: skip

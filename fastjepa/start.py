@@ -111,12 +111,15 @@ def _has_checkpoints(settings: Settings, name: str, data: str) -> bool:
 
 
 def _workers(settings: Settings) -> int:
-    if settings.data.workers == "auto":
-        return max(1, min(8, _processors() - 1))
-    return settings.data.workers
+    return auto_workers() if settings.data.workers == "auto" else settings.data.workers
 
 
-def _processors() -> int:
+def auto_workers() -> int:
+    """Loader processes of `data.workers=auto`: the training process keeps a processor for itself."""
+    return max(1, min(8, processors() - 1))
+
+
+def processors() -> int:
     """Processors that this process may use, which is not always all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -6,7 +6,7 @@ import av
 import numpy as np
 
 from fastjepa.data.decode import VideoInfo, probe, read_frames
-from fastjepa.data.sampling import Augmentation, ClipDraw, ClipPlan
+from fastjepa.data.sampling import Augmentation, ClipDraw, ClipPlan, segment_frames
 
 Read = Callable[[np.ndarray], np.ndarray]  # frame numbers int64 [T] to uint8 [T, H, W, 3], RGB
 FRAMES, STRIDE = 16, 4
@@ -20,6 +20,16 @@ def draws(info: VideoInfo, count: int, augmentation: Augmentation = PUBLISHED) -
     """What a training run cuts out of this video, so many times; the same in every session."""
     plan = ClipPlan(0, np.arange(1), FRAMES, STRIDE, (0.3, 1.0), (0.75, 1.35), True, augmentation)
     return [plan.clip(slot, info.frames, info.height, info.width) for slot in range(count)]
+
+
+def spaced(info: VideoInfo, count: int) -> list[np.ndarray]:
+    """Frame numbers of so many clips, evenly spaced over the places that a training run draws from.
+
+    What is decoded for a clip goes by its place: clips by chance would favour one way of reading or another.
+    """
+    window = FRAMES * STRIDE
+    ends = window + ((np.arange(count) + 0.5) / count * (info.frames - window)).astype(int)
+    return [segment_frames(info.frames, FRAMES, STRIDE, int(end)) for end in ends]
 
 
 def readers(info: VideoInfo) -> tuple[dict[str, Read], dict[str, str]]:

@@ -1,6 +1,5 @@
 """The loader of a training run, by itself and beside steps."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -19,23 +18,15 @@ from fastjepa.data.loader import Batch, make_loader, running
 from fastjepa.data.source import open_videos
 from fastjepa.data.upload import uploaded
 from fastjepa.loop import Clock
+from fastjepa.start import processors
 
 LISTED = 10_000  # videos of a list: more than the clips that are read, so that each is new, as in a large data set
 STEPS = 100_000
 CLIPS = {"cuda": 24, "cpu": 4}  # of a batch: the published ones; on a CPU such a batch would take seconds
 LOADED = "340x256", 250  # size and group of pictures of the videos
 WARM_UP = 3
+LEAST_CLIPS = 48  # of a block
 TINY = (*QUICK, "data.frames=16", "optim.dtype=float32")
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def auto_workers() -> int:
-    """Loader processes of `data.workers=auto`."""
-    return max(1, min(8, processors() - 1))
 
 
 def why_not(workers: int) -> str:
@@ -100,19 +91,26 @@ def pass_by(batch: Batch) -> None:
     """In place of a step: nothing."""
 
 
-def block_of(workers: int) -> int:
-    """Batches that are timed together: one of each worker, for they come at about the same time; at least two."""
-    return max(2, workers)
+def block_of(workers: int, clips: int) -> int:
+    """Batches that are timed together: one of each worker, for they come at about the same time.
+
+    They have some dozens of clips, for what is decoded for a clip goes by its place in the video.
+    """
+    return max(workers, -(-LEAST_CLIPS // clips))
 
 
-def fresh(s: Settings, workers: int, device: torch.device, step: Callable[[Batch], None] = pass_by) -> Stretch:
+def fresh(
+    s: Settings, workers: int, device: torch.device, step: Callable[[Batch], None] = pass_by, first: int | None = None
+) -> Stretch:
     """One block behind a loader of its own, which has not had a pause to fill its queue in.
 
-    What workers begin with comes first: the time until their first batches, and as many as they have ready by then.
+    What workers begin with comes before it: the time until their first batches, and as many as they have ready by then.
+    The block begins with batch number `first`, for whatever is compared with another number of workers.
     """
+    begin = workers + 1 if first is None else first
     with batches_of(s, workers, device) as batches:
-        stretch(batches, step, workers + 1, device)
-        return stretch(batches, step, block_of(workers), device)
+        stretch(batches, step, begin, device)
+        return stretch(batches, step, block_of(workers, s.optim.global_batch), device)
 
 
 class Beside:
@@ -134,7 +132,7 @@ class Beside:
     @property
     def steps(self) -> int:
         """Steps of a block."""
-        return block_of(self.workers)
+        return block_of(self.workers, self.settings.optim.global_batch)
 
     def variants(self) -> dict[str, Callable[[], float]]:
         """Each gives the milliseconds of one block; the first notes the share of them waited for data."""

@@ -3,6 +3,7 @@
 import multiprocessing
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from types import ModuleType, SimpleNamespace
 
@@ -14,22 +15,12 @@ import torch
 from bench import test_data
 from bench.data import decoders, loading
 from bench.data import videos as made
-from fastjepa import start
-from fastjepa.config import Settings
 from fastjepa.data import decode
 from fastjepa.data.loader import Batch
+from tests.pedantic import Pedantic
 
 CPU = torch.device("cpu")
 SMALL = "160x128"
-
-
-class Fixture:
-    """Stands for pytest-benchmark's."""
-
-    def pedantic(self, target, args, setup, rounds, iterations):
-        for _ in range(rounds):
-            setup()
-            target(*args)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +33,8 @@ def shelf(tmp_path_factory):
 @pytest.fixture
 def rows(monkeypatch):
     monkeypatch.setattr(test_data, "ROUNDS", 1)
+    monkeypatch.setattr(test_data, "READ_ROUNDS", 1)
+    monkeypatch.setattr(loading, "LEAST_CLIPS", 8)
     return []
 
 
@@ -142,7 +135,7 @@ def test_torchcodec_that_cannot_run_is_skipped_with_its_reason(shelf, monkeypatc
     ways, lacking = decoders.readers(decode.probe(shelf.path(SMALL, 12)))
     assert len(ways) == 3
     assert lacking == {"torchcodec": reason, "torchcodec, approximate": reason}
-    test_data.test_decode(Fixture(), rows.extend, CPU, shelf, SMALL, 12)
+    test_data.test_decode(Pedantic(), rows.extend, CPU, shelf, SMALL, 12)
     assert [row["name"] for row in rows if row.get("skipped") == reason] == [
         "decode, torchcodec", "decode, torchcodec, approximate",
     ]  # fmt: skip
@@ -153,40 +146,54 @@ def test_rates_of_decoders_are_of_the_clips_and_frames_they_read(shelf, rows, mo
     real = decoders.read_frames
     monkeypatch.setattr(decoders, "read_frames", lambda info, frames: read.append(len(frames)) or real(info, frames))
     monkeypatch.setattr(test_data, "processor_clock", lambda call: call() and 1000.0)
-    test_data.test_decode(Fixture(), rows.extend, CPU, shelf, SMALL, 250)
+    test_data.test_decode(Pedantic(), rows.extend, CPU, shelf, SMALL, 250)
     found = {row["name"]: row for row in rows if "value" in row}
     assert found["decode, fastjepa"]["value"] == test_data.READ
     assert found["decode, PyAV from the start"]["value"] == test_data.READ
     info = decode.probe(shelf.path(SMALL, 250))
-    last = sum(int(draw.frames.max()) + 1 for draw in decoders.draws(info, test_data.READ))
+    last = sum(int(frames.max()) + 1 for frames in decoders.spaced(info, test_data.READ))
     assert found["source frames, fastjepa"]["value"] == found["source frames, PyAV from the start"]["value"] == last
     assert found["speed of fastjepa over PyAV from the start"]["value"] == 1.0
+    assert "speed of fastjepa, new video over PyAV from the start" in found
+    assert found["decode, fastjepa"]["clock"] == "processor", "no figure of a GPU beside it"
     assert set(read) == {decoders.FRAMES}
 
 
 def test_transforms_and_masks_have_a_row_each(shelf, rows):
-    test_data.test_transform(Fixture(), rows.extend, CPU, shelf, SMALL)
+    test_data.test_transform(Pedantic(), rows.extend, CPU, shelf, SMALL)
     assert [row["name"] for row in rows] == [
         "transform", "transform with motion shift", "transform with erasing", "transform with RandAugment",
     ]  # fmt: skip
     rows.clear()
-    test_data.test_masks(Fixture(), rows.extend, CPU)
+    test_data.test_masks(Pedantic(), rows.extend, CPU)
     assert [row["name"] for row in rows] == ["masks, multiblock", "masks, multiblock, no truncation", "masks, tube"]
     assert all(row["value"] > 0 for row in rows)
 
 
-def test_workers_of_auto_are_those_of_a_run(monkeypatch):
-    for processors in (1, 2, 4, 64):
-        monkeypatch.setattr(loading, "processors", lambda n=processors: n)
-        monkeypatch.setattr(start, "_processors", lambda n=processors: n)
-        assert loading.auto_workers() == start._workers(Settings())
+@pytest.mark.parametrize("gop", made.GOPS)
+def test_timed_clips_are_like_those_that_a_run_draws(shelf, gop):
+    """What a way decodes for a clip goes by its place: the mean over few clips must be that over many."""
+    info = replace(decode.probe(shelf.path(SMALL, gop)), frames=300)
+    keys = np.arange(0, 300, gop)
+    info = replace(info, keys=keys)
+    drawn = [draw.frames for draw in decoders.draws(info, 2000)]
+    for way in ("fastjepa", decoders.PLAIN):
+        few, many = (
+            np.mean([decoders.frames_decoded(info, frames, way) for frames in clips])
+            for clips in (decoders.spaced(info, test_data.READ), drawn)
+        )
+        assert few == pytest.approx(many, rel=0.05)
 
 
-def test_more_workers_than_processors_are_refused_with_a_sentence(monkeypatch, shelf, rows):
+def test_more_workers_than_processors_are_refused_with_a_sentence(monkeypatch):
     monkeypatch.setattr(loading, "processors", lambda: 2)
     assert loading.why_not(2) == ""
-    with pytest.raises(pytest.skip.Exception, match="4 workers are more than this machine's 2 processors"):
-        test_data.test_loader(Fixture(), rows.extend, CPU, shelf, 4)
+    assert loading.why_not(4) == "4 workers are more than this machine's 2 processors"
+
+
+def test_a_block_has_a_batch_of_each_worker_and_some_dozen_clips():
+    assert [loading.block_of(workers, 4) for workers in (0, 2, 16)] == [12, 12, 16]
+    assert [loading.block_of(workers, 24) for workers in (0, 8)] == [2, 8]
 
 
 def test_the_loader_is_that_of_a_run_and_every_clip_is_of_a_new_video(shelf, monkeypatch):
@@ -204,14 +211,11 @@ def test_the_loader_is_that_of_a_run_and_every_clip_is_of_a_new_video(shelf, mon
     assert (first.slots, second.slots) == ((0, 1), (2, 3))
 
 
-def test_a_loader_case_measures_and_its_workers_end_with_it(shelf, rows, monkeypatch):
-    monkeypatch.setattr(test_data, "LOADED", (SMALL, 12))
-    test_data.test_loader(Fixture(), rows.extend, CPU, shelf, 1)
+def test_workers_of_a_fresh_loader_end_with_it(shelf, monkeypatch):
+    monkeypatch.setattr(loading, "LEAST_CLIPS", 2)
+    s = loading.settings_of(shelf.path(SMALL, 12), 2, *loading.TINY)
+    assert loading.fresh(s, 1, CPU).ms > 0
     assert multiprocessing.active_children() == []
-    clips, batches = rows
-    assert clips["parameters"]["workers"] == 1
-    assert clips["value"] == pytest.approx(loading.CLIPS["cpu"] * batches["value"])
-    assert clips["value"] == pytest.approx(1e3 * 2 * loading.CLIPS["cpu"] / clips["ms"])
 
 
 def batch(bad=()):
@@ -239,9 +243,11 @@ def test_a_stretch_refuses_clips_of_another_file():
         loading.stretch(iter([batch([("a.mp4", "the file is empty")])]), loading.pass_by, 1, CPU)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 4])
-def test_a_fresh_loader_has_no_queue_when_its_block_begins(monkeypatch, workers):
+@pytest.mark.parametrize(("workers", "first", "begin"), [(0, None, 1), (1, None, 2), (4, None, 5), (1, 5, 5)])
+def test_a_fresh_loader_has_no_queue_when_its_block_begins(monkeypatch, workers, first, begin):
+    monkeypatch.setattr(loading, "LEAST_CLIPS", 8)
     events, real = [], loading.stretch
+    s = SimpleNamespace(optim=SimpleNamespace(global_batch=4))
 
     @contextmanager
     def started(s, given, device):
@@ -253,18 +259,18 @@ def test_a_fresh_loader_has_no_queue_when_its_block_begins(monkeypatch, workers)
     monkeypatch.setattr(loading, "batches_of", started)
     monkeypatch.setattr(loading, "stretch", lambda b, step, n, device: events.append(n) or real(b, step, n, device))
     steps = []
-    loading.fresh(None, workers, CPU, steps.append)
-    assert events == ["started", workers + 1, max(2, workers), "ended"]
+    loading.fresh(s, workers, CPU, steps.append, first)
+    assert events == ["started", begin, max(2, workers), "ended"]
     assert len(steps) == sum(events[1:3]), "steps are taken from the first batch on"
 
 
 def test_steps_beside_the_loader_are_training_steps(shelf, rows, monkeypatch):
     monkeypatch.setattr(test_data, "LOADED", (SMALL, 12))
-    monkeypatch.setattr(loading, "auto_workers", lambda: 0)
+    monkeypatch.setattr(test_data, "auto_workers", lambda: 0)
     kept = []
     real = loading.Beside.variants
     monkeypatch.setattr(loading.Beside, "variants", lambda self: kept.append(self) or real(self))
-    test_data.test_beside_a_step(Fixture(), rows.extend, CPU, shelf)
+    test_data.test_beside_a_step(Pedantic(), rows.extend, CPU, shelf)
     (beside,) = kept
     assert [row["name"] for row in rows] == [
         "steps with the loader", "steps alone", "loader alone", "data wait",

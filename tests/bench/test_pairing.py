@@ -58,6 +58,8 @@ def test_rows_have_their_spread_lower_figure_first():
     assert (time["p20"], time["value"], time["p80"]) == pytest.approx((20.0, 35.0, 50.0))
     ratio = pairing.ratio_row("x", {"ours": ms, "other": [2 * one for one in ms]}, "other", {})
     assert (ratio["p20"], ratio["value"], ratio["p80"], ratio["unit"]) == (2.0, 2.0, 2.0, "x")
+    times = {"ours": ms, "second": [4 * one for one in ms], "other": [2 * one for one in ms]}
+    assert pairing.ratio_row("x", times, "other", {}, of="second")["value"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,11 @@ def test_the_points_of_an_axis_are_measured(monkeypatch):
     monkeypatch.setattr(test_scaling, "ROUNDS", {"cpu": 2})
     rows = []
     test_scaling.test_step(Fixture(), rows.extend, CPU, "batch")
+    rows, over = rows[:3], rows[3:]
     assert [row["parameters"] for row in rows] == [{"model": "vit_nano", "batch": batch} for batch in (2, 4, 8)]
+    assert [(row["name"], row["parameters"]["batch"], row["unit"]) for row in over] == [
+        ("step against batch, over the first point", batch, "x") for batch in (4, 8)
+    ]  # fmt: skip
     for row in rows:
         assert row["name"] == "step against batch"
         assert row["value"] == pytest.approx(1e3 * row["parameters"]["batch"] / row["ms"])
@@ -110,8 +114,22 @@ def faked(monkeypatch, plans):
     return scaling.points_of("batch", CPU)
 
 
+def orders(points):
+    return [point.order for point in points]
+
+
+def test_a_point_over_the_first_counts_clips_and_not_steps(faked):
+    first, second, _ = faked
+    first.order = second.order = scaling.IN_TURNS
+    first.ms, second.ms = [10.0, 10.0], [15.0, 15.0]  # of 2 and 4 clips
+    (row,) = second.over(first, "step against batch")
+    assert row["value"] == pytest.approx(2 * 10 / 15)
+    assert first.over(first, "step against batch") == []
+
+
 def test_points_take_turns_and_the_fixture_times_the_first(faked):
-    assert scaling.measure(Fixture(), faked, 2) == "in turns"
+    scaling.measure(Fixture(), faked, 2)
+    assert orders(faked) == ["in turns"] * 3
     assert Runner.order[3 * scaling.WARM_UP["cpu"] :] == [4, 8, 2, 4, 8, 2]
     assert [len(point.ms) for point in faked] == [2, 2, 2]
     assert not Runner.alive
@@ -119,7 +137,9 @@ def test_points_take_turns_and_the_fixture_times_the_first(faked):
 
 def test_points_that_do_not_fit_together_follow_one_another(faked, monkeypatch):
     monkeypatch.setattr(scaling, "usable_memory", lambda device: 0.0)
-    assert scaling.measure(Fixture(), faked, 2) == "one after another"
+    scaling.measure(Fixture(), faked, 2)
+    assert orders(faked) == ["by itself"] * 3
+    assert faked[1].over(faked[0], "x") == []
     assert Runner.most == 1
     assert [len(point.ms) for point in faked] == [2, 2, 2]
 
@@ -129,12 +149,13 @@ def test_states_of_all_and_activations_of_one_must_fit(faked, monkeypatch):
     states = sum(one[name] for one in held for name in STATE)
     largest = max(sum(size for name, size in one.items() if name not in STATE) for one in held)
     monkeypatch.setattr(scaling, "usable_memory", lambda device: states + largest)
-    assert scaling.measure(Fixture(), faked, 1) == "in turns"
+    scaling.measure(Fixture(), faked, 1)
+    assert orders(faked) == ["in turns"] * 3
 
 
 def test_a_point_that_cannot_be_is_a_row_and_the_rest_goes_on(faked):
     Runner.building = {4: (torch.OutOfMemoryError("no room\nfor it"), 0)}
-    assert scaling.measure(Fixture(), faked, 2) == "one after another"
+    scaling.measure(Fixture(), faked, 2)
     rows = [point.row("x") for point in faked]
     assert ["skipped" in row for row in rows] == [False, True, False]
     assert rows[1]["skipped"] == "OutOfMemoryError: no room for it"
@@ -145,14 +166,16 @@ def test_a_point_that_cannot_be_is_a_row_and_the_rest_goes_on(faked):
 @pytest.mark.parametrize("where", ["building", "stepping"])
 def test_a_point_that_lacks_memory_beside_the_others_has_another_try(faked, where):
     setattr(Runner, where, {8: (torch.OutOfMemoryError("no room"), 1)})
-    assert scaling.measure(Fixture(), faked, 3) == "one after another"
+    scaling.measure(Fixture(), faked, 3)
+    assert orders(faked) == ["in turns", "in turns", "by itself"]
+    assert faked[2].over(faked[0], "x") == []
     assert [len(point.ms) for point in faked] == [3, 3, 3]
     assert not any(point.skipped for point in faked)
 
 
 def test_the_first_point_may_be_the_one_that_fails(faked):
     Runner.building = {2: (ValueError("not on this machine"), 0)}
-    assert scaling.measure(Fixture(), faked, 2) == "in turns"
+    scaling.measure(Fixture(), faked, 2)
     assert faked[0].row("x")["skipped"] == "ValueError: not on this machine"
     assert [len(point.ms) for point in faked] == [0, 2, 2]
 
@@ -173,7 +196,7 @@ def test_a_device_that_failed_ends_the_case(faked):
 def test_a_loss_that_is_not_finite_is_no_figure(faked, monkeypatch):
     monkeypatch.setattr(Runner, "step", lambda self, batches: self.losses.append(torch.tensor(float("nan"))))
     scaling.measure(Fixture(), faked, 2)
-    assert faked[0].skipped == "ValueError: the loss of step 3 is not finite"
+    assert faked[0].skipped == "ValueError: the loss of step 6 is not finite"
 
 
 def test_on_a_gpu_steps_are_timed_in_a_row_by_its_clock(monkeypatch, faked):
@@ -214,10 +237,11 @@ def test_a_library_that_takes_several_processes_is_not_skipped(monkeypatch):
 def test_workers_have_a_row_each_and_their_own_time(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "processors", lambda: 2)
     monkeypatch.setattr(test_scaling, "settings_of", lambda video, clips: scaling.settings_of("batch", clips, CPU))
-    monkeypatch.setattr(test_scaling, "fresh", lambda s, workers, device: loading.Stretch(1000.0 / (1 + workers), 0.5))
+    faster = {workers: loading.Stretch(1000.0 / (1 + workers), 0.5) for workers in range(3)}
+    monkeypatch.setattr(test_scaling, "fresh", lambda s, workers, device, first: faster[workers])
     rows, shelf = [], type("Shelf", (), {"path": lambda self, size, gop: tmp_path})()
     test_scaling.test_workers(Fixture(), rows.extend, CPU, shelf)
     clips = loading.CLIPS["cpu"]
-    assert [row.get("value") for row in rows] == [2 * clips, 4 * clips, 6 * clips, None, None, None, None]
+    assert [row.get("value") for row in rows] == [12 * clips, 24 * clips, 36 * clips, None, None, None, None]
     assert [row["parameters"]["workers"] for row in rows] == list(test_scaling.WORKERS)
     assert rows[3]["skipped"] == "4 workers are more than this machine's 2 processors"

@@ -12,7 +12,7 @@ import torch
 
 from bench.data.videos import Shelf
 from bench.files import Row
-from bench.recording import Kind, Session, selection_of
+from bench.recording import Kind, Session, made, selection_of
 
 SESSION = pytest.StashKey[Session]()
 BEGAN = pytest.StashKey[float]()
@@ -30,7 +30,29 @@ def pytest_configure(config: pytest.Config) -> None:
     """Begin the session's files."""
     selection = selection_of(config.option.keyword, config.option.markexpr, config.args)
     config.stash[SESSION] = Session(config.option.results, config.invocation_params.args, selection)
+    config.pluginmanager.register(_Deselection(config.stash[SESSION]))
     config.stash[BEGAN] = time.monotonic()
+
+
+class _Deselection:
+    """A plugin, as the hook does not say whose session it speaks of."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def pytest_deselected(self) -> None:
+        # The items may be none: --lf keeps some from being collected at all.
+        self.session.some_cases_only()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Make the folder of result files, before anything is measured."""
+    if session.config.option.collectonly:
+        return
+    try:
+        made(session.config.option.results, "--results")
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +79,7 @@ def videos() -> Iterator[Shelf]:
 def _within_budget(request: pytest.FixtureRequest) -> None:
     budget = request.config.option.budget
     if time.monotonic() - request.config.stash[BEGAN] > budget:
+        _kind(request.config, request.module).lacking = True
         pytest.skip(f"no time was left of --budget {budget:g}")
 
 
@@ -85,7 +108,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     if kind is not None and report.skipped:
         kind.add([{"name": item.name, "skipped": _reason(report), "parameters": {}}])
     elif kind is not None and report.failed:
-        kind.failed = True
+        kind.lacking = True
     return report
 
 
@@ -95,7 +118,7 @@ def _reason(report: pytest.TestReport) -> str:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Complete the files."""
+    """Finish the files."""
     ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     session.config.stash[FILES] = session.config.stash[SESSION].close(ended=ended)
 

@@ -82,9 +82,14 @@ def device_name(device: torch.device) -> str:
     """The card's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"CPU {processor_name()}"
+
+
+def processor_name() -> str:
+    """The processor's name, or its architecture where it tells none."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
-    return f"CPU {names[0].strip() if names else platform.machine()}"
+    return names[0].strip() if names else platform.machine()
 
 
 def slug(text: str) -> str:
@@ -93,9 +98,13 @@ def slug(text: str) -> str:
 
 
 def facts(device: torch.device, command: str, *, quick: bool) -> dict[str, Any]:
-    """What a reader needs to know about where a result file comes from."""
+    """What a reader needs to know about where a result file comes from.
+
+    `idle`: clock and power before anything runs, empty on a CPU. Rows that were measured under load have their own.
+    """
     return {
         "device": device_name(device),
+        "processor": processor_name(),
         "torch": torch.__version__,
         "triton": _triton_version(),
         "cuda": torch.version.cuda,
@@ -105,7 +114,7 @@ def facts(device: torch.device, command: str, *, quick: bool) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "quick": quick,
-        **read_load(device),
+        "idle": read_load(device),
     }
 
 

@@ -21,6 +21,7 @@ from bench.census.figures import census, result_rows, table
 from bench.census.steps import MODELS
 from bench.files import write_results
 from bench.machine import facts
+from bench.recording import made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,10 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--model: expected some of {', '.join(MODELS)}, given {model}")
     if options.items < 0:
         parser.error(f"--items: expected at least 0, given {options.items}")
+    if options.out is not None:
+        try:
+            made(options.out, "--out")
+        except ValueError as error:
+            parser.error(str(error))
     rows = [census(model, options.items) for model in models]
     if options.out is not None:
         header = facts(torch.device("cpu"), f"python -m bench.census --model {options.model}", quick=False)
-        options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"census-{header['date'][:10]}.json"
         write_results(path, header, [one for row in rows for one in result_rows(row)], complete=True)
     print(json.dumps(rows, indent=1) if options.json else "\n\n".join(table(row) for row in rows))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from bench.census.__main__ import main as census_main
 from bench.census.counting import Census
 from bench.census.figures import rows_without
 from bench.census.steps import CLIPS, UNION
@@ -109,6 +110,14 @@ def test_a_model_that_is_not_there_is_one_sentence():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
     assert "--model: expected some of vitl, vith, given vitg" in done.stderr
+
+
+def test_a_result_folder_that_is_a_file_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        census_main(["--out", str(tmp_path / "file")])
+    assert ended.value.code == 2
+    assert f"error: --out: expected a folder, given '{tmp_path / 'file'}' (File exists)." in capsys.readouterr().err
 
 
 def counted(call, *shapes: tuple[int, ...]):

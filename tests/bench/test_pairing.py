@@ -1,6 +1,7 @@
 """Variants in turns, what becomes of their times, and the files of a session."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from tests.pedantic import Pedantic
 
 ROOT = Path(__file__).parents[2]
 CASES = """
+import time
+
 import pytest
 
 from bench.pairing import alternate, rate_row, ratio_row, wall_clock
@@ -25,6 +28,8 @@ ON_A_DEVICE = {on_a_device}
 def test_made(benchmark, results, case):
     if case == "two":
         pytest.skip("there is no two")
+    if case == "{slow}":
+        time.sleep(2)
     assert case != "{failing}"
     times = alternate(benchmark, {{"ours": list, "theirs": list}}, wall_clock, 5)
     results([rate_row("made", times["ours"], 1.0, "clips/s", {{"case": case}})])
@@ -74,39 +79,88 @@ def test_the_command_of_a_file_has_no_private_paths(arguments, command):
     assert recording.plain_command(arguments) == command
 
 
-def session(tmp_path, *arguments, on_a_device=False, failing="none"):
+def session(tmp_path, *arguments, on_a_device=False, failing="none", slow="none", out="out"):
     """pytest on a folder that has the benches' own conftest: (its process, contents of result files by name)."""
     folder = tmp_path / "cases"
     folder.mkdir(exist_ok=True)
     (folder / "conftest.py").write_text("from bench.conftest import *\nfrom bench.conftest import _within_budget\n")
-    (folder / "test_made.py").write_text(CASES.format(on_a_device=on_a_device, failing=failing))
-    out = tmp_path / "out"
+    (folder / "test_made.py").write_text(CASES.format(on_a_device=on_a_device, failing=failing, slow=slow))
+    out = tmp_path / out
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", folder]
     done = subprocess.run(
         [*map(str, command), "--benchmark-only", "--results", str(out), *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return done, {path.name: json.loads(path.read_text()) for path in out.glob("*")}
+    return done, {path.name: json.loads(path.read_text()) for path in out.glob("*")} if out.is_dir() else {}
 
 
 def test_a_session_writes_its_figures_and_says_what_it_skipped(tmp_path):
     done, files = session(tmp_path, str(tmp_path / "cases"))
     assert done.returncode == 0, done.stdout
     ((name, content),) = files.items()
-    assert name.startswith("made-20")
+    assert re.fullmatch(r"made-\d{4}-\d\d-\d\d\.json", name)
     assert content["complete"]
+    assert content["device"] == f"CPU {content['processor']}"
+    assert content["idle"] == {}
     assert [row["name"] for row in content["rows"]] == ["made", "made over", "test_made[two]", "made", "made over"]
     assert content["rows"][2]["skipped"] == "there is no two"
     assert "skipped 1: there is no two" in done.stdout
     assert f"wrote {tmp_path / 'out' / name}" in done.stdout
 
 
-def test_a_failed_case_leaves_the_file_incomplete(tmp_path):
+def test_a_failed_case_leaves_the_file_unfinished_and_a_whole_one_where_it_is(tmp_path):
+    _, before = session(tmp_path, str(tmp_path / "cases"))
+    ((whole, _),) = before.items()
     done, files = session(tmp_path, str(tmp_path / "cases"), failing="three")
     assert done.returncode == 1
-    ((_, content),) = files.items()
+    unfinished = files.pop(f"{whole.removesuffix('.json')}-unfinished.json")
+    assert files == before
+    assert not unfinished["complete"]
+    assert len(unfinished["rows"]) == 3
+    assert "-unfinished.json" in done.stdout
+    _, files = session(tmp_path, str(tmp_path / "cases"))
+    assert files.keys() == {whole}, "what was unfinished is finished now"
+    assert files[whole]["date"] > before[whole]["date"]
+
+
+@pytest.mark.parametrize("stopped", [["--budget", "1"], ["-x"]])
+def test_what_time_or_a_stop_left_out_leaves_the_file_unfinished(tmp_path, stopped):
+    # The first case takes longer than the budget, or is the last one before the stop.
+    done, files = session(tmp_path, str(tmp_path / "cases"), *stopped, slow="one", failing="three")
+    assert ("no time was left of --budget 1" in done.stdout) == (stopped[0] == "--budget")
+    ((name, content),) = files.items()
+    assert name.endswith("-unfinished.json")
     assert not content["complete"]
-    assert len(content["rows"]) == 3
+    assert content["rows"][0]["name"] == "made"
+
+
+def test_deselected_cases_make_a_selection_too(tmp_path):
+    done, files = session(tmp_path, str(tmp_path / "cases"), "--deselect", "test_made.py::test_made[three]")
+    assert "1 deselected" in done.stdout
+    ((name, content),) = files.items()
+    assert name.endswith("-some.json")
+    assert content["complete"]
+
+
+def test_a_repetition_of_failures_is_a_selection_too(tmp_path):
+    folder = str(tmp_path / "cases")
+    cache = ["-p", "cacheprovider", "-o", f"cache_dir={tmp_path / 'cache'}"]
+    session(tmp_path, folder, *cache, failing="three", out="first")
+    done, files = session(tmp_path, folder, *cache, "--lf")
+    assert done.returncode == 0, done.stdout
+    ((name, content),) = files.items()
+    assert name.endswith("-some.json")
+    assert [row["parameters"] for row in content["rows"]] == 2 * [{"case": "three"}]
+
+
+@pytest.mark.parametrize("out", ["a file", "a file/folder"])
+def test_results_in_a_file_are_one_sentence(tmp_path, out):
+    (tmp_path / "a file").touch()
+    done, _ = session(tmp_path, str(tmp_path / "cases"), out=out)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: --results: expected a folder, given '{tmp_path / out}' (" in done.stderr
+    assert "INTERNALERROR" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_some_cases_have_a_file_of_their_own_and_time_may_run_out(tmp_path):

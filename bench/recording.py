@@ -18,7 +18,6 @@ import torch
 from bench.files import Row, write_results
 from bench.machine import facts, slug
 
-
 UNFINISHED = "-unfinished"  # the end of a file's name until all of its cases have ended
 
 
@@ -98,7 +97,8 @@ def made(folder: Path, option: str) -> Path:
 
 def plain_command(arguments: Sequence[str]) -> str:
     """The command line that repeats this, without what changes no figure (where files go, how it prints)."""
-    words, skip = ["pytest"], False
+    # The public code is part of what is measured; where its checkout lies is not.
+    words, skip = (["JEPA_REPO=CHECKOUT"] if os.environ.get("JEPA_REPO") else []) + ["pytest"], False
     for word in arguments:
         if skip or word in ("-o", "--results", "--benchmark-json"):
             skip = not skip

@@ -75,8 +75,11 @@ def test_rows_have_their_spread_lower_figure_first():
          "pytest bench -k 'a or b'"),
     ],
 )  # fmt: skip
-def test_the_command_of_a_file_has_no_private_paths(arguments, command):
+def test_the_command_of_a_file_has_no_private_paths(arguments, command, monkeypatch):
+    monkeypatch.delenv("JEPA_REPO", raising=False)
     assert recording.plain_command(arguments) == command
+    monkeypatch.setenv("JEPA_REPO", "/private/checkout")
+    assert recording.plain_command(arguments) == f"JEPA_REPO=CHECKOUT {command}"
 
 
 def session(tmp_path, *arguments, on_a_device=False, failing="none", slow="none", out="out"):

@@ -25,7 +25,7 @@ KIND = "data"
 ON_A_DEVICE = True
 READ, READ_ROUNDS = 6, 3  # clips of one timed call, and its rounds
 CUT = 2
-ROUNDS = 5
+ROUNDS, BESIDE_ROUNDS = 5, 3
 CROP = 224
 AUGMENTED = {
     "": Augmentation(),
@@ -53,7 +53,7 @@ def test_decode(benchmark, results, device, videos, size, gop):
     ways, lacking = readers(info)
     apart = differences(ways, clips)
     variants = {name: lambda read=read: [read(frames) for frames in clips] for name, read in ways.items()}
-    times = alternate(benchmark, variants, processor_clock, READ_ROUNDS, warm_up=1)
+    times = alternate(benchmark, variants, processor_clock, READ_ROUNDS, warm_up=0)
     where = {"size": size, "gop": gop, "frames": FRAMES, "stride": STRIDE}
     for name, ms in times.items():
         decoded = sum(frames_decoded(info, frames, name) for frames in clips)
@@ -117,7 +117,7 @@ def test_beside_a_step(benchmark, results, device, videos):
     on_gpu, workers, clips = device.type == "cuda", auto_workers(), CLIPS[device.type]
     s = settings_of(videos.path(*LOADED), clips, *(() if on_gpu else loading.TINY))
     beside = Beside(s, workers, device)
-    times = alternate(benchmark, beside.variants(), loading.own_clock, ROUNDS, warm_up=0)
+    times = alternate(benchmark, beside.variants(), loading.own_clock, BESIDE_ROUNDS, warm_up=0)
     where = {"model": s.model.name, "clips": clips, "crop": s.data.crop, "workers": workers, "processors": processors(),
              "size": LOADED[0], "gop": LOADED[1]}  # fmt: skip
     results(

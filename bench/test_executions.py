@@ -12,7 +12,7 @@ from bench.pairing import alternate, processor_clock, ratio_row, time_row
 
 KIND = "executions"
 ON_A_DEVICE = True
-STEPS = {"64x3": 100, "64x3-noised": 100, "192x12": 15}  # the last takes a second each
+STEPS = {"64x3": 60, "64x3-noised": 60, "192x12": 12}  # the last takes a second each
 
 
 @pytest.mark.parametrize("shape", SHAPES)

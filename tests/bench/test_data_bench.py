@@ -34,6 +34,7 @@ def shelf(tmp_path_factory):
 def rows(monkeypatch):
     monkeypatch.setattr(test_data, "ROUNDS", 1)
     monkeypatch.setattr(test_data, "READ_ROUNDS", 1)
+    monkeypatch.setattr(test_data, "BESIDE_ROUNDS", 1)
     monkeypatch.setattr(loading, "LEAST_CLIPS", 8)
     return []
 

@@ -8,7 +8,7 @@ from typing import Any
 from bench.files import Row
 
 # Keys that a row may have beside its value, with the heading of their column.
-MORE = {"share": "of the ceiling", "mfu": "MFU", "peak_memory_gb": "peak GB"}
+MORE = {"share": "of the ceiling", "mfu": "MFU", "peak_memory_gb": "peak GB", "over_first": "over the first point"}
 SHARES = ("share", "mfu")
 MOST_ACROSS = 6  # columns: more are not readable
 
@@ -46,6 +46,12 @@ def with_spread(row: Row) -> str:
     return f"{value} ({figure(between[0], row['unit'])} to {figure(between[1], row['unit'])})"
 
 
+def megabytes(row: Row) -> float | None:
+    """What a call allocates at most, where it was counted."""
+    size = row.get("peak_bytes")
+    return None if size is None else size / 1e6
+
+
 def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table of Markdown."""
     return "\n".join([_line(heads), "|" + "---|" * len(heads), *map(_line, lines)])
@@ -68,9 +74,15 @@ def tables(rows: Sequence[Row], what: str = "what") -> list[str]:
     """A table for each set of parameters that rows have: name, the parameters that vary, value with spread.
 
     Parameters that are the same in all rows of a table stand in a line above it. Where a few figures are known at
-    several points each, a point has one line and a figure one column.
+    several points each, a point has one line and a figure one column; what is too wide for that is split by unit.
     """
-    return [_table(group, what) for group in by_parameters(rows)]
+    return [_table(part, what) for group in by_parameters(rows) for part in _narrow(group)]
+
+
+def _narrow(rows: list[Row]) -> list[list[Row]]:
+    if len({row["name"] for row in rows}) <= MOST_ACROSS:
+        return [rows]
+    return [[row for row in rows if row["unit"] == unit] for unit in dict.fromkeys(row["unit"] for row in rows)]
 
 
 def by_parameters(rows: Sequence[Row]) -> list[list[Row]]:
@@ -117,7 +129,9 @@ def _extras(rows: Sequence[Row]) -> list[str]:
     return [key for key in MORE if any(row.get(key) is not None for row in rows)]
 
 
-def _extra(key: str, value: float | None) -> str:
+def _extra(key: str, value: float | Row | None) -> str:
+    if isinstance(value, dict):  # a row of its own that stands beside this one
+        return with_spread(value)
     return "-" if value is None else f"{value:.0%}" if key in SHARES else number(value)
 
 

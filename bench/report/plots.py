@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from bench.files import Row
 from bench.report import cells
 from bench.report.stored import Stored
-from bench.report.tables import MODELS, along, pairs, seen
+from bench.report.tables import MODELS, along, beside_first, pairs, seen
 
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442",
@@ -58,7 +58,7 @@ def png(plot: Plot, files: Sequence[Stored]) -> bytes | None:
 
 def where(files: Sequence[Stored]) -> str:
     """Device and day, for a title."""
-    return f"{files[0].series.device or 'counted, on any machine'}, {max(one.date for one in files)[:10]}"
+    return f"{files[0].place or 'counted, on any machine'}, {max(one.date for one in files)[:10]}"
 
 
 def census(files: Sequence[Stored]) -> Figure | None:
@@ -194,8 +194,8 @@ def _text(row: Row) -> str:
 
 
 def scaling(files: Sequence[Stored]) -> Figure | None:
-    """A panel an axis: its figure at each point, with the spread, from zero."""
-    rows = [row for row in along(files[0].figures()) if _is_point(row)]
+    """A panel an axis: its figure at each point, with the spread, from zero; in brackets that over the first point."""
+    rows = [row for row in along(beside_first(files[0].figures())) if _is_point(row)]
     axes_of: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         axes_of.setdefault((row["name"], row["parameters"]["against"], row["unit"]), []).append(row)
@@ -227,7 +227,8 @@ def _curve(axes: Axes, rows: Sequence[Row]) -> None:
     axes.vlines(at, [low for low, _ in ends], [high for _, high in ends], color=BLUE, alpha=0.55, lw=2.2)
     axes.plot(at, values, "o-", color=BLUE, ms=4, lw=1.2)
     for row, x, (_, high) in zip(rows, at, ends):
-        text = cells.figure(row["value"], row["unit"])
+        ratio = f" ({row['over_first']['value']:.2f}x)" if "over_first" in row else ""
+        text = cells.figure(row["value"], row["unit"]) + ratio
         axes.annotate(text, (x, high), (0, 5), textcoords="offset points", ha="center", fontsize=7.5)
     axes.set_xticks(at, [cells.word(one) for one in at])
     axes.margins(x=0.12)
@@ -250,7 +251,8 @@ def steps(files: Sequence[Stored]) -> Figure | None:
         axes.set_title(MODELS.get(model, model), loc="left")
         axes.margins(x=0.25)
     panels[-1].set_xlabel("clips/s")
-    figure.suptitle(f"Training steps, in pairs that took turns ({where(files)})", fontsize=10.5)
+    small = "\na tiny model: shows that both run, no figure for a GPU" if files[0].on_a_cpu else ""
+    figure.suptitle(f"Training steps, in pairs that took turns ({where(files)}){small}", fontsize=10.5)
     return figure
 
 

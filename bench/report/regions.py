@@ -24,7 +24,7 @@ BENCHES = "`pytest bench --benchmark-only`"
 class Region:
     """A region's kinds of result files (all needed), its table of one device, how to measure, its picture's text.
 
-    `folded`: the picture says enough, the table opens on demand.
+    `folded`: the picture says enough, the table opens on demand. `on_a_cpu`: what is said first of figures of a CPU.
     """
 
     kinds: tuple[str, ...]
@@ -32,6 +32,7 @@ class Region:
     how: str
     alt: str = ""
     folded: bool = False
+    on_a_cpu: str = ""
 
 
 REGIONS = {
@@ -47,12 +48,17 @@ REGIONS = {
     ),
     "data": Region(("data",), tables.data, BENCHES, "Clips a second of decoders and loader", folded=True),
     "scaling": Region(
-        ("scaling",), tables.scaling, BENCHES, "Cost against batch, tokens, frames, crop and workers", folded=True
+        ("scaling",),
+        tables.scaling,
+        BENCHES,
+        "Cost against batch, tokens, frames, crop and workers",
+        folded=True,
+        on_a_cpu="The steps are of a tiny model on a CPU: the course of a curve, no figure for a GPU.",
     ),
     "step": Region(("step",), tables.steps, "`bench/gpu.sh step` on a machine with a GPU", "Clips a second of steps"),
     "public": Region(
         ("public",),
-        tables.steps,
+        tables.public,
         "`bench/gpu.sh public` on a machine with a GPU",
         "Clips a second, and the public code's",
     ),
@@ -118,6 +124,8 @@ def region(name: str, chosen: Sequence[Stored], drawn: Collection[str], links: L
     for device, table in tables_of.items():
         if len(tables_of) > 1:
             blocks.append(f"**{device}**")
+        if one.on_a_cpu and measured[device][0].on_a_cpu:
+            blocks.append(one.on_a_cpu)
         shown = (
             f"<details><summary>The figures</summary>\n\n{table}\n\n</details>"
             if one.folded and name in drawn
@@ -131,7 +139,7 @@ def provenance(files: Sequence[Stored], links: Links) -> str:
     """Where figures come from: command, device, versions, commit, date and files; a line for each way they differ."""
     sources: dict[str, list[str]] = {}
     for one in files:
-        device = f" on {one.series.device}" if one.series.device else ""
+        device = f" on {one.place}" if one.place else ""
         commit = f"commit {one.commit[:7]}" if one.commit else "commit not known"
         changed = ", code not committed" if one.modified else ""
         cut = "" if one.whole else ", not all cases"

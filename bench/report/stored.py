@@ -1,7 +1,8 @@
 """Result files as they are stored, and which of them speak for a series of measurements.
 
 A *series* is what is measured (`kind`, and its `part`: the model of `bench.steps`, the stage of `bench.ceilings`) and
-the device; figures without a device are the same on any. The file names say it: KIND[-PART][-DEVICE]-DATE[-SELECTION].
+the device; figures without a device are the same on any. The file names say it:
+KIND[-PART][-DEVICE]-DATE[-SELECTION][-unfinished].
 """
 
 import json
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 from bench.files import Row
 from bench.machine import slug
 
-NAME = re.compile(r"(?P<series>[a-z0-9_]+(?:-[a-z0-9_-]+)??)-\d{4}-\d\d-\d\d(?:-(?P<selection>.+))?\.json")
+NAME = re.compile(
+    r"(?P<series>[a-z0-9_]+(?:-[a-z0-9_-]+)??)-\d{4}-\d\d-\d\d(?:-(?P<selection>.+?))??(?:-unfinished)?\.json"
+)
 HEADER = ("device", "torch", "commit", "date", "command", "quick", "complete")
 
 
@@ -50,6 +53,17 @@ class Stored:
     def modified(self) -> bool:
         """Whether the measured code differed from that commit. Files from before this was noted say nothing."""
         return bool(self.header.get("modified"))
+
+    @property
+    def on_a_cpu(self) -> bool:
+        """Whether the device that was measured is a processor."""
+        return self.header["device"].startswith("CPU")
+
+    @property
+    def place(self) -> str:
+        """The device; beside a GPU the processor too, where rows are times of it. "" where any machine will do."""
+        host = not self.on_a_cpu and any("clock" in row for row in self.rows) and self.header.get("processor")
+        return f"{self.series.device}, processor {host}" if host else self.series.device
 
     @property
     def date(self) -> str:
@@ -129,23 +143,31 @@ def by_series(files: Iterable[Stored]) -> dict[Series, list[Stored]]:
 
 
 def choose(files: Iterable[Stored]) -> list[Stored]:
-    """One file a series, completed: the newest that is whole, or the newest at all where none is."""
-    chosen = []
-    for candidates in by_series(files).values():
-        base = next((one for one in candidates if one.whole), candidates[0])
-        chosen.append(completed(base, candidates))
-    return chosen
+    """One file a series, completed."""
+    return [completed(*speaking(candidates)) for candidates in by_series(files).values()]
 
 
-def completed(base: Stored, others: Sequence[Stored]) -> Stored:
-    """`base` with the figures that it lacks and that others of the same series, device and commit have."""
+def speaking(candidates: Sequence[Stored]) -> list[Stored]:
+    """The files of one series, the newest first, that speak for it: one, then those that know what it lacks.
+
+    The one is the newest that is whole, else the newest of a session that was to run all cases, else the newest. The
+    others have its device and commit.
+    """
+    base = min(candidates, key=lambda one: (not one.whole, one.selected))  # of equals the first, which is the newest
+    return [base, *(one for one in candidates if one is not base and _same_code(one, base))]
+
+
+def _same_code(one: Stored, base: Stored) -> bool:
+    # Without a commit, or with changes to it, nobody can tell whether both measured the same code.
+    same = one.commit == base.commit is not None and not one.modified and not base.modified
+    return same and one.header["device"] == base.header["device"]
+
+
+def completed(base: Stored, *others: Stored) -> Stored:
+    """`base` with the figures that it lacks and the others have, the first of them that has one."""
     rows = {row_key(row): row for row in base.rows}
     names = []
     for one in others:
-        # Without a commit, or with changes to it, nobody can tell whether both measured the same code.
-        same = one.commit == base.commit is not None and not one.modified and not base.modified
-        if one is base or one.series != base.series or not same or one.header["device"] != base.header["device"]:
-            continue
         new = {row_key(row): row for row in one.figures() if "value" not in rows.get(row_key(row), {})}
         rows |= new
         names += [one.name] if new else []

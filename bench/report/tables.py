@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from bench.files import Row
 from bench.report import cells
-from bench.report.stored import Stored
+from bench.report.stored import Stored, row_key
 
 MODELS = {"vitl": "ViT-L/16", "vith": "ViT-H/16", "vith_384": "ViT-H/16 at 384 px", "vitg": "ViT-g/16"}
 DEMO = ("motion trained", "motion untrained", "shape trained", "shape untrained")
@@ -18,6 +18,11 @@ EXECUTIONS = {
     "speed of packed over reference, public optimizer path": "times the reference with the public optimizer path",
 }
 OWN_WAYS = ("ours", "eager", "compiled")
+OVER_FIRST = ", over the first point"  # the end of a name of scaling: a ratio to the first point of its axis
+VARIANTS = (
+    "The public code's variants: shipped: as it is; nostats: without the statistics it logs, which wait for the "
+    "device; compiled: nostats, compiled."
+)
 
 
 def by_seed(one: Stored) -> dict[int, dict[str, float]]:
@@ -127,28 +132,41 @@ def plain(files: Sequence[Stored]) -> str:
 
 def scaling(files: Sequence[Stored]) -> str:
     """All axes in one table: what is measured, against what, at which point of it."""
-    rows = [row for one in files for row in along(one.figures())]
+    rows = [row for one in files for row in along(beside_first(one.figures()))]
     return _joined([*cells.tables(rows), cells.reasons(row for one in files for row in one.skipped())])
+
+
+def beside_first(rows: Sequence[Row]) -> list[Row]:
+    """Rows with their ratio to the first point of the axis as `over_first`; a ratio without its point stays a row."""
+    ratios = {row_key(row): row for row in rows if row["name"].endswith(OVER_FIRST)}
+    found = []
+    for row in rows:
+        if row["name"].endswith(OVER_FIRST):
+            continue
+        ratio = ratios.pop(row_key({**row, "name": row["name"] + OVER_FIRST}), None)
+        found.append(row if ratio is None else {**row, "over_first": ratio})
+    return [*found, *ratios.values()]
 
 
 def along(rows: Sequence[Row]) -> list[Row]:
     """Rows with their axis as a parameter `against` and its point as `at`.
 
-    The axis of a row is the parameter that the last word of its name says, or else the one that differs among rows of
+    The axis of a row is the parameter that its name says after "against", or else the one that differs among rows of
     its name; a row without one is left as it is.
     """
     found = []
     for row in rows:
         same = [one["parameters"] for one in rows if one["name"] == row["name"]]
         differ = [key for key in row["parameters"] if len({cells.word(one.get(key)) for one in same}) > 1]
-        said = row["name"].rpartition(" ")[2]
+        what, _, after = row["name"].partition(" against ")
+        said, comma, rest_of_name = after.partition(",")
         axis = said if said in row["parameters"] else differ[0] if len(differ) == 1 else None
         if axis is None:
             found.append(row)
             continue
         rest = {key: value for key, value in row["parameters"].items() if key != axis}
-        name = row["name"].partition(" against ")[0]
-        found.append({**row, "name": name, "parameters": {"against": axis, "at": row["parameters"][axis], **rest}})
+        at = {"against": axis, "at": row["parameters"][axis], **rest}
+        found.append({**row, "name": f"{what}{comma}{rest_of_name}", "parameters": at})
     return found
 
 
@@ -179,11 +197,21 @@ def pairs(rows: Sequence[Row]) -> dict[str, list[Pair]]:
 
 def steps(files: Sequence[Stored]) -> str:
     """Pairs of each model, then where the time of those ways goes whose components were timed."""
+    return _joined([*_steps(files), cells.reasons(files[0].skipped())])
+
+
+def public(files: Sequence[Stored]) -> str:
+    """As steps, and what the variants of the public code are."""
+    found = _steps(files)
+    return _joined([*found, VARIANTS if found else "", cells.reasons(files[0].skipped())])
+
+
+def _steps(files: Sequence[Stored]) -> list[str]:
     parts = []
     for model, found in pairs(files[0].figures()).items():
         parts += [f"{MODELS.get(model, model)}, {found[0].ours['batch']} clips a step:", _pairs(found)]
         parts.append(_components([row for pair in found for row in pair[:2]]))
-    return _joined([*parts, cells.reasons(files[0].skipped())])
+    return parts
 
 
 def _pairs(found: Sequence[Pair]) -> str:
@@ -226,6 +254,7 @@ def kernels(files: Sequence[Stored]) -> str:
         groups.setdefault((row["name"], cells.word(row["parameters"]["shape"])), {})[row["parameters"]["way"]] = row
     lines = [_kernel(name, shape, ways, ratios) for (name, shape), ways in groups.items()]
     heads = ["operation", "shape", "unit", *OWN_WAYS, "library", "ours of the ceiling", "ours over the fastest other"]
+    heads.append("peak MB, ours / smallest other")
     folded = f"<details><summary>All {len(lines)} passes</summary>\n\n{cells.markdown(heads, lines)}\n\n</details>"
     ceilings_ = cells.tables([row for row in rows if row["name"].startswith("ceiling")])
     skipped = cells.reasons(row for one in files for row in one.skipped())
@@ -251,7 +280,16 @@ def _kernel(name: str, shape: str, ways: dict[str, Row], ratios: dict[tuple[str,
     return [
         name, shape, ways[fastest]["unit"], *(cell(way) for way in OWN_WAYS), cell(library) + named,
         "-" if share is None else f"{share:.0%}", "-" if ratio is None else f"{cells.with_spread(ratio)} {other}",
+        _peaks(ways),
     ]  # fmt: skip
+
+
+def _peaks(ways: dict[str, Row]) -> str:
+    peaks = {way: size for way, row in ways.items() if (size := cells.megabytes(row)) is not None}
+    ours = peaks.pop("ours", None)
+    if ours is None and not peaks:
+        return "-"
+    return " / ".join("-" if one is None else cells.number(one) for one in (ours, min(peaks.values(), default=None)))
 
 
 def ceilings(files: Sequence[Stored]) -> str:

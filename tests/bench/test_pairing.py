@@ -1,10 +1,13 @@
 """Variants in turns, what becomes of their times, and the files of a session."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,10 +17,9 @@ from tests.pedantic import Pedantic
 
 ROOT = Path(__file__).parents[2]
 CASES = """
-import time
-
 import pytest
 
+from bench.conftest import BEGAN
 from bench.pairing import alternate, rate_row, ratio_row, wall_clock
 
 KIND = "made"
@@ -25,11 +27,11 @@ ON_A_DEVICE = {on_a_device}
 
 
 @pytest.mark.parametrize("case", ["one", "two", "three"])
-def test_made(benchmark, results, case):
+def test_made(benchmark, results, request, case):
     if case == "two":
         pytest.skip("there is no two")
     if case == "{slow}":
-        time.sleep(2)
+        request.config.stash[BEGAN] -= 1000
     assert case != "{failing}"
     times = alternate(benchmark, {{"ours": list, "theirs": list}}, wall_clock, 5)
     results([rate_row("made", times["ours"], 1.0, "clips/s", {{"case": case}})])
@@ -89,11 +91,15 @@ def session(tmp_path, *arguments, on_a_device=False, failing="none", slow="none"
     (folder / "conftest.py").write_text("from bench.conftest import *\nfrom bench.conftest import _within_budget\n")
     (folder / "test_made.py").write_text(CASES.format(on_a_device=on_a_device, failing=failing, slow=slow))
     out = tmp_path / out
-    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", folder]
-    done = subprocess.run(
-        [*map(str, command), "--benchmark-only", "--results", str(out), *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    options = ["-p", "no:cacheprovider", "-o", f"cache_dir={tmp_path / 'cache'}", "--import-mode=importlib"]
+    options += ["--rootdir", str(folder), "--benchmark-only", "--results", str(out)]
+    printed, said = io.StringIO(), io.StringIO()
+    # In this process: to start one and import torch takes longer than all else. Bytecode would outlive the next case.
+    with patch.object(sys, "dont_write_bytecode", True), redirect_stdout(printed), redirect_stderr(said):
+        code = pytest.main([*options, *arguments])
+    for name in ("conftest", "test_made"):
+        sys.modules.pop(name, None)  # the next session has its own
+    done = subprocess.CompletedProcess(arguments, code, printed.getvalue(), said.getvalue())
     return done, {path.name: json.loads(path.read_text()) for path in out.glob("*")} if out.is_dir() else {}
 
 
@@ -126,11 +132,11 @@ def test_a_failed_case_leaves_the_file_unfinished_and_a_whole_one_where_it_is(tm
     assert files[whole]["date"] > before[whole]["date"]
 
 
-@pytest.mark.parametrize("stopped", [["--budget", "1"], ["-x"]])
+@pytest.mark.parametrize("stopped", [["--budget", "500"], ["-x"]])
 def test_what_time_or_a_stop_left_out_leaves_the_file_unfinished(tmp_path, stopped):
-    # The first case takes longer than the budget, or is the last one before the stop.
+    # After the first case the budget is gone; the stop comes with the third.
     done, files = session(tmp_path, str(tmp_path / "cases"), *stopped, slow="one", failing="three")
-    assert ("no time was left of --budget 1" in done.stdout) == (stopped[0] == "--budget")
+    assert ("no time was left of --budget 500" in done.stdout) == (stopped[0] == "--budget")
     ((name, content),) = files.items()
     assert name.endswith("-unfinished.json")
     assert not content["complete"]

@@ -9,7 +9,7 @@ import pytest
 from bench.report import plots, stored, tables
 from bench.report.__main__ import main
 from bench.report.regions import REGIONS
-from tests.planted_results import CPU, H100, plant, plant_everything, row, skipped
+from tests.planted_results import CPU, H100, operation, pair, plant, plant_everything, row, skipped
 
 PICTURES = ("data", "scaling", "step", "public", "kernels")
 
@@ -247,3 +247,102 @@ def test_pictures_do_not_depend_on_the_settings_of_matplotlib(home):
     with mpl.rc_context({"font.size": 20, "savefig.dpi": 30, "axes.facecolor": "black", "font.family": "monospace"}):
         report(home)
     assert state(home) == before
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_of_a_tiny_model_says_so_and_variants_are_explained(home):
+    report(home)
+    assert region(home, "scaling").splitlines()[2] == (
+        "The steps are of a tiny model on a CPU: the course of a curve, no figure for a GPU."
+    )
+    plant(home / "bench" / "results", "scaling", [row("step against batch", 50, "clips/s", batch=8)], H100)
+    report(home)
+    assert region(home, "scaling").count("tiny model") == 1
+    assert "nostats: without the statistics it logs, which wait for the device" in region(home, "public")
+    assert "nostats" not in region(home, "step")
+
+
+@pytest.mark.parametrize(("device", "count"), [(CPU, 1), (H100, 0)])
+def test_the_picture_of_the_public_code_on_a_cpu_says_what_it_is(tmp_path, device, count):
+    plant(tmp_path, "public", pair("tiny", "packed", "public shipped", (5.0, 3.0)), device)
+    figure = plots.steps(list(chosen(tmp_path).values()))
+    assert figure is not None
+    title = figure.get_suptitle()
+    assert title.count("a tiny model: shows that both run, no figure for a GPU") == count
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_ratios_over_the_first_point_stand_beside_their_point(home):
+    found = []
+    for tokens, share, value, ratio in ((64, 0.5, 128, None), (32, 0.75, 134, 1.05), (8, 0.9, 154, 1.2)):
+        where = {"model": "tiny", "tokens": tokens, "ratio": share}
+        found.append(row("step against tokens", value, "clips/s", **where))
+        found += [] if ratio is None else [row("step against tokens, over the first point", ratio, "x", **where)]
+    found.append(row("step against batch, over the first point", 1.5, "x", batch=4))
+    plant(home / "bench" / "results", "scaling", found)
+    report(home)
+    table = region(home, "scaling")
+    assert "| what | at | ratio | clips/s (p20 to p80) | over the first point |" in table
+    assert "| step | 64 | 0.5 | 128 (122 to 134) | - |" in table
+    assert "| step | 8 | 0.9 | 154 (146 to 162) | 1.20 (1.14 to 1.26) |" in table
+    assert "| step, over the first point | 1.50 (1.42 to 1.57) |" in table, "without its point it is a row"
+
+
+def test_ratios_over_the_first_point_are_drawn_with_their_point(tmp_path):
+    found = [row("step against batch", 50.0 * at, "clips/s", batch=at) for at in (2, 4)]
+    plant(tmp_path, "scaling", [*found, row("step against batch, over the first point", 2.0, "x", batch=4)])
+    figure = plots.scaling(list(chosen(tmp_path).values()))
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[0].texts] == ["100", "200 (2.00x)"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_many_decoders_have_their_rates_in_one_table_and_their_ratios_in_another(home):
+    others = ("PyAV", "torchcodec", "decord")
+    found = [
+        one
+        for size in ("a", "b")
+        for one in (
+            *(row(f"decode, {name}", 9, "clips/s", size=size) for name in ("fastjepa", "fastjepa, new video", *others)),
+            *(row(f"speed of fastjepa{new} over {name}", 2, "x", size=size) for new in ("", ", new video")
+              for name in others),
+        )
+    ]  # fmt: skip
+    plant(home / "bench" / "results", "data", found)
+    report(home)
+    tables_ = [line for line in region(home, "data").splitlines() if line.startswith("| size |")]
+    assert [line.count("(clips/s)") for line in tables_] == [5, 0]
+    assert [line.count("(x)") for line in tables_] == [0, 6]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_memory_of_an_operation_stands_beside_the_smallest_of_the_others(home):
+    rates = {"ours": 900.0, "eager": 300.0, "compiled": 700.0}
+    rows = operation("layer_norm forward", "vith target", rates)
+    for one, size in zip(rows, (12_000_000, 48_000_000, 24_000_000)):
+        one["peak_bytes"] = size
+    plant(home / "bench" / "results", "kernels", [*rows, *operation("gelu forward", "vith target", rates)], H100)
+    report(home)
+    assert " compiled | 12.0 / 24.0 |" in region(home, "kernels")
+    assert " compiled | - |" in region(home, "kernels")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_times_of_the_host_beside_a_gpu_name_its_processor(home):
+    host = row("decode, fastjepa", 9, "clips/s") | {"clock": "processor"}
+    plant(home / "bench" / "results", "data", [host], H100, processor="AMD EPYC")
+    report(home)
+    assert f"on {H100}, processor AMD EPYC, torch" in region(home, "data")
+    assert "processor" not in region(home, "kernels"), "these are times of the GPU"
+
+
+def test_an_unfinished_file_speaks_only_where_no_whole_one_does(tmp_path):
+    plant(tmp_path, "step", [row("a", 1.0, "x")], H100, "2026-11-25", "unfinished", complete=False)
+    plant(tmp_path, "step", [row("b", 2.0, "x")], H100, "2026-11-26", "b", commit="b" * 40)
+    (one,) = chosen(tmp_path).values()
+    assert not one.selected
+    assert [(r["name"], r["value"]) for r in one.rows] == [("a", 1.0)], "a part does not stand for all of it"
+    plant(tmp_path, "step", [row("a", 3.0, "x")], H100, "2026-11-24")
+    plant(tmp_path, "step", [row("a", 4.0, "x")], H100, "2026-11-26", "some-unfinished", complete=False)
+    (one,) = chosen(tmp_path).values()
+    assert [(r["name"], r["value"]) for r in one.rows] == [("a", 3.0)]

@@ -239,3 +239,83 @@ def test_a_count_that_grew_in_its_later_digits_is_shown_with_them(repository, ca
     repository.plant("census", [row("bytes", 169.948, "GB", None, model="vitl")], date="2026-11-26")
     assert repository.against(first) == 1
     assert lines(capsys, SLOWER) == ["census, bytes, vitl: 169.901 -> 169.948 GB (+0.03%)"]
+
+
+TWO = {"a": 1.30, "b": 1.30}
+
+
+def ratios(values: dict[str, float]) -> list[Row]:
+    return [row(name, value, "x", 0.01) for name, value in values.items()]
+
+
+def test_a_part_that_was_measured_at_the_commit_does_not_hide_the_whole_that_it_contains(repository, capsys):
+    repository.plant("executions", ratios(TWO), date="2026-11-25")
+    first = repository.commit("first")
+    repository.plant("executions", ratios({"a": 1.20}), CPU, "2026-11-26", "a")
+    repository.commit("slower")
+    repository.plant("executions", ratios({"a": 1.20, "b": 1.00}), date="2026-11-27")
+    assert repository.against(first) == 1
+    printed = capsys.readouterr().out
+    assert "executions, b: 1.30 (1.29 to 1.31) -> 1.00 (0.99 to 1.01) x (-23.08%)" in printed
+    assert "within the spread: 1" in printed, "a is held against what was measured at the commit"
+    assert " against executions-cpu-amd-epyc-2026-11-26-a.json (" in printed
+    assert "), executions-cpu-amd-epyc-2026-11-25.json (" in printed
+
+
+def test_a_newer_part_does_not_hide_the_whole_that_is_slower(repository, capsys):
+    repository.plant("executions", ratios(TWO), date="2026-11-25")
+    first = repository.commit("first")
+    repository.commit("slower")
+    repository.plant("executions", ratios({"a": 1.00, "b": 1.00}), date="2026-11-26")
+    repository.commit("a is mended")
+    repository.plant("executions", ratios({"a": 1.30}), CPU, "2026-11-27", "a")
+    assert repository.against(first) == 1
+    assert lines(capsys, SLOWER) == ["executions, b: 1.30 (1.29 to 1.31) -> 1.00 (0.99 to 1.01) x (-23.08%)"]
+    skips = [{"name": "b", "skipped": "no time", "parameters": {}}]
+    repository.plant("executions", [*ratios({"a": 1.30}), *skips], CPU, "2026-11-28", complete=False)
+    assert repository.against(first) == 1, "a reason is no figure"
+
+
+def test_what_a_commit_contains_is_no_news_of_it(repository):
+    repository.plant("executions", ratios(TWO), date="2026-11-24")
+    repository.commit("more")
+    repository.plant("executions", ratios({"b": 1.00}), CPU, "2026-11-25", "b")
+    last = repository.commit("contains a part that is newer than its whole")
+    repository.commit("later")
+    repository.plant("executions", ratios({"a": 1.30}), CPU, "2026-11-26", "a")
+    assert repository.against(last) == 0
+
+
+@pytest.mark.parametrize("clock", ["processor", "wall"])
+def test_times_of_the_host_beside_a_gpu_are_left_out_like_those_of_a_cpu(repository, capsys, clock):
+    for date, scale in (("2026-11-25", 1.0), ("2026-11-26", 3.0)):
+        host = {} if date == "2026-11-25" else {"clock": clock}  # the older file is from before the key
+        rows = [row("decode", 60 / scale, "clips/s") | host, row("speed", 2 / scale, "x") | host]
+        repository.plant("data", [*rows, row("steps alone", 30, "clips/s")], H100, date)
+        last = repository.commit(date)
+    assert repository.against(f"{last}~2") == 1
+    printed = capsys.readouterr().out
+    assert "times depend on the processor and its neighbours (1 left out)" in printed
+    assert "data, speed: 2.00" in printed
+    assert "data, decode" not in printed
+    assert "within the spread: 1\n" in printed
+
+
+@pytest.mark.parametrize(("peak", "code"), [(100_500_000, 0), (110_000_000, 1), (90_000_000, 0)])
+def test_more_memory_of_an_operation_is_found(repository, capsys, peak, code):
+    for date, size in (("2026-11-25", 100_000_000), ("2026-11-26", peak)):
+        repository.plant("kernels", [row("norm forward", 900, "GB/s", way="ours") | {"peak_bytes": size}], H100, date)
+        last = repository.commit(date)
+    assert repository.against(f"{last}~2") == code
+    found = lines(capsys, SLOWER)
+    assert len(found) == code
+    assert all(line.startswith("kernels, norm forward, peak memory, ours: 100 ") and " MB " in line for line in found)
+
+
+def test_the_commit_is_named_short(repository, capsys):
+    repository.plant("executions", ratios(TWO), date="2026-11-25")
+    first = repository.commit("first")
+    repository.commit("second")
+    repository.plant("executions", ratios(TWO), date="2026-11-26")
+    assert repository.against(first) == 0
+    assert capsys.readouterr().out.startswith(f"Against {first[:7]}:\n")

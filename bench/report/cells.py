@@ -80,7 +80,8 @@ def tables(rows: Sequence[Row], what: str = "what") -> list[str]:
 
 
 def _narrow(rows: list[Row]) -> list[list[Row]]:
-    if len({row["name"] for row in rows}) <= MOST_ACROSS:
+    points = {tuple(map(word, row["parameters"].values())) for row in rows}
+    if len({row["name"] for row in rows}) <= MOST_ACROSS or len(points) == 1:
         return [rows]
     return [[row for row in rows if row["unit"] == unit] for unit in dict.fromkeys(row["unit"] for row in rows)]
 

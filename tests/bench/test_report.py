@@ -278,14 +278,14 @@ def test_ratios_over_the_first_point_stand_beside_their_point(home):
         where = {"model": "tiny", "tokens": tokens, "ratio": share}
         found.append(row("step against tokens", value, "clips/s", **where))
         found += [] if ratio is None else [row("step against tokens, over the first point", ratio, "x", **where)]
-    found.append(row("step against batch, over the first point", 1.5, "x", batch=4))
+    found.append(row("step against batch, over the first point", 2.0, "x", batch=4))
     plant(home / "bench" / "results", "scaling", found)
     report(home)
     table = region(home, "scaling")
     assert "| what | at | ratio | clips/s (p20 to p80) | over the first point |" in table
     assert "| step | 64 | 0.5 | 128 (122 to 134) | - |" in table
     assert "| step | 8 | 0.9 | 154 (146 to 162) | 1.20 (1.14 to 1.26) |" in table
-    assert "| step, over the first point | 1.50 (1.42 to 1.57) |" in table, "without its point it is a row"
+    assert "| step, over the first point | 2.00 (1.90 to 2.10) |" in table, "without its point it is a row"
 
 
 def test_ratios_over_the_first_point_are_drawn_with_their_point(tmp_path):

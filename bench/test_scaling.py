@@ -6,7 +6,7 @@ processor.
 
 import pytest
 
-from bench.data.loading import CLIPS, LOADED, block_of, fresh, own_clock, processors, settings_of, why_not
+from bench.data.loading import LOADED, block_of, fresh, own_clock, processors, settings_of, why_not
 from bench.pairing import alternate, rate_row
 from bench.scaling import AXES, PROCESSES, Point, measure, points_of, why_one_process
 from bench.scaling import settings_of as step_settings
@@ -16,6 +16,7 @@ ON_A_DEVICE = True
 ROUNDS = {"cuda": 6, "cpu": 40}
 WORKERS = (0, 1, 2, 4, 8, 16, 32)
 WORKER_ROUNDS = 3
+LOADED_CLIPS = 4  # of a batch: a block has one batch of each worker, and of 24 clips no worker would take minutes
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -45,20 +46,20 @@ def test_processes(benchmark, results, device):
 def test_workers(benchmark, results, device, videos):
     """The loader, with a new start for each turn: its workers do not work while others are timed.
 
-    All begin with the same clip.
+    All load the same clips, as many as the most workers need.
     """
     benchmark.group = "loader against workers"
-    clips = CLIPS[device.type]
-    s = settings_of(videos.path(*LOADED), clips)
+    s = settings_of(videos.path(*LOADED), LOADED_CLIPS)
     fitting = [workers for workers in WORKERS if not why_not(workers)]
-    first = max(fitting) + 1
-    variants = {str(workers): lambda workers=workers: fresh(s, workers, device, first=first).ms for workers in fitting}
+    block = block_of(max(fitting), LOADED_CLIPS)
+    variants = {str(workers): lambda workers=workers: fresh(s, workers, device, block=block).ms for workers in fitting}
     times = alternate(benchmark, variants, own_clock, WORKER_ROUNDS, warm_up=0)
-    where = {"clips": clips, "size": LOADED[0], "gop": LOADED[1], "crop": s.data.crop, "processors": processors()}
+    where = {"clips": LOADED_CLIPS, "size": LOADED[0], "gop": LOADED[1], "crop": s.data.crop,
+             "processors": processors()}  # fmt: skip
     for workers in WORKERS:
         row = {"name": "loader against workers", "parameters": where | {"workers": workers}}
         if reason := why_not(workers):
             results([row | {"skipped": reason}])
         else:
-            work = block_of(workers, clips) * clips
+            work = block * LOADED_CLIPS
             results([rate_row(work=work, ms=times[str(workers)], unit="clips/s", **row) | {"clock": "wall"}])

@@ -26,6 +26,7 @@ CLIPS = {"cuda": 24, "cpu": 4}  # of a batch: the published ones; on a CPU such 
 LOADED = "340x256", 250  # size and group of pictures of the videos
 WARM_UP = 3
 LEAST_CLIPS = 48  # of a block
+FIRST = 56  # the batch that a timed block begins with: what is decoded from there on is like all that a run decodes
 TINY = (*QUICK, "data.frames=16", "optim.dtype=float32")
 
 
@@ -43,13 +44,16 @@ def settings_of(video: Path, clips: int, *more: str) -> Settings:
 
 
 @contextmanager
-def batches_of(s: Settings, workers: int, device: torch.device) -> Iterator[Iterator[Batch]]:
-    """The batches of a training run with these settings, on the device; worker processes end with the block."""
+def batches_of(s: Settings, workers: int, device: torch.device, first: int = 0) -> Iterator[Iterator[Batch]]:
+    """The batches of a training run with these settings, on the device, from the one of step `first` on.
+
+    Worker processes end with the block.
+    """
     d = s.data
     loader = make_loader(
         build_dataset(s, open_videos(d.path, s.optim.seed)),
         build_masks(s),
-        first_step=0,
+        first_step=first,
         last_step=STEPS,
         global_batch=s.optim.global_batch,
         batch_size=s.optim.global_batch,
@@ -92,25 +96,26 @@ def pass_by(batch: Batch) -> None:
 
 
 def block_of(workers: int, clips: int) -> int:
-    """Batches that are timed together: one of each worker, for they come at about the same time.
+    """Batches that are timed together: as many of each worker, for those of all come at about the same time.
 
     They have some dozens of clips, for what is decoded for a clip goes by its place in the video.
     """
-    return max(workers, -(-LEAST_CLIPS // clips))
+    turn = max(1, workers)
+    return turn * -(-LEAST_CLIPS // (clips * turn))
 
 
 def fresh(
-    s: Settings, workers: int, device: torch.device, step: Callable[[Batch], None] = pass_by, first: int | None = None
+    s: Settings, workers: int, device: torch.device, step: Callable[[Batch], None] = pass_by, block: int | None = None
 ) -> Stretch:
     """One block behind a loader of its own, which has not had a pause to fill its queue in.
 
     What workers begin with comes before it: the time until their first batches, and as many as they have ready by then.
-    The block begins with batch number `first`, for whatever is compared with another number of workers.
+    The block begins with the same clip for any number of workers. It has `block` batches, by default `block_of` them.
     """
-    begin = workers + 1 if first is None else first
-    with batches_of(s, workers, device) as batches:
+    begin = workers + 1
+    with batches_of(s, workers, device, FIRST - begin) as batches:
         stretch(batches, step, begin, device)
-        return stretch(batches, step, block_of(workers, s.optim.global_batch), device)
+        return stretch(batches, step, block or block_of(workers, s.optim.global_batch), device)
 
 
 class Beside:

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench import test_data
+from bench import test_data, test_scaling
 from bench.data import decoders, loading
 from bench.data import videos as made
 from fastjepa.data import decode
 from fastjepa.data.loader import Batch
+from fastjepa.data.sampling import ClipPlan
 from tests.pedantic import Pedantic
 
 CPU = torch.device("cpu")
 SMALL = "160x128"
+LENGTHS = sorted(set(made.SIZES.values()))  # before any test has others
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,7 @@ def test_rates_of_decoders_are_of_the_clips_and_frames_they_read(shelf, rows, mo
     assert found["speed of fastjepa over PyAV from the start"]["value"] == 1.0
     assert "speed of fastjepa, new video over PyAV from the start" in found
     assert found["decode, fastjepa"]["clock"] == "processor", "no figure of a GPU beside it"
+    assert found["speed of fastjepa over PyAV from the start"]["clock"] == "processor"
     assert set(read) == {decoders.FRAMES}
 
 
@@ -171,12 +174,11 @@ def test_transforms_and_masks_have_a_row_each(shelf, rows):
     assert all(row["value"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("gop", made.GOPS)
-def test_timed_clips_are_like_those_that_a_run_draws(shelf, gop):
+def test_timed_clips_are_like_those_that_a_run_draws(shelf, gop, length):
     """What a way decodes for a clip goes by its place: the mean over few clips must be that over many."""
-    info = replace(decode.probe(shelf.path(SMALL, gop)), frames=300)
-    keys = np.arange(0, 300, gop)
-    info = replace(info, keys=keys)
+    info = replace(decode.probe(shelf.path(SMALL, gop)), frames=length, keys=np.arange(0, length, gop))
     drawn = [draw.frames for draw in decoders.draws(info, 2000)]
     for way in ("fastjepa", decoders.PLAIN):
         few, many = (
@@ -186,15 +188,41 @@ def test_timed_clips_are_like_those_that_a_run_draws(shelf, gop):
         assert few == pytest.approx(many, rel=0.05)
 
 
+def test_blocks_of_the_loader_are_like_what_a_run_loads(tmp_path):
+    """As above: on any machine, of few workers or many, of small batches or published ones."""
+    s = loading.settings_of(tmp_path / "any.mp4", 4)
+    d, (size, gop) = s.data, loading.LOADED
+    width, height = map(int, size.split("x"))
+    plan = ClipPlan(s.optim.seed, np.arange(1), d.frames, d.stride, d.scale, d.aspect, d.flip)
+    slots = 24 * (loading.FIRST + 32)
+    assert slots < loading.LISTED, "each clip is of a new video"
+    assert max(test_scaling.WORKERS) < loading.FIRST, "a batch of each worker and one more come before"
+    info = SimpleNamespace(keys=np.arange(0, 300, gop))
+    decoded = np.array([decoders.frames_decoded(info, plan.clip(slot, 300, height, width).frames, "fastjepa")
+                        for slot in range(slots)])  # fmt: skip
+    for clips, most in ((4, 32), (24, 8)):
+        for workers in range(most + 1):
+            block = clips * loading.block_of(workers, clips)
+            begin = clips * loading.FIRST
+            assert decoded[begin : begin + block].mean() == pytest.approx(decoded.mean(), rel=0.05)
+
+
+def test_transforms_differ_by_their_further_draws_alone(shelf):
+    info = decode.probe(shelf.path(SMALL, 12))
+    cut = [[(draw.box, draw.flip) for draw in decoders.draws(info, test_data.CUT, augmentation)]
+           for augmentation in test_data.AUGMENTED.values()]  # fmt: skip
+    assert cut == [cut[0]] * 4
+
+
 def test_more_workers_than_processors_are_refused_with_a_sentence(monkeypatch):
     monkeypatch.setattr(loading, "processors", lambda: 2)
     assert loading.why_not(2) == ""
     assert loading.why_not(4) == "4 workers are more than this machine's 2 processors"
 
 
-def test_a_block_has_a_batch_of_each_worker_and_some_dozen_clips():
-    assert [loading.block_of(workers, 4) for workers in (0, 2, 16)] == [12, 12, 16]
-    assert [loading.block_of(workers, 24) for workers in (0, 8)] == [2, 8]
+def test_a_block_has_as_many_batches_of_each_worker_and_some_dozen_clips():
+    assert [loading.block_of(workers, 4) for workers in (0, 2, 7, 8, 16)] == [12, 12, 14, 16, 16]
+    assert [loading.block_of(workers, 24) for workers in (0, 3, 8)] == [2, 3, 8]
 
 
 def test_the_loader_is_that_of_a_run_and_every_clip_is_of_a_new_video(shelf, monkeypatch):
@@ -212,10 +240,13 @@ def test_the_loader_is_that_of_a_run_and_every_clip_is_of_a_new_video(shelf, mon
     assert (first.slots, second.slots) == ((0, 1), (2, 3))
 
 
-def test_workers_of_a_fresh_loader_end_with_it(shelf, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fresh_loader_times_the_same_clips_whatever_its_workers_and_ends_them(shelf, monkeypatch, workers):
     monkeypatch.setattr(loading, "LEAST_CLIPS", 2)
     s = loading.settings_of(shelf.path(SMALL, 12), 2, *loading.TINY)
-    assert loading.fresh(s, 1, CPU).ms > 0
+    seen = []
+    assert loading.fresh(s, workers, CPU, lambda batch: seen.append(batch.slots), block=2).ms > 0
+    assert seen[workers + 1 :] == [(112, 113), (114, 115)], "from batch FIRST on"
     assert multiprocessing.active_children() == []
 
 
@@ -244,15 +275,15 @@ def test_a_stretch_refuses_clips_of_another_file():
         loading.stretch(iter([batch([("a.mp4", "the file is empty")])]), loading.pass_by, 1, CPU)
 
 
-@pytest.mark.parametrize(("workers", "first", "begin"), [(0, None, 1), (1, None, 2), (4, None, 5), (1, 5, 5)])
-def test_a_fresh_loader_has_no_queue_when_its_block_begins(monkeypatch, workers, first, begin):
+@pytest.mark.parametrize(("workers", "block", "timed"), [(0, None, 2), (1, None, 2), (4, None, 4), (1, 5, 5)])
+def test_a_fresh_loader_has_no_queue_when_its_block_begins(monkeypatch, workers, block, timed):
     monkeypatch.setattr(loading, "LEAST_CLIPS", 8)
     events, real = [], loading.stretch
     s = SimpleNamespace(optim=SimpleNamespace(global_batch=4))
 
     @contextmanager
-    def started(s, given, device):
-        assert given == workers
+    def started(s, given, device, first):
+        assert (given, first) == (workers, loading.FIRST - workers - 1)
         events.append("started")
         yield (batch() for _ in count())
         events.append("ended")
@@ -260,8 +291,8 @@ def test_a_fresh_loader_has_no_queue_when_its_block_begins(monkeypatch, workers,
     monkeypatch.setattr(loading, "batches_of", started)
     monkeypatch.setattr(loading, "stretch", lambda b, step, n, device: events.append(n) or real(b, step, n, device))
     steps = []
-    loading.fresh(s, workers, CPU, steps.append, first)
-    assert events == ["started", begin, max(2, workers), "ended"]
+    loading.fresh(s, workers, CPU, steps.append, block)
+    assert events == ["started", workers + 1, timed, "ended"]
     assert len(steps) == sum(events[1:3]), "steps are taken from the first batch on"
 
 

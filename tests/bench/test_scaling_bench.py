@@ -234,14 +234,24 @@ def test_a_library_that_takes_several_processes_is_not_skipped(monkeypatch):
         scaling.why_one_process(2)
 
 
-def test_workers_have_a_row_each_and_their_own_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "processors", lambda: 2)
+@pytest.mark.parametrize(("processors", "block"), [(2, 12), (8, 16), (64, 32)])
+def test_workers_have_a_row_each_and_their_own_time_for_the_same_clips(monkeypatch, tmp_path, processors, block):
+    monkeypatch.setattr(loading, "processors", lambda: processors)
     monkeypatch.setattr(test_scaling, "settings_of", lambda video, clips: scaling.settings_of("batch", clips, CPU))
-    faster = {workers: loading.Stretch(1000.0 / (1 + workers), 0.5) for workers in range(3)}
-    monkeypatch.setattr(test_scaling, "fresh", lambda s, workers, device, first: faster[workers])
+    asked = []
+
+    def fresh(s, workers, device, block):
+        asked.append((s.optim.global_batch, block))
+        return loading.Stretch(1000.0 / (1 + workers), 0.5)
+
+    monkeypatch.setattr(test_scaling, "fresh", fresh)
     rows, shelf = [], type("Shelf", (), {"path": lambda self, size, gop: tmp_path})()
     test_scaling.test_workers(Fixture(), rows.extend, CPU, shelf)
-    clips = loading.CLIPS["cpu"]
-    assert [row.get("value") for row in rows] == [12 * clips, 24 * clips, 36 * clips, None, None, None, None]
-    assert [row["parameters"]["workers"] for row in rows] == list(test_scaling.WORKERS)
-    assert rows[3]["skipped"] == "4 workers are more than this machine's 2 processors"
+    assert set(asked) == {(4, block)}, "the same clips for all of them"
+    for row, workers in zip(rows, test_scaling.WORKERS, strict=True):
+        assert row["parameters"]["workers"] == workers
+        if workers > processors:
+            assert row["skipped"] == f"{workers} workers are more than this machine's {processors} processors"
+        else:
+            assert row["value"] == pytest.approx(4 * block * (1 + workers))
+            assert row["clock"] == "wall"

@@ -16,7 +16,7 @@ ON_A_DEVICE = True
 ROUNDS = {"cuda": 6, "cpu": 40}
 WORKERS = (0, 1, 2, 4, 8, 16, 32)
 WORKER_ROUNDS = 3
-LOADED_CLIPS = 4  # of a batch: a block has one batch of each worker, and of 24 clips no worker would take minutes
+LOADED_CLIPS = 4  # of a batch: with the published 24, one process would need minutes for a block of many workers
 
 
 @pytest.mark.parametrize("axis", AXES)

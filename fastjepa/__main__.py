@@ -1,4 +1,4 @@
-"""`python -m fastjepa VERB ...`: train a run, show its plan without running it, or show what this machine offers."""
+"""`python -m fastjepa VERB ...`: train a run, show the plan of one, look through videos, show this machine."""
 
 import sys
 
@@ -7,6 +7,9 @@ USAGE = """usage: python -m fastjepa VERB ...
   plan SETTINGS.yaml [--gpu NAME] [key=value ...]
                                         tokens, schedule, work, memory, expected clips/s and days of a run on one GPU,
                                         this machine's or a named one (h200, a100, ...), without starting it
+  data PATH [--workers N] [--out FILE] [--gpu NAME]
+                                        what a folder or list of videos holds, which files are bad and why, and whether
+                                        this machine decodes fast enough; only what changed is opened again
   info                                  versions and devices
   --help                                every setting with its default and help"""
 
@@ -21,6 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
         return train(rest)
     if verb == "plan":
         return _plan(rest)
+    if verb == "data":
+        from fastjepa.survey import main as survey
+
+        return survey(rest)
     if verb == "info":
         return _info()
     if verb in ("-h", "--help"):

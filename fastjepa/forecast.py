@@ -30,6 +30,11 @@ def forecast(s: Settings, plan: Plan, gpu: GPU) -> list[str]:
     ]
 
 
+def expected_rate(s: Settings, plan: Plan, gpu: GPU) -> float:
+    """Clips/s that a run is expected to reach if the data keeps up."""
+    return s.optim.global_batch / total(component_costs(step_work(plan.shape), gpu)).expected
+
+
 def heading(gpu: GPU, reason: str) -> str:
     """Which GPU the figures are for, and what they rest on."""
     measured = "measured" if gpu.measured_product and gpu.measured_copy else "assumed"

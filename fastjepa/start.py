@@ -1,6 +1,5 @@
 """From settings to a running loop: everything that can be refused is refused here, before any work."""
 
-import os
 import re
 import sys
 import traceback
@@ -13,6 +12,7 @@ from fastjepa import config, parallel
 from fastjepa.build import build_masks, build_step
 from fastjepa.checkpoint import CheckpointError
 from fastjepa.config import Settings
+from fastjepa.data.processes import processors
 from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
 from fastjepa.data.source import open_videos
 from fastjepa.evaluation import should_probe
@@ -117,11 +117,6 @@ def _workers(settings: Settings) -> int:
 def auto_workers() -> int:
     """Loader processes of `data.workers=auto`: the training process keeps a processor for itself."""
     return max(1, min(8, processors() - 1))
-
-
-def processors() -> int:
-    """Processors that this process may use, which is not always all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -59,6 +59,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.pieces", {"attending", "config", "fused", "models"}),
         ("fastjepa.compiling", {"config", "jepa", "pieces"}),
         ("fastjepa.data", {"data", "masks", "pixels", "streams"}),
+        ("fastjepa.survey", {"build", "config", "data", "exits", "forecast", "gpus", "memory", "plan"}),
         ("fastjepa.health", set()),
         ("fastjepa.costs", set()),
         ("fastjepa.gpus", set()),

@@ -40,14 +40,21 @@ def test_the_example_of_mistakes_prints_exactly_that():
     assert done.returncode == 2
 
 
-def test_verbs_work_as_written(capsys, monkeypatch):
+def test_verbs_work_as_written(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
     verbs = [shlex.split(line)[3:] for line in lines if line.startswith("python -m fastjepa ")]
-    assert {verb[0] for verb in verbs} == {"--help", "plan", "info"}
+    assert {verb[0] for verb in verbs} == {"--help", "plan", "info", "data"}
+    excerpt = README.partition("<!-- data -->\n```\n")[2].partition("\n```\n<!-- /data -->")[0].splitlines()
+    assert len(excerpt) > 5
     for verb in verbs:
         assert main(verb) == 0
-        assert capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert out
+        if verb[0] == "data":
+            printed = iter(re.sub(r", \S+/synthetic/", ", ~/.cache/fastjepa/synthetic/", out).splitlines())
+            assert all(line in printed for line in excerpt)
 
 
 def test_the_excerpt_of_a_plan_is_what_the_command_prints(capsys, monkeypatch):

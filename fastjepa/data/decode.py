@@ -36,6 +36,10 @@ from av.video.stream import VideoStream
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf"
 # AVI stores no presentation times, and transport streams no index: libav guesses both.
 SEEKABLE = {"mov", "mp4", "matroska", "webm"}
+# Reasons that lie outside the file: they may be gone another time although it did not change.
+NO_PERMISSION = "there is no permission to read the file"
+NOT_REACHED = "the file cannot be reached"
+NOT_OPENED = "it cannot be opened"
 
 
 class VideoError(ValueError):
@@ -58,6 +62,8 @@ class VideoInfo:
     codec: str
     pixel_format: str
     rotation: int  # degrees clockwise that `read_frames` applies: 0, 90, 180 or 270
+    duration: float | None  # seconds from the first frame to the end of the last, by the frames that were counted
+    key_frames: int  # frames where decoding can start, at least 1
     pts: np.ndarray | None = field(default=None, compare=False, repr=False)
     """int64 [frames], ascending: when each frame is shown, in the stream's time base. None: read in order."""
     keys: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -91,6 +97,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
             raise VideoError("none of its frames can be decoded", name)
 
         frames, starts = len(counted), None
+        key_frames = sum(key for _, key in counted)
         pts = _ascending([time for time, _ in counted]) if SEEKABLE & set(container.format.name.split(",")) else None
         if (
             pts is None or first.pts is None or first.pts not in pts
@@ -99,19 +106,22 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         else:
             pts = pts[np.searchsorted(pts, first.pts) :]
             starts = np.flatnonzero(np.isin(pts, [time for time, key in counted if key and time is not None]))
-            frames = len(pts)
+            frames, key_frames = len(pts), len(starts)
         rotation = round(-first.rotation / 90) * 90 % 360  # the display matrix turns counterclockwise
         width, height = (first.width, first.height) if rotation % 180 == 0 else (first.height, first.width)
-        rate = stream.average_rate or stream.guessed_rate
+        found = stream.average_rate or stream.guessed_rate
+        rate = Fraction(found.numerator, found.denominator) if found else None
         return VideoInfo(
             path=name,
             frames=frames,
             width=width,
             height=height,
-            rate=Fraction(rate.numerator, rate.denominator) if rate else None,
+            rate=rate,
             codec=stream.codec.canonical_name,
             pixel_format=first.format.name,
             rotation=rotation,
+            duration=_duration(frames, rate, pts, stream),
+            key_frames=max(1, key_frames),
             pts=pts,
             keys=starts,
         )
@@ -229,7 +239,7 @@ class _Converter:
 @contextmanager
 def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the best video stream of a regular local file; raises VideoError."""
-    _check_file(path)
+    check_file(path)
     try:
         # "file:" keeps a name such as "concat:a" from being taken for a protocol.
         container = av.open(
@@ -250,7 +260,7 @@ def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         yield container, stream
 
 
-def _check_file(path: str) -> None:
+def check_file(path: str) -> os.stat_result:
     """Raise VideoError for all that is not a regular file with something in it, before libav could block on it."""
     try:
         status = os.stat(path)
@@ -258,7 +268,7 @@ def _check_file(path: str) -> None:
         reason = "it is a link to a file that does not exist" if os.path.islink(path) else "the file does not exist"
         raise VideoError(reason, path) from error
     except OSError as error:
-        raise VideoError(f"the file cannot be reached: {error.strerror}", path) from error
+        raise VideoError(f"{NOT_REACHED}: {error.strerror}", path) from error
     except ValueError as error:  # a null byte, or a character that no file name has
         raise VideoError("this is not a possible file name", path) from error
     if stat.S_ISDIR(status.st_mode):
@@ -267,16 +277,17 @@ def _check_file(path: str) -> None:
         raise VideoError("it is not a regular file", path)
     if status.st_size == 0:
         raise VideoError("the file is empty", path)
+    return status
 
 
 def _opening_error(error: av.FFmpegError) -> str:
     if isinstance(error, PermissionError):
-        return "there is no permission to read the file"
+        return NO_PERMISSION
     if isinstance(error, av.InvalidDataError):
         return "it is not a video file, or its header is damaged"
     if error.errno == errno.EINVAL:  # what libav says of a format outside the list
         return "it is not in a video container (a playlist, an image or a raw stream)"
-    return f"it cannot be opened: {error.strerror}"
+    return f"{NOT_OPENED}: {error.strerror}"
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
@@ -306,6 +317,13 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
 def _hidden(stream: VideoStream, packet: av.Packet) -> bool:
     """Is this a VP8 frame that only serves as a reference? WebM stores those in packets of their own."""
     return stream.codec.canonical_name == "vp8" and not memoryview(packet)[0] & 0x10
+
+
+def _duration(frames: int, rate: Fraction | None, pts: np.ndarray | None, stream: VideoStream) -> float | None:
+    """Seconds. By the times of the frames where there are any, as headers lie about this too; else by the rate."""
+    if pts is not None and frames > 1 and stream.time_base is not None:
+        return float(int(pts[-1] - pts[0]) * Fraction(stream.time_base) * Fraction(frames, frames - 1))
+    return float(frames / rate) if rate else None
 
 
 def _ascending(times: list[int | None]) -> np.ndarray | None:

@@ -40,9 +40,15 @@ class Videos:
     splits: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def open_videos(path: str, seed: int, progress: Callable[[int, int], None] | None = None) -> Videos:
+def open_videos(
+    path: str,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    closed: Callable[[OSError], None] | None = None,
+) -> Videos:
     """The videos of `data.path`. Synthetic ones are drawn and encoded on first use, with `progress(done, total)`.
 
+    A folder inside it that cannot be read is an error, or goes to `closed`, which is called with what the system says.
     The fingerprint hashes relative names, so a folder that moved is the same data. Errors: ValueError with one sentence
     for a path that does not exist, holds no video or is no valid list; OSError where the cache cannot be written.
     """
@@ -52,7 +58,7 @@ def open_videos(path: str, seed: int, progress: Callable[[int, int], None] | Non
         raise ValueError(f"data.path: expected a folder, a list file or {SYNTHETIC}..., given {path!r}")
     place = Path(path).expanduser()
     if place.is_dir():
-        return _folder(place)
+        return _folder(place, closed or _refuse)
     if place.is_file():
         if place.suffix.lower() in EXTENSIONS:
             return _listed([str(place)], [None], place.parent, f"the video {place}")
@@ -63,11 +69,11 @@ def open_videos(path: str, seed: int, progress: Callable[[int, int], None] | Non
     raise ValueError(f"data.path: no such folder or file: {path}{hint}")
 
 
-def _folder(root: Path) -> Videos:
+def _folder(root: Path, closed: Callable[[OSError], None]) -> Videos:
     paths: list[str] = []
     entered: set[str] = set()
-    # Linked folders are followed, each once, so that a circle of links ends; one that cannot be read is an error.
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
+    # Linked folders are followed, each once, so that a circle of links ends.
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=closed):
         if (real := os.path.realpath(folder)) in entered:
             folders.clear()
             continue

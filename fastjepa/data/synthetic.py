@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,6 +36,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import av
 import numpy as np
+
+from fastjepa.data.processes import end_with_parent
 
 SHAPES = ("disc", "square", "triangle", "star", "ring", "plus")
 MOTIONS = ("right", "left", "up", "down", "grow", "shrink", "rotate", "still")
@@ -307,7 +308,7 @@ def materialise(
     elif workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     key = hashlib.sha256(f"{spec.url()} recipe={RECIPE}".encode()).hexdigest()[:12]
-    folder = (_default_cache() if cache is None else Path(cache)) / "synthetic" / f"{NAME}-{key}"
+    folder = (default_cache() if cache is None else Path(cache)) / "synthetic" / f"{NAME}-{key}"
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         if _is_complete(folder, spec):
@@ -329,14 +330,15 @@ def materialise(
     return folder
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """`$XDG_CACHE_HOME/fastjepa` or `~/.cache/fastjepa`. Errors: OSError where there is no home folder."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if root.is_absolute():  # the XDG specification: a relative path is to be ignored
         return root / "fastjepa"
     try:
         return Path.home() / ".cache" / "fastjepa"
     except RuntimeError as error:
-        raise OSError(errno.ENOENT, "no home folder for the video cache; set XDG_CACHE_HOME") from error
+        raise OSError(errno.ENOENT, "no home folder for the cache; set XDG_CACHE_HOME") from error
 
 
 def _is_complete(folder: Path, spec: MovingShapes) -> bool:
@@ -372,7 +374,7 @@ def _make_videos(spec: MovingShapes, folder: Path, progress: Callable[[int, int]
                 progress(index + 1, spec.videos)
         return total
     step = max(1, min(spec.videos // (8 * workers), 100))
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
         parts = [range(i, min(i + step, spec.videos)) for i in range(0, spec.videos, step)]
         jobs = {pool.submit(_write_videos, spec, folder, part): len(part) for part in parts}
@@ -393,18 +395,6 @@ def _make_videos(spec: MovingShapes, folder: Path, progress: Callable[[int, int]
 
 def _write_videos(spec: MovingShapes, folder: Path, indices: range) -> int:
     return sum((folder / _name(spec, index)).write_bytes(_encode(spec, index)) for index in indices)
-
-
-def _end_with_parent() -> None:
-    """Run in each worker: one whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_labels(spec: MovingShapes, path: Path, size: int) -> None:

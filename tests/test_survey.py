@@ -1,9 +1,8 @@
 """`python -m fastjepa data`, whole: what it prints, where, and how it ends."""
 
+import io
 import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -100,7 +99,8 @@ def test_the_speed_is_measured_and_the_need_is_that_of_the_plan(shelf, capsys, m
     for label, config in (("ViT-L", "vitl"), ("ViT-H", "vith")):
         assert main(["plan", str(ROOT / "configs" / f"{config}.yaml"), "--gpu", "h200"]) == 0
         (wanted,) = re.findall(r"speed +(\S+) clips/s expected", capsys.readouterr().out)
-        assert f"{label} {wanted}" in line(out, "needed")
+        (needed,) = re.findall(rf"{label} ([0-9.]+)", line(out, "needed"))
+        assert float(needed) == pytest.approx(float(wanted), rel=0.02)  # the recipes draw their masks with another seed
 
 
 @pytest.mark.parametrize(
@@ -167,15 +167,11 @@ def test_a_decoder_that_fails_further_on_leaves_the_summary(shelf, capsys, monke
     assert "estimate" not in out
 
 
-def test_a_console_without_unicode_shows_every_name(tmp_path):
+def test_a_console_without_unicode_shows_every_name(tmp_path, monkeypatch):
     place = tmp_path / "vidéos"
     place.mkdir()
-    shutil.copy(__file__, place / "a.mp4")
-    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-m", "fastjepa", "data", str(place)],
-        capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 3, done.stderr
-    assert "vid\\xe9os" in done.stdout
-    assert "Traceback" not in done.stderr
+    (place / "a.mp4").touch()
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert main(["data", str(place)]) == 3
+    assert b"vid\\xe9os/a.mp4" in written.getvalue()

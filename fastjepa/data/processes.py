@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ class Lost:
 
 def each_apart(
     function: Callable[[Item], Answer], items: Sequence[Item], workers: int, limit: Callable[[Item], float]
-) -> Iterator[tuple[int, Answer | Lost]]:
+) -> Generator[tuple[int, Answer | Lost], None, None]:
     """(number of the item, answer) as they come, from at most `workers` processes that are started for it.
 
     `function` is found by name in a new interpreter (spawn). An item on which a process dies is tried once more, as the
@@ -46,7 +46,8 @@ def each_apart(
             ready = wait([worker.pipe for worker in crew], max(0.0, min(w.deadline for w in crew) - time.monotonic()))
             now = time.monotonic()
             for worker in list(crew):
-                number, answer, lost = worker.number, None, None
+                number, lost = worker.number, None
+                answer: Any = None
                 if worker.pipe in ready:
                     try:
                         answer = worker.pipe.recv()

@@ -134,40 +134,50 @@ def test_reasons_outside_the_file_are_looked_at_again(place, scan, tmp_path, mon
 
 DAMAGE = {
     "empty": (lambda text: "", "is empty"),
-    "cut": (lambda text: text[: text.rindex("{")], "is damaged: it has 5 entries of 6"),
-    "half a line": (lambda text: text[:-20], "is damaged in line 7"),
+    "cut": (lambda text: text[: text.rindex("{")], "is damaged: it has 1 entries of 2"),
+    "half a line": (lambda text: text[:-20], "is damaged in line 3"),
     "other version": (lambda text: text.replace('"version": 1', '"version": 99'), "has version 99"),
-    "a list of lists": (lambda text: text + "[1]\n", "is damaged in line 8"),
+    "a list of lists": (lambda text: text + "[1]\n", "is damaged in line 4"),
+    "a rate of nothing": (lambda text: text.replace("[24, 1]", "[24, 0]"), "is damaged in line 2"),
 }
+TWO = [Entry("a.mp4", 9, 9, None, 5, 4, 4, Fraction(24), 0.2, "h264", "yuv420p"), Entry("b.mp4", 9, 9, "it is bad")]
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_index_is_said_and_made_anew(place, scan, tmp_path, case):
+def test_a_damaged_index_is_said_and_nothing_of_it_used(tmp_path, case):
     change, sentence = DAMAGE[case]
-    file = tmp_path / "index.jsonl"
-    entries, _, _ = scan(place)
+    file, said = tmp_path / "index.jsonl", []
+    write_index(file, "videos", TWO)
+    assert module._known(file, said.append) == ({entry.path: entry for entry in TWO}, True)
     file.write_text(change(file.read_text()))
-    again, index, said = scan(place)
-    assert again == entries
-    assert index.opened == 5
+    assert module._known(file, said.append) == ({}, False)
     (line,) = said
     assert sentence in line
-    assert line.endswith("it is made anew")
-    assert scan(place)[1:] == (index.__class__(file, index.description, index.entries), [])
+    assert line.endswith("; it is made anew")
 
 
 @pytest.mark.parametrize("content", [b"path,label\na.mp4,1\n", b"\xff\xd8\xff\xe0" * 100, b'{"a": 1}\n', b"[]", b"7\n"])
-def test_a_foreign_file_is_kept_aside(place, scan, tmp_path, content):
-    file = tmp_path / "index.jsonl"
+def test_a_foreign_file_is_kept_aside(tmp_path, content):
+    file, said = tmp_path / "index.jsonl", []
     file.write_bytes(content)
-    _, index, said = scan(place)
-    assert index.opened == 5
+    assert module._known(file, said.append) == ({}, False)
     (line,) = said
     assert "is not an index of videos" in line
-    (aside,) = tmp_path.glob("index.jsonl.*.old")
+    (aside,) = tmp_path.iterdir()
     assert aside.read_bytes() == content
     assert str(aside) in line
-    assert len(read_index(file)[0]) == 6
+
+
+def test_an_index_that_cannot_be_used_is_made_anew(place, scan, tmp_path):
+    file = tmp_path / "index.jsonl"
+    file.write_text("a.mp4 0\n")
+    entries, index, said = scan(place)
+    assert index.opened == 5
+    assert len(said) == 1
+    file.write_text(file.read_text()[:-20])
+    again, index, said = scan(place)
+    assert (again, index.opened, len(said)) == (entries, 5, 1)
+    assert scan(place)[1].opened == 0
 
 
 def test_a_crash_of_the_decoder_costs_its_file_alone(place, scan, monkeypatch):

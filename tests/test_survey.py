@@ -57,13 +57,13 @@ def test_the_summary_says_what_a_person_needs(shelf, capsys, tmp_path):
     assert line(out, "videos").startswith(f"7 videos under {shelf}: 5 readable, 2 not; ")
     (file,) = (tmp_path / "cache" / "fastjepa" / "index").iterdir()
     assert line(out, "index") == f"{file}; 5 opened for it, 2 known or not there to open"
-    assert line(out, "length") == "15.2 s in all; 1 to 200 frames a video, median 80"
+    assert line(out, "length") == "15.2 s in all; 80 frames in the median video, 1 to 200 in all of them"
     assert line(out, "short").startswith("2 (40%) have fewer frames than a clip spans (64)")
     assert line(out, "size") == "192 x 160, all"
     assert line(out, "codec") == "h264 yuv420p, all"
-    assert line(out, "rate") == "25, all frames/s"
+    assert line(out, "rate") == "25 frames/s, all"
     assert line(out, "seeking") == "key frames every 10 frames in the median, every 200 at most"
-    assert "slow: in 1 (20%) they are further apart than a clip spans, so that 100 frames are decoded" in out
+    assert "slow: in 1 (20%) they are further apart than a clip spans, so that some 100 frames are decoded" in out
     assert line(out, "decoders") == "PyAV 5, DALI on a GPU 5, DALI on a CPU 0"
     assert line(out, "unreadable") == "2 files"
     assert f"2 x the file is empty: {shelf}/empty.mp4, {shelf}/line\\nend.mp4\n" in out

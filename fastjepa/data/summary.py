@@ -27,7 +27,7 @@ def summarise(index: Index, frames: int, stride: int) -> list[str]:
             *_short(good, frames * stride),
             f"size       {_kinds(good, lambda e: f'{e.width} x {e.height}')}",
             f"codec      {_kinds(good, lambda e: f'{e.codec} {e.pixel_format}')}",
-            f"rate       {_kinds(good, lambda e: 'unknown' if e.rate is None else f'{float(e.rate):.4g}')} frames/s",
+            f"rate       {_kinds(good, lambda e: 'unknown' if e.rate is None else f'{float(e.rate):.4g} frames/s')}",
             *_rotated(good),
             *_seeking(good, frames * stride),
             f"decoders   {_decoders(good)}",
@@ -46,8 +46,8 @@ def _length(good: list[Entry]) -> str:
     unknown = len(good) - len(seconds)
     without = f" (without {unknown:,} of unknown rate)" if unknown else ""
     return (
-        f"{_span(sum(seconds))} in all{without}; {min(counts):,} to {max(counts):,} frames a video, "
-        f"median {median(counts):,.0f}"
+        f"{_span(sum(seconds))} in all{without}; {median(counts):,.0f} frames in the median video, "
+        f"{min(counts):,} to {max(counts):,} in all of them"
     )
 
 
@@ -75,7 +75,7 @@ def _seeking(good: list[Entry], span: int) -> list[str]:
         wasted = sum(min(entry.gop, entry.frames) / 2 for entry in sparse) / len(sparse)
         lines.append(
             f"slow: in {len(sparse):,} ({_share(len(sparse), good)}) they are further apart than a clip spans, so that "
-            f"{wasted:.0f} frames are decoded before a clip of {span}"
+            f"some {wasted:.0f} frames are decoded before a clip of {span}"
         )
     sequential = sum(not entry.seekable for entry in good)
     if sequential:

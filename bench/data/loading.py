@@ -15,10 +15,10 @@ from fastjepa import configfile
 from fastjepa.build import build_dataset, build_masks
 from fastjepa.config import Settings
 from fastjepa.data.loader import Batch, make_loader, running
+from fastjepa.data.processes import processors
 from fastjepa.data.source import open_videos
 from fastjepa.data.upload import uploaded
 from fastjepa.loop import Clock
-from fastjepa.start import processors
 
 LISTED = 10_000  # videos of a list: more than the clips that are read, so that each is new, as in a large data set
 STEPS = 100_000

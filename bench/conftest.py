@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.data.videos import Shelf
-from bench.files import Row
-from bench.recording import Kind, Session, made, selection_of
+from bench.files import Row, made
+from bench.recording import Kind, Session, selection_of
 
 SESSION = pytest.StashKey[Session]()
 BEGAN = pytest.StashKey[float]()
@@ -69,8 +68,10 @@ def _device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def videos() -> Iterator[Shelf]:
-    """Videos to measure with, made where they are asked for; they go with the session."""
+def videos() -> Iterator[Any]:
+    """A `bench.data.videos.Shelf`: videos to measure with, made where they are asked for; they go with the session."""
+    from bench.data.videos import Shelf  # needs PyAV, which the benches of kernels do without
+
     with tempfile.TemporaryDirectory() as folder:
         yield Shelf(Path(folder))
 

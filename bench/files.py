@@ -24,6 +24,20 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return p20, statistics.median(values), p80
 
 
+def made(folder: Path, option: str) -> Path:
+    """The folder that this option names, made where it is missing.
+
+    Errors: ValueError with one sentence where it is a file, or cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option}: expected a folder, given {str(folder)!r} ({error.strerror}).") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{option}: expected a folder that may be written to, given {str(folder)!r}.")
+    return folder
+
+
 def write_results(path: Path, header: dict[str, Any], rows: list[Row], *, complete: bool) -> None:
     """Write a result file so that a reader never sees half of it: under a temporary name, then renamed.
 

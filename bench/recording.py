@@ -81,20 +81,6 @@ class Session:
         return [kind.path for kind in begun]
 
 
-def made(folder: Path, option: str) -> Path:
-    """The folder that this option names, made where it is missing.
-
-    Errors: ValueError with one sentence where it is a file, or cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{option}: expected a folder, given {str(folder)!r} ({error.strerror}).") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{option}: expected a folder that may be written to, given {str(folder)!r}.")
-    return folder
-
-
 def plain_command(arguments: Sequence[str]) -> str:
     """The command line that repeats this, without what changes no figure (where files go, how it prints)."""
     # The public code is part of what is measured; where its checkout lies is not.

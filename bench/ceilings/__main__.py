@@ -17,7 +17,7 @@ import torch
 
 from bench.ceilings.cases import STAGES
 from bench.ceilings.shapes import FULL, QUICK, Shapes
-from bench.files import Row, table, write_results
+from bench.files import Row, made, table, write_results
 from bench.machine import device_name, facts, slug
 from bench.measure import measure
 
@@ -66,9 +66,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             2, "--device: expected a machine with CUDA for 'cuda', but torch finds none; 'cpu' works anywhere.\n"
         )
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.exit(2, f"--out: expected a folder that can be written, got {str(options.out)!r}: {error.strerror}.\n")
+        made(options.out, "--out")
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
     return options
 
 

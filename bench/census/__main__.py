@@ -19,9 +19,8 @@ import torch
 
 from bench.census.figures import census, result_rows, table
 from bench.census.steps import MODELS
-from bench.files import write_results
+from bench.files import made, write_results
 from bench.machine import facts
-from bench.recording import made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench.files import made
 from bench.machine import device_name, facts, slug
 from bench.step.profile import write_profile
 from bench.step.ways import MODELS, WAYS, Runner, prepare, settings_of
@@ -38,9 +39,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "--device: expected a machine with CUDA for 'cuda', given none; 'cpu --quick' works anywhere.\n")
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.exit(2, f"--out: expected a folder that can be written, given {str(options.out)!r}: {error.strerror}.\n")
+        made(options.out, "--out")
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
     return options
 
 

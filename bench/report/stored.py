@@ -1,7 +1,7 @@
 """Result files as they are stored, and which of them speak for a series of measurements.
 
-A *series* is what is measured (`kind`, and its `part`: the model of `bench.steps`, the stage of `bench.ceilings`) and
-the device; figures without a device are the same on any. The file names say it:
+A *series* is what is measured (`kind`, and its `part`: the stage of `bench.ceilings`) and the device; figures
+without a device are the same on any. The file names say it:
 KIND[-PART][-DEVICE]-DATE[-SELECTION][-unfinished].
 """
 

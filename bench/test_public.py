@@ -55,13 +55,13 @@ def with_public(benchmark, results, device, model, variant):
     size = Size(PUBLISHED.get(model, TINY.model), s.data.crop, s.data.frames, s.optim.global_batch)
     steps = CPU_STEPS if device.type == "cpu" else STEPS
     plans = [plan_of(one, device) for one in settings]
-    public = PublicCode(checkout(), variant, size, steps, TURN, device)
-    ours = Side("packed", lambda: Own(s, public.batches, device, WARM_UP), plans[0])
-    theirs = Side(f"public {variant}", lambda: public, plans[0])
+    repo = checkout()
     # Its process has its state on the device from the start: it cannot follow ours.
     if not fit_together(plans, usable_memory(device)):
-        public.close()
         pytest.skip("both do not fit into the memory of this device together")
+    public = PublicCode(repo, variant, size, steps, TURN, device)
+    ours = Side("packed", lambda: Own(s, public.batches, device, WARM_UP), plans[0])
+    theirs = Side(f"public {variant}", lambda: public, plans[0])
     try:
         # Weights differ, so losses do.
         results(Pair(model, ours, theirs, device, same=False).measure(benchmark, steps))

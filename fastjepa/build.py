@@ -1,6 +1,6 @@
 """Settings to objects."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,13 @@ from torch import nn
 from fastjepa.compiling import compiles, run_blocks
 from fastjepa.config import Settings
 from fastjepa.data.dataset import ClipDataset, Reader
+from fastjepa.data.decode import read_frames
+from fastjepa.data.decoders.choose import Decoder
+from fastjepa.data.decoders.dali import DaliDecoder
+from fastjepa.data.decoders.stage import AHEAD, Decoding
+from fastjepa.data.decoders.torchcodec import read_with_torchcodec
+from fastjepa.data.order import Collection, VideoOrder
+from fastjepa.data.processes import processors
 from fastjepa.data.sampling import Augmentation, ClipPlan
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
@@ -20,6 +27,10 @@ from fastjepa.models.operations import LIBRARY, Operations
 from fastjepa.optim import OptimizerPass, Schedule
 from fastjepa.parallel import DTYPES
 from fastjepa.pieces import build_operations, explain_attention, update_kernels
+
+# A session of the GPU's decoder for each: more than its engines (seven on Hopper), so that none of them waits. An
+# estimate from DALI's documentation until `bench/gpu.sh data` has measured it.
+GPU_THREADS = 16
 
 
 def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
@@ -116,13 +127,33 @@ def build_masks(s: Settings) -> GeneratorCollator:
     return MaskCollator(sets, **shared, truncation=s.mask.truncation, group=s.group)
 
 
-def build_dataset(s: Settings, videos: Videos) -> ClipDataset:
+def build_reader(s: Settings, videos: Videos, decoder: Decoder | None = None, cache_bytes: int = 0) -> Reader:
+    """What reads the videos of a run, with PyAV where no decoder is given."""
+    d = s.data
+    return Reader(
+        videos.paths,
+        d.tubelet,
+        cache_bytes,
+        needs_rate="data.duration" if d.duration is not None else "data.fps" if d.fps is not None else "",
+        frame_rate=d.frame_rate,
+        read=read_with_torchcodec if decoder is not None and decoder.name == "torchcodec" else read_frames,
+        known=None if decoder is None else decoder.entries,
+    )
+
+
+def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -> ClipDataset:
     """The clips of every video slot."""
     d = s.data
-    reader = Reader(videos.paths, d.tubelet, int(d.cache_gb * 1e9), need_rate=d.duration is not None)
+    reader = build_reader(s, videos, decoder, int(d.cache_gb * 1e9))
+    order = VideoOrder(
+        s.optim.seed,
+        videos.collections or (Collection(videos.train),),
+        replacement=d.sampling == "replacement",
+        window=d.shuffle_window,
+    )
     plan = ClipPlan(
         s.optim.seed,
-        videos.train,
+        order,
         d.frames,
         d.stride,
         d.scale,
@@ -131,8 +162,41 @@ def build_dataset(s: Settings, videos: Videos) -> ClipDataset:
         Augmentation(d.motion_shift, d.erase, d.auto_augment, d.crop),
         clips_per_video=d.clips_per_video,
         duration=d.duration,
+        fps=d.fps,
     )
-    return ClipDataset(reader, plan, d.crop, filter_short=d.filter_short)
+    return ClipDataset(
+        reader,
+        plan,
+        d.crop,
+        filter_short=d.filter_short,
+        antialias=d.antialias,
+        encoded=None if decoder is None else decoder.encoded,
+    )
+
+
+def build_decoding(
+    s: Settings,
+    decoder: Decoder,
+    dataset: ClipDataset,
+    batch_size: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Decoding:
+    """What decodes the clips that the loader leaves encoded, in batches of at most `batch_size` clips."""
+    on_gpu = decoder.name == "dali_gpu"
+
+    def make() -> DaliDecoder:
+        return DaliDecoder(
+            frames=s.data.frames,
+            crop=s.data.crop,
+            most=batch_size,
+            device=device if on_gpu else torch.device("cpu"),
+            threads=min(GPU_THREADS, batch_size) if on_gpu else processors(),
+            prefetch=AHEAD,
+            antialias=s.data.antialias,
+        )
+
+    return Decoding(make, decoder.name, dataset, say)
 
 
 def build_schedule(s: Settings) -> Schedule:

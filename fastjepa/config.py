@@ -24,6 +24,7 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+Weights = Annotated[dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0)]], Field(min_length=1)]
 Pair = Annotated[tuple[float, float], BeforeValidator(_tuple)]
 Count = Annotated[int, Field(ge=1)]
 KernelName = Literal["auto", "library", "reference", "triton"]
@@ -100,16 +101,31 @@ class Mask(Section):
 class Data(Section):
     """Clips: where they come from and what is cut out of them."""
 
-    path: str = setting(
+    path: Annotated[str, Field(min_length=1)] | Weights = setting(
         "synthetic://moving-shapes",
-        "folder (searched recursively), list file (path and optional label a line), or synthetic://moving-shapes?...",
+        "folder (searched recursively), list file (path and optional label a line), or synthetic://moving-shapes?...; "
+        "{PATH: WEIGHT, ...} mixes several",
         "warn",
-        min_length=1,
+    )
+    sampling: Literal["permutation", "replacement"] = setting(
+        "permutation",
+        "permutation takes every video once a pass; replacement draws each by itself, so that some come twice",
+    )
+    shuffle_window: Count = setting(
+        1024, "videos in shards (.tar) that are shuffled with each other: they are read in order otherwise"
     )
     frames: Annotated[int, Field(ge=2)] = setting(16, "frames of a clip")
     stride: Count = setting(4, "source frames from one frame of a clip to the next")
     duration: float | None = setting(
         None, "seconds that a clip spans at any frame rate, in place of data.stride; null goes by the stride", gt=0
+    )
+    fps: float | None = setting(
+        None,
+        "frames/s of a clip, by the times at which frames are shown, in place of data.stride; null goes by the stride",
+        gt=0,
+    )
+    frame_rate: float | None = setting(
+        None, "frames/s of folders of frames, which do not say it themselves; null leaves it unknown", gt=0
     )
     clips_per_video: Count = setting(
         1, "clips of one video in a step, from as many segments of it; they share their masks, as published"
@@ -123,6 +139,7 @@ class Data(Section):
     scale: Pair = setting((0.3, 1.0), "area of the random crop as a share of the frame: [low, high]")
     aspect: Pair = setting((0.75, 1.35), "aspect ratio of the random crop: [low, high]")
     flip: bool = setting(True, "mirror half of the clips")
+    antialias: bool = setting(False, "resize crops with antialiasing; the published transform does not")
     motion_shift: bool = setting(False, "the crop moves during the clip, from one random box to another")
     erase: float = setting(0.0, "share of the clips in which a random box is replaced by noise", ge=0, le=1)
     auto_augment: bool = setting(False, "RandAugment (m7-n4-mstd0.5-inc1) on the decoded frames: colours and geometry")
@@ -130,7 +147,12 @@ class Data(Section):
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = setting(
         "auto", "loader processes; 0 decodes in the training process", "free"
     )
-    decoder: Literal["auto", "pyav"] = setting("auto", "video decoder", "free")
+    decoder: Literal["auto", "pyav", "torchcodec", "dali_gpu", "dali_cpu"] = setting(
+        "auto",
+        "what decodes: pyav and torchcodec in the loader processes, dali_gpu on the GPU, dali_cpu VP8, VP9 and MJPEG "
+        "on the CPU; auto is dali_gpu where it can run, else pyav",
+        "free",
+    )
     cache_gb: float = setting(0.0, "decoded videos kept in memory by each loader process, in GB", "free", ge=0)
     max_bad_fraction: float = setting(
         0.01,

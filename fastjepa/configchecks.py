@@ -125,6 +125,28 @@ def _clips(s: Settings) -> Iterator[Mistake]:
             ("data.stride", "data.duration"),
             f"data.stride: expected its default {stride} beside data.duration, which takes its place, given {d.stride}",
         )
+    if d.fps is not None and d.stride != stride:
+        yield (
+            ("data.stride", "data.fps"),
+            f"data.stride: expected its default {stride} beside data.fps, which takes its place, given {d.stride}",
+        )
+    if d.fps is not None and d.duration is not None:
+        yield (
+            ("data.fps", "data.duration"),
+            f"data.fps: expected null beside data.duration, which says the same in seconds, given {d.fps:g}",
+        )
+    if d.decoder in ("dali_gpu", "dali_cpu") and (own := needs_frames(s)):
+        yield (
+            ("data.decoder", own),
+            f"data.decoder: expected auto, pyav or torchcodec beside {own}, which works on whole frames in the loader "
+            f"processes, given {d.decoder}",
+        )
+
+
+def needs_frames(s: Settings) -> str:
+    """The setting that needs decoded frames in the loader processes, which DALI does not give; empty where none is."""
+    wanted = [key for key in ("motion_shift", "auto_augment", "erase", "cache_gb") if getattr(s.data, key)]
+    return f"data.{wanted[0]}" if wanted else ""
 
 
 def _masks(s: Settings) -> Iterator[Mistake]:

@@ -6,9 +6,8 @@ from math import ceil
 import torch
 
 from fastjepa import probe, viz
-from fastjepa.build import build_dataset, build_jepa, build_masks
+from fastjepa.build import build_dataset, build_jepa, build_masks, build_reader
 from fastjepa.config import Settings
-from fastjepa.data.dataset import Reader
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
 from fastjepa.log import RunLog, read_metrics
@@ -38,9 +37,8 @@ def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, s
     # Weights are drawn on the CPU, but torch.manual_seed moves the generator of the GPU too.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         untrained = build_jepa(s).target_encoder.to(device).eval()
-    need_rate = s.data.duration is not None
-    reader = Reader(videos.paths, s.data.tubelet, need_rate=need_rate)  # without a cache: every video is read once
-    shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop, s.data.duration)
+    reader = build_reader(s, videos)  # without a cache: every video is read once
+    shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop, s.data.duration, s.data.fps)
     kind = "attentive" if s.eval.probe == "attentive" else "linear"
     too_few = "too few of the labelled videos can be read"
     trained = jepa.target_encoder.eval()
@@ -74,7 +72,9 @@ def draw_pictures(s: Settings, videos: Videos, log: RunLog) -> None:
         viz.loss_curve(rows, log.folder / "viz" / "loss.png")
     dataset = build_dataset(s, videos)
     shown = min(CLIPS_SHOWN, s.optim.global_batch)
-    clips = [clip for slot in range(ceil(shown / s.data.clips_per_video)) for clip in dataset[slot].clips][:shown]
+    clips = [clip for slot in range(ceil(shown / s.data.clips_per_video)) for clip in dataset.decoded(slot).clips][
+        :shown
+    ]
     titles = [f"clip {slot}" for slot in range(len(clips))]
     viz.clip_picture(clips, titles, s.data.tubelet, log.folder / "viz" / "clips.png")
     context, target = build_masks(s).draw(0, [0])

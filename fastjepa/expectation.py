@@ -25,8 +25,10 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
         values = [str(value) for value in typing.get_args(annotation)]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
     if origin is dict:
-        key, value = (", ".join(typing.get_args(part)) for part in typing.get_args(annotation))
-        return f"a map from {key} to {value}"
+        key, value = typing.get_args(annotation)
+        if typing.get_origin(key) is Literal:
+            return f"a map from {', '.join(typing.get_args(key))} to {', '.join(typing.get_args(value))}"
+        return f"a map from {_words(key, [])} to {_words(value, [])}, at least one"
     if origin is tuple:
         return (
             "two numbers [low, high]"

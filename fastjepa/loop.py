@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastjepa import checkpoint, config, health, parallel
-from fastjepa.build import build_dataset, build_optimizer_pass
+from fastjepa.build import build_dataset, build_decoding, build_optimizer_pass
 from fastjepa.config import Settings
-from fastjepa.data.loader import Batch, make_loader, running
+from fastjepa.data.dataset import ClipDataset
+from fastjepa.data.decoders.choose import Decoder
+from fastjepa.data.loader import Batch, EncodedBatch, make_loader, running
 from fastjepa.data.replaced import ReplacedFiles
 from fastjepa.data.source import Videos
 from fastjepa.data.upload import uploaded
@@ -70,6 +72,7 @@ class Trainer:
     jepa: JEPA
     masks: GeneratorCollator
     videos: Videos
+    decoder: Decoder
     plan: Plan
     bad_files: ReplacedFiles
     interrupts: Interrupts
@@ -139,7 +142,13 @@ class Trainer:
             return Exit.DONE
         log.status("training", first)
         log.start_progress(first)
-        with running(self._loader(first, last)) as loaded, closing(uploaded(loaded, self.device)) as batches:
+        dataset = build_dataset(self.settings, self.videos, self.decoder)
+        decoding = build_decoding(self.settings, self.decoder, dataset, self.plan.batch_size, self.device, log.say)
+        with (
+            running(self._loader(dataset, first, last)) as loaded,
+            closing(decoding(loaded)) as decoded,
+            closing(uploaded(decoded, self.device)) as batches,
+        ):
             ended = self._steps(first, last, batches)
         log.stop_progress()
         return self._finish(last) if ended is None else ended
@@ -200,10 +209,10 @@ class Trainer:
         measured = None if features is None else health.measure(features, s.loss.exponent)
         return StepDone(loss, loss_jepa, self.update.step(step, loss).total, measured)
 
-    def _loader(self, first: int, last: int) -> Iterable[Batch]:
+    def _loader(self, dataset: ClipDataset, first: int, last: int) -> Iterable[Batch | EncodedBatch]:
         s = self.settings
         return make_loader(
-            build_dataset(s, self.videos),
+            dataset,
             self.masks,
             first_step=first,
             last_step=last,
@@ -220,7 +229,7 @@ class Trainer:
         batch = next(batches)
         self.clock.waited += time.perf_counter() - began
         for path, reason in self.bad_files.report(batch.bad):
-            self.log.say(f"bad file   {path}: {reason}; another video takes its place")
+            self.log.say(f"bad file   {path}: {reason} (pyav); another video takes its place")
         known = len(self.short_files.reasons)
         for number, (path, reason) in enumerate(self.short_files.report(batch.short), start=known + 1):
             # A collection may have thousands of them.

@@ -1,5 +1,6 @@
 """From settings to a running loop: everything that can be refused is refused here, before any work."""
 
+import os
 import re
 import sys
 import traceback
@@ -12,9 +13,14 @@ from fastjepa import config, parallel
 from fastjepa.build import build_masks, build_step
 from fastjepa.checkpoint import CheckpointError
 from fastjepa.config import Settings
+from fastjepa.configchecks import needs_frames
+from fastjepa.data.decoders.choose import choose_decoder
+from fastjepa.data.index import update_index
+from fastjepa.data.indexfile import Entry
+from fastjepa.data.mixture import open_collections
 from fastjepa.data.processes import processors
 from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
-from fastjepa.data.source import open_videos
+from fastjepa.data.source import Videos
 from fastjepa.evaluation import should_probe
 from fastjepa.exits import Exit
 from fastjepa.interop import WeightsRefused, load_weights, read_weights
@@ -26,6 +32,9 @@ from fastjepa.plan import describe, make_plan
 from fastjepa.runfolder import open_run
 from fastjepa.signals import Interrupts
 
+DRAWING = "drawing and encoding synthetic videos, once"
+INDEXING = "opening videos that are new, to know what decodes them"
+
 
 def start(settings: Settings, name: str) -> Exit:
     """Train, and turn every foreseen failure into one sentence and its exit code."""
@@ -34,7 +43,10 @@ def start(settings: Settings, name: str) -> Exit:
         masks = build_masks(settings)
         step = build_step(settings, device)
         jepa = step.jepa
-        videos = open_videos(settings.data.path, settings.optim.seed, _progress())
+        videos = open_collections(settings.data.path, settings.optim.seed, _progress(DRAWING))
+        decoder = choose_decoder(
+            settings.data.decoder, device, needs_frames(settings), lambda: _indexed(settings, videos)
+        )
         should_probe(settings, videos)
         weights = _initial_weights(settings, name, videos.fingerprint, jepa)
         run = open_run(settings, name, videos.fingerprint)
@@ -47,21 +59,27 @@ def start(settings: Settings, name: str) -> Exit:
         usable = usable_memory(device)
         plan = make_plan(settings, jepa, masks, usable, run.batch_size(), compiled=step.compiled)
         run.remember_batch_size(plan.batch_size)
-        decoder = "pyav (asked for)" if settings.data.decoder == "pyav" else "pyav (the only one so far)"
         for line in (
             f"run        {run.path}",
             *run.notes,
             *weights,
             f"data       {videos.description}; {len(videos.train)} for pretraining",
-            f"device     {device} ({reason}); {workers} loader workers; decoder {decoder}",
+            f"decoder    {decoder.name} ({decoder.reason})",
+            *decoder.lines,
+            f"device     {device} ({reason}); {workers} loader workers",
             *step.lines,
             *describe(settings, plan, jepa),
         ):
             log.say(line)
         try:
             listed = run.path / "bad_files.jsonl"
-            bad_files = ReplacedFiles(listed, len(videos.paths), settings.data.max_bad_fraction, log.say)
-            trainer = Trainer(settings, run, log, device, jepa, masks, videos, plan, bad_files, interrupts, workers)
+            # Whatever decodes, it is PyAV that opens files and gets the last try.
+            bad_files = ReplacedFiles(
+                listed, len(videos.paths), settings.data.max_bad_fraction, log.say, decoder="pyav"
+            )
+            trainer = Trainer(
+                settings, run, log, device, jepa, masks, videos, decoder, plan, bad_files, interrupts, workers
+            )
             return trainer.train()
         except TooManyBadFiles as error:
             log.say(f"stopped    {error}")
@@ -119,8 +137,21 @@ def auto_workers() -> int:
     return max(1, min(8, processors() - 1))
 
 
-def _progress() -> Callable[[int, int], None]:
-    """Says every tenth how far the drawing of synthetic videos is: it takes a while the first time only."""
+def _indexed(settings: Settings, videos: Videos) -> list[Entry]:
+    """What the indexes of the collections say of every video, after they were brought up to date."""
+    path = settings.data.path
+    say = Console(highlight=False, soft_wrap=True, emoji=False).print
+    known: dict[str, Entry] = {}
+    for one in [path] if isinstance(path, str) else path:
+        index = update_index(
+            one, None, processors(), progress=_progress(INDEXING), say=lambda text: say(text, markup=False)
+        )
+        known |= {entry.path: entry for entry in index.entries}
+    return [known[os.path.abspath(name)] for name in videos.paths]
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """Says every tenth how far something is that takes a while the first time only."""
     console = Console(highlight=False, soft_wrap=True)
     said = -1
 
@@ -129,6 +160,6 @@ def _progress() -> Callable[[int, int], None]:
         tenth = 10 * done // total
         if tenth > said:
             said = tenth
-            console.print(f"drawing and encoding synthetic videos, once: {done} of {total}", markup=False)
+            console.print(f"{what}: {done} of {total}", markup=False)
 
     return progress

@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     MOTION = 8
     AUGMENT = 9
     ERASE = 10
+    MIXTURE = 11
+    DRAW = 12
 
 
 def stream(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

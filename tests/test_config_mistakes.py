@@ -55,16 +55,18 @@ def yaml_of(key, value):
 # The only leaves that take a text of any kind, null, or 2.5.
 TEXT = {"data.path", "init.from", "log.folder", "resume"}
 NULL = {"model.predictor_heads", "model.qk_scale", "optim.clip_grad", "runtime.stop_at", "runtime.threads"}
-NULL |= {"mask.sets.0.max_keep", "init.from", "data.duration"}
+NULL |= {"mask.sets.0.max_keep", "init.from", "data.duration", "data.fps", "data.frame_rate"}
 LARGE = {
     f"optim.{key}" for key in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "clip_grad", "eps")
 }
+LARGE |= {"data.fps", "data.frame_rate"}
 LARGE |= {"model.qk_scale", "data.cache_gb", "data.duration", "loss.exponent", "loss.reg_coeff", "compat.ipe_scale"}
 BOOL = {key for key, field in config.fields() if isinstance(field.default, bool) or bool in get_args(field.annotation)}
 VALUES = {
     "null": NULL,
     "[7]": set(),
-    "{a: 1}": set(),
+    "{a: 1}": {"data.path"},
+    "{a: 0}": set(),
     "elephant": TEXT,
     "true": BOOL,
     ".nan": set(),
@@ -207,7 +209,7 @@ eval: 3
         "base.yaml: model.init_std: expected a number (above 0, at most 1), given 7.0",
         "run.yaml: unknown key modle, nearest valid key: model",
         "run.yaml: data.batch_size: expected auto or a whole number (at least 1), given 0",
-        "run.yaml: data.decoder: expected one of auto, pyav, given 'dayli'",
+        "run.yaml: data.decoder: expected one of auto, pyav, torchcodec, dali_gpu, dali_cpu, given 'dayli'",
         "run.yaml: mask.sets.0.num_blocks: expected a whole number (at least 1), given 'x'",
         "run.yaml: unknown key mask.sets.0.spatial_scales, nearest valid key: mask.sets.0.spatial_scale",
         "run.yaml: mask.sets.1: expected a group of settings, given 7",
@@ -235,6 +237,23 @@ eval: 3
         (
             "data: {clips_per_video: 2}\noptim: {global_batch: 72}",
             "optim.global_batch: expected a multiple of mask.group 24 x data.clips_per_video 2, given 72",
+        ),
+        (
+            "data: {fps: 6, stride: 2}",
+            "data.stride: expected its default 4 beside data.fps, which takes its place, given 2",
+        ),
+        (
+            "data: {fps: 6, duration: 2.5}",
+            "data.fps: expected null beside data.duration, which says the same in seconds, given 6",
+        ),
+        *(
+            (
+                f"data: {{decoder: dali_{kind}, {key}: {value}}}",
+                f"data.decoder: expected auto, pyav or torchcodec beside data.{key}, which works on whole frames in "
+                f"the loader processes, given dali_{kind}",
+            )
+            for kind in ("gpu", "cpu")
+            for key, value in (("motion_shift", "true"), ("auto_augment", "true"), ("erase", 0.5), ("cache_gb", 1.5))
         ),
         (
             "data: {duration: 2.0, stride: 2}",

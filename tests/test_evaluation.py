@@ -107,7 +107,7 @@ def test_the_probe_cuts_clips_of_the_duration_of_the_run(videos, run_log, monkey
     run_probe(s, build_jepa(s), videos, run_log, 30, lambda: False)
     ((reader, cut_out),) = calls
     assert cut_out == probe.Cut(4, 4, 32, duration=0.5)
-    assert reader.need_rate
+    assert reader.needs_rate == "data.duration"
 
 
 def test_a_probe_of_a_real_model_changes_nothing_in_it(videos, run_log, monkeypatch):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from fastjepa import probe, viz
 from fastjepa.data.dataset import Reader
-from fastjepa.data.sampling import central_box, clip_frames
+from fastjepa.data.frames import clip_frames
+from fastjepa.data.sampling import central_box
 from fastjepa.data.source import open_videos
 from fastjepa.data.transforms import cut
 from fastjepa.masks import Ragged

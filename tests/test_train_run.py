@@ -142,9 +142,9 @@ def test_a_signal_inside_a_step_drops_only_that_step(run, monkeypatch):
 
 def test_the_console_says_which_decoder_and_why(run, capsys):
     run("runtime.stop_at=1")
-    assert "decoder pyav (the only one so far)" in capsys.readouterr().out
+    assert "decoder    pyav (not dali_gpu: there is no GPU to decode on)" in capsys.readouterr().out
     run("runtime.stop_at=1", "data.decoder=pyav", folder="asked")
-    assert "decoder pyav (asked for)" in capsys.readouterr().out
+    assert "decoder    pyav (asked for)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

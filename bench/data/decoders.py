@@ -6,7 +6,8 @@ import av
 import numpy as np
 
 from fastjepa.data.decode import VideoInfo, probe, read_frames
-from fastjepa.data.sampling import Augmentation, ClipDraw, ClipPlan, segment_frames
+from fastjepa.data.frames import segment_frames
+from fastjepa.data.sampling import Augmentation, ClipDraw, ClipPlan
 
 Read = Callable[[np.ndarray], np.ndarray]  # frame numbers int64 [T] to uint8 [T, H, W, 3], RGB
 FRAMES, STRIDE = 16, 4

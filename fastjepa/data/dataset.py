@@ -1,73 +1,129 @@
 """Slots to clips: decode, cut, and replace what cannot be read or is too short."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Generic, TypeVar
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastjepa.data.decode import VideoError, VideoInfo, probe, read_frames
+from fastjepa.data.decoders.dali import EncodedClip
+from fastjepa.data.indexfile import Entry
 from fastjepa.data.replaced import TooManyBadFiles
 from fastjepa.data.sampling import ClipDraw, ClipPlan
 from fastjepa.data.transforms import transform
 
 RANDOM_REPLACEMENTS = 16
 INFOS_KEPT = 20_000
+# A disk in the network may fail once; what fails twice is not tried again.
+CHANCES = 2
+
+Read = Callable[[VideoInfo, np.ndarray], np.ndarray]
+Clip = TypeVar("Clip", Tensor, Tensor | EncodedClip, covariant=True)
 
 
 @dataclass
-class Sample:
-    """The clips of one video, [C, T, H, W] each: uint8, or normalised float32 in a run that erases; its video slot.
+class Sample(Generic[Clip]):
+    """The clips of one video, and its video slot.
 
-    `bad` are the files that could not be read on the way to it, `short` those that were passed over for their length:
-    (path, reason) pairs.
+    `clips`: [C, T, H, W] each, uint8, or normalised float32 in a run that erases; or still encoded, for a decoder that
+    takes whole batches. `bad` are the files that could not be read on the way to it, `short` those that were passed
+    over for their length: (path, reason) pairs.
     """
 
-    clips: list[Tensor]
+    clips: Sequence[Clip]
     slot: int
     bad: list[tuple[str, str]]
     short: list[tuple[str, str]]
 
 
 class Reader:
-    """Decodes videos of a list. Remembers what a probe said, and keeps whole decoded videos up to `cache_bytes`.
+    """Decodes videos of a list with `read`. Keeps what a probe said, and whole decoded videos up to `cache_bytes`.
 
-    Videos of fewer than `least_frames` frames, or with `need_rate` of unknown frame rate, count as unreadable.
+    Videos of fewer than `least_frames` frames, or of unknown frame rate where the setting `needs_rate` needs it, count
+    as unreadable. `frame_rate`: that of videos which do not say it, frames/s. `known`: entries of an index, one a
+    video, by which clips can be planned without opening their file.
     """
 
-    def __init__(self, paths: list[str], least_frames: int, cache_bytes: int = 0, *, need_rate: bool = False) -> None:
-        self.paths, self.least_frames, self.need_rate = paths, least_frames, need_rate
-        self.cache_bytes = cache_bytes
+    def __init__(
+        self,
+        paths: list[str],
+        least_frames: int,
+        cache_bytes: int = 0,
+        *,
+        needs_rate: str = "",
+        frame_rate: float | None = None,
+        read: Read = read_frames,
+        known: Sequence[Entry] | None = None,
+    ) -> None:
+        self.paths, self.least_frames, self.needs_rate = paths, least_frames, needs_rate
+        self.frame_rate = None if frame_rate is None else Fraction(frame_rate)
+        self.cache_bytes, self.read_frames, self.known = cache_bytes, read, known
+        self._infos: OrderedDict[int, VideoInfo] = OrderedDict()
         # Of a bad file the reason is kept, not the error: raised again and again, that would keep the clips of every
         # function it passed through.
-        self._infos: OrderedDict[int, VideoInfo | str] = OrderedDict()
+        self._failures: dict[int, tuple[int, str]] = {}
         self._decoded: dict[int, np.ndarray] = {}
         self._decoded_bytes = 0
 
     def info(self, video: int) -> VideoInfo:
         """What is known of a video. Errors: VideoError where it cannot be read or is shorter than a tubelet."""
+        self._refuse_quarantined(video)
         if video not in self._infos:
-            self._infos[video] = self._probe(video)
+            try:
+                self._infos[video] = self._usable(probe(self.paths[video]))
+            except VideoError as error:
+                raise self._failed(video, str(error)) from None
             if len(self._infos) > INFOS_KEPT:
                 self._infos.popitem(last=False)
-        known = self._infos[video]
-        if isinstance(known, str):
-            raise VideoError(known, self.paths[video])
-        return known
+        return self._infos[video]
 
-    def _probe(self, video: int) -> VideoInfo | str:
+    def indexed(self, video: int) -> VideoInfo:
+        """The same without the times of the frames, by the index and without opening the file. Errors: VideoError."""
+        assert self.known is not None, "only a reader with an index is asked for what it says"
+        self._refuse_quarantined(video)
+        entry = self.known[video]
         try:
-            info = probe(self.paths[video])
+            if entry.reason is not None:
+                raise VideoError(entry.reason, entry.path)
+            return self._usable(entry.info())
         except VideoError as error:
-            return str(error)
+            raise self._failed(video, str(error)) from None
+
+    def encoded(self, video: int) -> np.ndarray:
+        """The file as it is, uint8 [bytes]. Errors: VideoError, also where it is not the one that was indexed."""
+        assert self.known is not None, "only a reader with an index gives encoded files"
+        try:
+            content = np.fromfile(self.paths[video], np.uint8)
+        except OSError as error:
+            raise self._failed(video, f"the file cannot be read: {error.strerror}") from None
+        if len(content) != self.known[video].size:
+            raise self._failed(video, "it has changed since the index was made")
+        return content
+
+    def _usable(self, info: VideoInfo) -> VideoInfo:
         if info.frames < self.least_frames:
             frames = "1 frame" if info.frames == 1 else f"{info.frames} frames"
-            return f"it has {frames}, fewer than one tubelet of {self.least_frames}"
-        if self.need_rate and info.rate is None:
-            return "its frame rate is not known, and data.duration needs it"
+            raise VideoError(f"it has {frames}, fewer than one tubelet of {self.least_frames}", info.path)
+        if info.rate is None and self.frame_rate is not None:
+            info = replace(info, rate=self.frame_rate)
+        if self.needs_rate and (info.rate if self.needs_rate == "data.duration" else info.times) is None:
+            raise VideoError(f"its frame rate is not known, and {self.needs_rate} needs it", info.path)
         return info
+
+    def _refuse_quarantined(self, video: int) -> None:
+        failures, reason = self._failures.get(video, (0, ""))
+        if failures >= CHANCES:
+            raise VideoError(reason, self.paths[video])
+
+    def _failed(self, video: int, reason: str) -> VideoError:
+        self._infos.pop(video, None)  # the file may be another by now
+        self._failures[video] = (self._failures.get(video, (0, ""))[0] + 1, reason)
+        return VideoError(reason, self.paths[video])
 
     def read(self, video: int, frames: np.ndarray) -> np.ndarray:
         """uint8 [T, H, W, 3]. Errors: VideoError."""
@@ -75,28 +131,48 @@ class Reader:
         if video in self._decoded:
             return self._decoded[video][frames]
         size = info.frames * info.height * info.width * 3
-        if self._decoded_bytes + size > self.cache_bytes:
-            return read_frames(info, frames)
-        self._decoded[video] = read_frames(info, np.arange(info.frames))
+        try:
+            if self._decoded_bytes + size > self.cache_bytes:
+                return self.read_frames(info, frames)
+            self._decoded[video] = self.read_frames(info, np.arange(info.frames))
+        except VideoError as error:
+            raise self._failed(video, str(error)) from None
         self._decoded_bytes += size
         return self._decoded[video][frames]
 
 
-class ClipDataset(Dataset[Sample]):
+class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
     """The clips of every video slot. A video that cannot be used is replaced by another, chosen by the slot alone.
 
     That is one that cannot be read, or with `filter_short` one of fewer frames than a clip spans. Clips are uint8,
-    rounded to grey levels; where `plan` erases, all of them are normalised float32.
+    rounded to grey levels; where `plan` erases, all of them are normalised float32. `encoded`: bool [videos], those
+    whose clips are planned here and decoded elsewhere. `antialias`: see `transform`.
     """
 
-    def __init__(self, reader: Reader, plan: ClipPlan, crop: int, *, filter_short: bool = False) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        plan: ClipPlan,
+        crop: int,
+        *,
+        filter_short: bool = False,
+        antialias: bool = False,
+        encoded: np.ndarray | None = None,
+    ) -> None:
         self.reader, self.plan, self.crop, self.filter_short = reader, plan, crop, filter_short
+        self.antialias, self.encoded = antialias, encoded
         # One dtype for a whole run: clips of a batch are stacked.
         self.floats = plan.augmentation.erase > 0
 
-    def __getitem__(self, slot: int) -> Sample:
+    def __getitem__(self, slot: int) -> Sample[Tensor | EncodedClip]:
         """The sample of a video slot. Errors: TooManyBadFiles where no video at all can be used."""
-        clips = self.plan.clips_per_video
+        return self._sample(slot, self._decoded if self.encoded is None else self._encoded)
+
+    def decoded(self, slot: int) -> Sample[Tensor]:
+        """The same, decoded here in any case."""
+        return self._sample(slot, self._decoded)
+
+    def _sample(self, slot: int, clips_of: Callable[[int, int], Sequence[Clip]]) -> Sample[Clip]:
         bad: list[tuple[str, str]] = []
         short: list[tuple[str, str]] = []
         tried: set[int] = set()
@@ -105,29 +181,49 @@ class ClipDataset(Dataset[Sample]):
                 continue
             tried.add(video)
             try:
-                info = self.reader.info(video)
-                window = self.plan.window(info.rate)
-                if self.filter_short and info.frames < window:
-                    reason = f"it has {info.frames} frames, fewer than the {window} that a clip spans"
-                    short.append((self.reader.paths[video], reason))
-                    continue
-                draws: list[ClipDraw] = [
-                    self.plan.clip(number, info.frames, info.height, info.width, info.rate)
-                    for number in range(slot * clips, (slot + 1) * clips)
-                ]
-                # One read for all clips: a video is decoded once.
-                frames = self.reader.read(video, np.concatenate([draw.frames for draw in draws]))
+                return Sample(clips_of(video, slot), slot, bad, short)
+            except _TooShort as error:
+                short.append((self.reader.paths[video], str(error)))
             except VideoError as error:
                 bad.append((self.reader.paths[video], str(error)))
-                continue
-            parts = np.split(frames, clips)
-            cuts = [transform(part, draw, self.crop, floats=self.floats) for part, draw in zip(parts, draws)]
-            return Sample(cuts, slot, bad, short)
         raise TooManyBadFiles(self._nothing_left(bad, short))
+
+    def _decoded(self, video: int, slot: int) -> list[Tensor]:
+        draws = self._draws(self.reader.info(video), slot)
+        # One read for all clips: a video is decoded once.
+        frames = self.reader.read(video, np.concatenate([draw.frames for draw in draws]))
+        parts = np.split(frames, len(draws))
+        return [
+            transform(part, draw, self.crop, floats=self.floats, antialias=self.antialias)
+            for part, draw in zip(parts, draws)
+        ]
+
+    def _encoded(self, video: int, slot: int) -> Sequence[Tensor | EncodedClip]:
+        assert self.encoded is not None, "a data set without encoded videos does not come here"
+        if not self.encoded[video]:
+            return self._decoded(video, slot)
+        # The index has no times of frames: those are found by opening the file.
+        info = self.reader.indexed(video) if self.plan.fps is None else self.reader.info(video)
+        draws, content = self._draws(info, slot), self.reader.encoded(video)
+        return [
+            EncodedClip(info.path, content, d.frames, d.box, d.flip, info.height, info.width, info.rotation)
+            for d in draws
+        ]
+
+    def _draws(self, info: VideoInfo, slot: int) -> list[ClipDraw]:
+        """What to cut out of this video. Errors: _TooShort."""
+        times = None if self.plan.fps is None else info.times
+        if self.filter_short and (reason := self.plan.too_short(info.frames, info.rate, times)):
+            raise _TooShort(reason)
+        clips = self.plan.clips_per_video
+        return [
+            self.plan.clip(number, info.frames, info.height, info.width, info.rate, times)
+            for number in range(slot * clips, (slot + 1) * clips)
+        ]
 
     def _nothing_left(self, bad: list[tuple[str, str]], short: list[tuple[str, str]]) -> str:
         """The sentence for a list of which no video can be used."""
-        total = len(self.plan.videos)
+        total = len(self.plan.order.videos)
         reasons = Counter(reason for _, reason in bad).most_common(3)
         shown = "; ".join(f"{count} times: {reason}" for reason, count in reasons)
         if not short:
@@ -139,8 +235,13 @@ class ClipDataset(Dataset[Sample]):
         )
 
     def _candidates(self, slot: int) -> Iterator[int]:
-        yield self.plan.video(slot)
+        order = self.plan.order
+        yield order.video(slot)
         for attempt in range(RANDOM_REPLACEMENTS):
-            yield self.plan.replacement(slot, attempt)
+            yield order.replacement(slot, attempt)
         # Where most are too short this is reached often: one order for all slots would wear out a few videos.
-        yield from self.plan.all_replacements(slot, RANDOM_REPLACEMENTS)
+        yield from order.all_replacements(slot, RANDOM_REPLACEMENTS)
+
+
+class _TooShort(Exception):
+    """A video that is passed over for its length; the text says why."""

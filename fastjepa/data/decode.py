@@ -68,6 +68,18 @@ class VideoInfo:
     """int64 [frames], ascending: when each frame is shown, in the stream's time base. None: read in order."""
     keys: np.ndarray | None = field(default=None, compare=False, repr=False)
     """int64, ascending: numbers of the frames where decoding can start. None where `pts` is."""
+    time_base: Fraction | None = field(default=None, compare=False, repr=False)
+    """Seconds of one step of `pts`. None where `pts` is."""
+
+    @property
+    def times(self) -> np.ndarray | None:
+        """When each frame is shown, float64 [frames] in s from the first one on; None where nothing tells.
+
+        By the rate where there are no times, as every player has it.
+        """
+        if self.pts is not None and self.time_base is not None:
+            return (self.pts - self.pts[0]) * float(self.time_base)
+        return None if self.rate is None else np.arange(self.frames) / float(self.rate)
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -124,6 +136,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
             key_frames=max(1, key_frames),
             pts=pts,
             keys=starts,
+            time_base=None if pts is None else stream.time_base,
         )
 
 

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fastjepa.data.decode import VideoInfo
 from fastjepa.data.source import SYNTHETIC
 from fastjepa.data.synthetic import default_cache
 
@@ -52,6 +53,22 @@ class Entry:
     gop: float = 0.0
     seekable: bool = False
     decoders: tuple[str, ...] = ()
+
+    def info(self) -> VideoInfo:
+        """What a probe would say, without the times of the frames. For readable files."""
+        assert self.reason is None, "only of a file that can be read"
+        return VideoInfo(
+            self.path,
+            self.frames,
+            self.width,
+            self.height,
+            self.rate,
+            self.codec,
+            self.pixel_format,
+            self.rotation,
+            self.duration,
+            max(1, round(self.frames / self.gop)),
+        )
 
 
 class NotAnIndex(ValueError):

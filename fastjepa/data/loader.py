@@ -5,17 +5,20 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastjepa.data.dataset import ClipDataset, Sample
+from fastjepa.data.decoders.dali import EncodedClip
 from fastjepa.masks import GeneratorCollator, TargetUnion, TokenSet, repeat_clips, target_union
 
 # How often a worker that got SIGTERM looks whether its parent is still finishing its step and saving.
 SECONDS_TO_SAVE = 30
+
+Loaded = TypeVar("Loaded")
 
 
 class Batch(NamedTuple):
@@ -44,21 +47,39 @@ class Batch(NamedTuple):
         )
 
 
+class EncodedBatch(NamedTuple):
+    """A batch whose clips are decoded together, on the device: `clips` in the order of `batch`, which has none yet.
+
+    Those of videos that the device's decoder does not take are decoded already, [C, T, H, W].
+    """
+
+    batch: Batch
+    clips: list[Tensor | EncodedClip]
+
+
 class SlotBatches(Sampler[list[int]]):
     """The slots of every micro-batch from one step to another: `global_batch` a step, `batch_size` a micro-batch.
 
-    Slots are those of the data set's items, videos; so are both sizes.
+    Slots are those of the data set's items, videos; so are both sizes. Of `world` processes, number `rank` gets an
+    equal part of each step, the parts in the order of the ranks. Errors: ValueError where a step does not divide.
     """
 
-    def __init__(self, first_step: int, last_step: int, global_batch: int, batch_size: int) -> None:
-        self.first, self.stop = first_step * global_batch, last_step * global_batch
-        self.batch_size = batch_size
+    def __init__(
+        self, first_step: int, last_step: int, global_batch: int, batch_size: int, rank: int = 0, world: int = 1
+    ) -> None:
+        if global_batch % (world * batch_size) or not 0 <= rank < world:
+            raise ValueError(
+                f"a step of {global_batch} cannot be divided into batches of {batch_size} of process {rank} of {world}"
+            )
+        self.steps, self.global_batch, self.batch_size = range(first_step, last_step), global_batch, batch_size
+        self.own = range(rank * global_batch // world, (rank + 1) * global_batch // world, batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (list(range(slot, slot + self.batch_size)) for slot in range(self.first, self.stop, self.batch_size))
+        firsts = (step * self.global_batch + place for step in self.steps for place in self.own)
+        return (list(range(first, first + self.batch_size)) for first in firsts)
 
     def __len__(self) -> int:
-        return (self.stop - self.first) // self.batch_size
+        return len(self.steps) * len(self.own)
 
 
 class Collate:
@@ -67,13 +88,15 @@ class Collate:
     def __init__(self, masks: GeneratorCollator, videos_per_step: int, tokens: int) -> None:
         self.masks, self.videos_per_step, self.tokens = masks, videos_per_step, tokens
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Stack clips and draw masks."""
+    def __call__(self, samples: Sequence[Sample]) -> Batch | EncodedBatch:
+        """Stack clips and draw masks; an EncodedBatch where some clips are not decoded yet."""
         slots, clips = [sample.slot for sample in samples], len(samples[0].clips)
+        made = [clip for sample in samples for clip in sample.clips]
+        decoded = [clip for clip in made if isinstance(clip, Tensor)]
         context, target = self.masks.draw(slots[0] // self.videos_per_step, slots)
         target = [repeat_clips(token_set, clips) for token_set in target]
-        return Batch(
-            torch.stack([clip for sample in samples for clip in sample.clips]),
+        batch = Batch(
+            torch.stack(decoded) if len(decoded) == len(made) else torch.empty(0, dtype=torch.uint8),
             [repeat_clips(token_set, clips) for token_set in context],
             target,
             target_union(target, self.tokens),
@@ -81,6 +104,7 @@ class Collate:
             [entry for sample in samples for entry in sample.bad],
             [entry for sample in samples for entry in sample.short],
         )
+        return batch if len(decoded) == len(made) else EncodedBatch(batch, made)
 
 
 def make_loader(
@@ -94,16 +118,20 @@ def make_loader(
     workers: int,
     pin_memory: bool,
     tokens: int,
-) -> Iterable[Batch]:
+    rank: int = 0,
+    world: int = 1,
+) -> Iterable[Batch | EncodedBatch]:
     """Batches of the steps [first_step, last_step): the same for every number of workers.
 
-    A clip has so many `tokens`. `global_batch` and `batch_size` count clips, and are multiples of the clips that a
-    video gives.
+    Of `world` processes, number `rank` gets its part of every step. A clip has so many `tokens`. `global_batch` and
+    `batch_size` count clips, and are multiples of the clips that a video gives.
     """
     videos_per_step = global_batch // dataset.plan.clips_per_video
     return DataLoader(
         dataset,
-        batch_sampler=SlotBatches(first_step, last_step, videos_per_step, batch_size // dataset.plan.clips_per_video),
+        batch_sampler=SlotBatches(
+            first_step, last_step, videos_per_step, batch_size // dataset.plan.clips_per_video, rank, world
+        ),
         collate_fn=Collate(masks, videos_per_step, tokens),
         num_workers=workers,
         pin_memory=pin_memory,
@@ -115,7 +143,7 @@ def make_loader(
 
 
 @contextmanager
-def running(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+def running(loader: Iterable[Loaded]) -> Iterator[Iterator[Loaded]]:
     """The batches of a loader, in order; its worker processes end with the block, however it is left."""
     iterator = iter(loader)
     try:

@@ -17,18 +17,25 @@ class TooManyBadFiles(RuntimeError):
 
 
 class ReplacedFiles:
-    """The unreadable files of a run, or those that are too short, listed in `path` (a line each: path, reason).
+    """The unreadable files of a run, or those that are too short, listed in `path`: a line each with path and reason.
 
-    `total` is the number of files that there are; `max_fraction` of them may be listed. None sets no quota: files that
-    are only passed over may be many.
+    `decoder`: what could not read them, listed too. `total` is the number of files that there are; `max_fraction` of
+    them may be listed. None sets no quota: files that are only passed over may be many.
     """
 
     def __init__(
-        self, path: Path, total: int, max_fraction: float | None, say: Callable[[str], None] = warnings.warn
+        self,
+        path: Path,
+        total: int,
+        max_fraction: float | None,
+        say: Callable[[str], None] = warnings.warn,
+        *,
+        decoder: str = "",
     ) -> None:
         self.path = path
         self.total = total
         self.say = say
+        self.more = {"decoder": decoder} if decoder else {}
         self.allowed = None if max_fraction is None else max(ALWAYS_TOLERATED, int(total * max_fraction))
         self.reasons: dict[str, str] = {}
         if path.is_file():
@@ -48,7 +55,7 @@ class ReplacedFiles:
         new = list({path: (path, reason) for path, reason in found if path not in self.reasons}.values())
         self.reasons.update(new)
         if new:
-            lines = "".join(json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in new)
+            lines = "".join(json.dumps({"path": path, "reason": reason} | self.more) + "\n" for path, reason in new)
             try:
                 with self.path.open("a", encoding="utf-8") as out:
                     out.write(lines)

@@ -1,17 +1,18 @@
-"""Which video, which frames, which crop: pure functions of (seed, slot), decided before anything is decoded.
+"""Which frames, which crop: pure functions of (seed, slot), decided before anything is decoded.
 
 A slot is a number that counts all clips of a run from 0; the position in the data is one integer. Where a video gives
-several clips, its video slot counts the videos: slot // clips_per_video.
+several clips, its video slot counts the videos: slot // clips_per_video. Which video that is: `fastjepa.data.order`.
 """
 
 from dataclasses import astuple, dataclass
 from fractions import Fraction
 from math import exp, log
-from typing import Literal
 
 import numpy as np
 
 from fastjepa.data.augment import Op, draw_ops
+from fastjepa.data.frames import clip_frames, clip_stride, frame_seconds, known_times, timed_frames
+from fastjepa.data.order import Collection, VideoOrder
 from fastjepa.streams import Purpose, stream
 
 CROP_TRIES = 10
@@ -76,16 +77,17 @@ class ClipDraw:
 class ClipPlan:
     """Draws the clip of every slot.
 
-    Videos come in a new permutation each pass over the data. `scale` and `aspect` are the ranges of the random resized
-    crop. `duration` (seconds) takes the place of `stride`. With `clips_per_video` n, slot s is clip s % n of the video
-    of video slot s // n: the clips of a video come from its n equal segments and have boxes and flips of their own.
-    Source: the published sampler and transform (V-JEPA, arXiv 2404.08471, appendix).
+    `videos`: in which order they come, or only their numbers, which then come in a new permutation each pass over the
+    data. `scale` and `aspect` are the ranges of the random resized crop. In place of `stride` the clip spans `duration`
+    seconds by the average frame rate, or has `fps` frames/s at the true times of the frames. With `clips_per_video` n,
+    slot s is clip s % n of the video of video slot s // n: the clips of a video come from its n equal segments and have
+    boxes and flips of their own. Source: the published sampler and transform (V-JEPA, arXiv 2404.08471, appendix).
     """
 
     def __init__(
         self,
         seed: int,
-        videos: np.ndarray,
+        videos: np.ndarray | VideoOrder,
         frames: int,
         stride: int,
         scale: tuple[float, float],
@@ -95,39 +97,43 @@ class ClipPlan:
         *,
         clips_per_video: int = 1,
         duration: float | None = None,
+        fps: float | None = None,
     ) -> None:
-        self.seed, self.videos = seed, videos
-        self.frames, self.stride, self.duration = frames, stride, duration
+        self.seed = seed
+        self.order = videos if isinstance(videos, VideoOrder) else VideoOrder(seed, [Collection(videos)])
+        self.frames, self.stride, self.duration, self.fps = frames, stride, duration, fps
         self.scale, self.aspect, self.flip = scale, aspect, flip
         self.augmentation = augmentation
         self.clips_per_video = clips_per_video
-        self._pass: tuple[int, np.ndarray] | None = None
 
-    def video(self, video_slot: int) -> int:
-        """Number of the video that this video slot asks for."""
-        number, place = divmod(video_slot, len(self.videos))
-        if self._pass is None or self._pass[0] != number:
-            self._pass = (number, stream(self.seed, Purpose.PERMUTATION, number).permutation(self.videos))
-        return int(self._pass[1][place])
+    def too_short(self, length: int, rate: Fraction | None = None, times: np.ndarray | None = None) -> str:
+        """Why a video of `length` frames has less than a clip spans; empty where it has enough."""
+        if self.fps is not None:
+            lasts, spans = length * frame_seconds(known_times(length, times)), self.frames / self.fps
+            return f"it lasts {lasts:.3g} s, less than the {spans:.3g} s that a clip spans" * (lasts < spans)
+        window = self.frames * clip_stride(self.frames, self.stride, self.duration, rate)
+        return f"it has {length} frames, fewer than the {window} that a clip spans" * (length < window)
 
-    def replacement(self, video_slot: int, attempt: int) -> int:
-        """Number of the video to take instead, after `attempt` that cannot be used."""
-        return int(stream(self.seed, Purpose.REPLACEMENT, video_slot, attempt).choice(self.videos))
+    def clip(
+        self,
+        slot: int,
+        length: int,
+        height: int,
+        width: int,
+        rate: Fraction | None = None,
+        times: np.ndarray | None = None,
+    ) -> ClipDraw:
+        """What to cut out of a video of `length` frames of `height` x `width` pixels, for the clip at this slot.
 
-    def all_replacements(self, video_slot: int, attempt: int) -> list[int]:
-        """Numbers of all videos in a random order of this slot, for when single replacements have failed."""
-        return stream(self.seed, Purpose.REPLACEMENT, video_slot, attempt).permutation(self.videos).tolist()
-
-    def window(self, rate: Fraction | None = None) -> int:
-        """Source frames that a clip spans in a video of `rate` frames/s (needed with a duration only)."""
-        return self.frames * clip_stride(self.frames, self.stride, self.duration, rate)
-
-    def clip(self, slot: int, length: int, height: int, width: int, rate: Fraction | None = None) -> ClipDraw:
-        """What to cut out of a video of `length` frames of `height` x `width` pixels, for the clip at this slot."""
+        `rate`, frames/s, is needed with a duration; `times` of the frames, float64 [length] in s, with `fps`.
+        """
         rng = stream(self.seed, Purpose.CLIP, slot)
-        stride = clip_stride(self.frames, self.stride, self.duration, rate)
         number, clips = slot % self.clips_per_video, self.clips_per_video
-        frames = clip_frames(length, self.frames, stride, rng, clip=number, clips=clips)
+        if self.fps is None:
+            stride = clip_stride(self.frames, self.stride, self.duration, rate)
+            frames = clip_frames(length, self.frames, stride, rng, clip=number, clips=clips)
+        else:
+            frames = timed_frames(known_times(length, times), self.frames, self.fps, rng, clip=number, clips=clips)
         box = random_box(height, width, self.scale, self.aspect, rng)
         flip = bool(self.flip and rng.random() < 0.5)
         return ClipDraw(frames, box, flip, *self._augmentation(height, width, slot))
@@ -144,80 +150,6 @@ class ClipPlan:
         if a.auto_augment:
             ops = draw_ops(stream(self.seed, Purpose.AUGMENT, slot))
         return end_box, erase, ops
-
-
-def clip_stride(frames: int, stride: int, duration: float | None, rate: Fraction | float | None) -> int:
-    """Source frames from one frame of a clip to the next: `stride`, or what makes the clip span `duration` seconds.
-
-    The published rule, int(duration * rate / frames) with the average rate in frames/s, but at least 1: the public code
-    comes to a stride of 0 where a video has fewer frames in that time than the clip, and fails. Errors: ValueError for
-    a duration without a rate.
-    """
-    if duration is None:
-        return stride
-    if rate is None:
-        raise ValueError(f"the stride of a clip of {duration:g} s follows from the frame rate, which is not known")
-    return max(1, int(duration * float(rate) / frames))
-
-
-def clip_frames(
-    length: int,
-    frames: int,
-    stride: int,
-    rng: np.random.Generator | None,
-    *,
-    clip: int = 0,
-    clips: int = 1,
-    overlap: bool = False,
-    fixed: Literal["start", "middle"] = "middle",
-) -> np.ndarray:
-    """Frame numbers int64 [frames] of clip number `clip` of `clips` out of `length` frames, see `segment_frames`.
-
-    The place in the clip's segment is random, or with rng None the `fixed` one: from the middle, or from the start (the
-    published clip that is not random).
-    """
-    window, room = frames * stride, length // clips
-    end = None
-    if room > window:
-        at_rest = window if fixed == "start" else (room + window) // 2
-        end = at_rest if rng is None else int(rng.integers(window, room))
-    return segment_frames(length, frames, stride, end, clip=clip, clips=clips, overlap=overlap)
-
-
-def segment_frames(
-    length: int, frames: int, stride: int, end: int | None, *, clip: int = 0, clips: int = 1, overlap: bool = False
-) -> np.ndarray:
-    """Frame numbers int64 [frames] of clip number `clip` of `clips`, each from its own segment of the video.
-
-    The published rule. A segment has length // clips frames. In one longer than the window of frames * stride, the
-    window ends before frame `end` of the segment, window <= end < segment. Both ends of the window are included, so
-    the real stride is slightly larger. Any other (`end` None) is read at the stride and its last frame repeated; with
-    `overlap` the windows leave their segments instead and start at equal distances over the whole video, each without
-    its last frame, and all at 0 in a video that is not longer than one.
-
-    The public code asks for a negative frame where a segment, or with `overlap` the window, has no frame to offer: here
-    clip i of n then is frame i * length // n throughout. Errors: ValueError for counts below 1, a clip number outside
-    0..clips-1 and an `end` that does not belong to the segment.
-    """
-    if min(length, frames, stride, clips) < 1 or not 0 <= clip < clips:
-        raise ValueError(
-            f"no clip {clip} of {clips} with {frames} frames at stride {stride} in a video of {length} frames"
-        )
-    window, room = frames * stride, length // clips
-    if room > window:
-        if end is None or not window <= end < room:
-            raise ValueError(f"a window of {window} in a segment of {room} frames cannot end at {end}")
-        spread = np.clip(np.linspace(end - window, end, frames), end - window, end - 1)
-        return spread.astype(np.int64) + clip * room
-    if end is not None:
-        raise ValueError(f"a segment of {room} frames has no place for a window of {window} that ends at {end}")
-    last = min(window, length) - 1 if overlap else room
-    if last < 1:
-        return np.full(frames, clip * length // clips, dtype=np.int64)
-    points = last // stride
-    spread = np.concatenate([np.linspace(0, last, points), np.full(frames - points, last)])
-    step = room if not overlap else (length - window) // (clips - 1) if length > window else 0
-    return np.clip(spread, 0, last - 1).astype(np.int64) + clip * step
 
 
 def random_box(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastjepa.data.order import Collection
 from fastjepa.data.synthetic import MOTIONS, SHAPES, MovingShapes, materialise, video_names
 from fastjepa.streams import Purpose, stream
 
@@ -30,7 +31,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Videos:
-    """A list of videos. `train` are the numbers of those that pretraining sees; labels are for probes only."""
+    """A list of videos. `train` are the numbers of those that pretraining sees; labels are for probes only.
+
+    `collections`: those of a mixture, with their weights; empty for a single one, which is `train`.
+    """
 
     paths: list[str]
     train: np.ndarray
@@ -38,6 +42,7 @@ class Videos:
     description: str
     tasks: dict[str, Task] = field(default_factory=dict)
     splits: dict[str, np.ndarray] = field(default_factory=dict)
+    collections: tuple[Collection, ...] = ()
 
 
 def open_videos(

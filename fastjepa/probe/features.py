@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.data.dataset import Reader
-from fastjepa.data.decode import VideoError
-from fastjepa.data.sampling import central_box, clip_frames, clip_stride
+from fastjepa.data.decode import VideoError, VideoInfo
+from fastjepa.data.frames import clip_frames, clip_stride, known_times, timed_frames
+from fastjepa.data.sampling import central_box
 from fastjepa.data.source import Videos
 from fastjepa.data.transforms import cut
 
@@ -25,18 +26,27 @@ class ProbeStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a clip is cut out for evaluation: frames and stride, side in pixels, seconds that take the stride's place."""
+    """How a clip is cut out for evaluation: frames and stride, side in pixels; seconds or frames/s in its place."""
 
     frames: int
     stride: int
     crop: int
     duration: float | None = None
+    fps: float | None = None
+
+    def numbers(self, info: VideoInfo) -> np.ndarray:
+        """int64 [frames]: those in the middle of a video. Errors: ValueError where its rate is needed and not known."""
+        if self.fps is not None:
+            return timed_frames(known_times(info.frames, info.times), self.frames, self.fps, rng=None)
+        return clip_frames(
+            info.frames, self.frames, clip_stride(self.frames, self.stride, self.duration, info.rate), rng=None
+        )
 
 
 def members_of(videos: Videos, most: int = MOST_VIDEOS) -> dict[str, np.ndarray]:
     """The video numbers of each split that are probed: at most about `most` in all, the same share of every split."""
     # The splits are in random order, so their first parts are a fair draw.
-    share = min(1.0, most / len(videos.paths))
+    share = min(1.0, most / max(1, sum(len(split) for split in videos.splits.values())))
     return {name: split[: int(np.ceil(share * len(split)))] for name, split in videos.splits.items()}
 
 
@@ -63,8 +73,7 @@ def read_clips(
     for video in sorted(np.concatenate(list(members.values())).tolist()):
         try:
             info = reader.info(video)
-            stride = clip_stride(cut_out.frames, cut_out.stride, cut_out.duration, info.rate)
-            frames = reader.read(video, clip_frames(info.frames, cut_out.frames, stride, rng=None))
+            frames = reader.read(video, cut_out.numbers(info))
         except VideoError:
             continue  # named in bad_files.jsonl when pretraining meets it; a probe of the rest is still a probe
         numbers.append(video)

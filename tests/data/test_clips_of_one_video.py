@@ -48,7 +48,7 @@ def make_dataset(paths, clips=2, filter_short=False, duration=None, stride=STRID
         clips_per_video=clips,
         duration=duration,
     )
-    reader = Reader(list(paths), 2, cache_bytes, need_rate=duration is not None)
+    reader = Reader(list(paths), 2, cache_bytes, needs_rate="data.duration" if duration else "")
     return ClipDataset(reader, plan, CROP, filter_short=filter_short)
 
 
@@ -111,7 +111,7 @@ def test_the_clips_of_a_video_come_from_its_segments_with_boxes_of_their_own(goo
     dataset, plan = make_dataset(good, clips), make_dataset(good, clips).plan
     for video_slot in range(8):
         sample = dataset[video_slot]
-        info = probe(good[plan.video(video_slot)])
+        info = probe(good[plan.order.video(video_slot)])
         room = info.frames // clips
         assert (sample.slot, sample.bad, sample.short, len(sample.clips)) == (video_slot, [], [], clips)
         boxes = set()
@@ -124,10 +124,10 @@ def test_the_clips_of_a_video_come_from_its_segments_with_boxes_of_their_own(goo
         assert len(boxes) == clips
 
 
-def test_a_video_is_decoded_once_for_all_its_clips(paths, monkeypatch):
+def test_a_video_is_decoded_once_for_all_its_clips(paths):
     reads = []
-    monkeypatch.setattr(dataset_module, "read_frames", lambda info, n: reads.append(info.path) or read_frames(info, n))
     dataset = make_dataset(paths, clips=4)
+    dataset.reader.read_frames = lambda info, n: reads.append(info.path) or read_frames(info, n)
     samples = [dataset[video_slot] for video_slot in range(6)]
     assert len(reads) == 6
     assert any(sample.bad for sample in samples)
@@ -171,7 +171,7 @@ def test_workers_the_batch_size_and_a_later_start_change_no_clip_and_no_mask(pat
 def test_videos_and_replacements_are_those_of_the_video_slot(paths):
     one, two = make_dataset(paths, clips=1), make_dataset(paths, clips=2)
     for video_slot in range(12):
-        assert two.plan.video(video_slot) == one.plan.video(video_slot)
+        assert two.plan.order.video(video_slot) == one.plan.order.video(video_slot)
         assert two[video_slot].bad == one[video_slot].bad
 
 
@@ -193,7 +193,7 @@ def test_every_video_has_the_stride_of_its_own_frame_rate(good, monkeypatch):
     dataset = make_dataset(good, 1, duration=0.3)
     wanted = {path: make_dataset(good, 1, stride=3 if path == good[4] else 1) for path in good}
     for slot in range(10):
-        path = good[dataset.plan.video(slot)]
+        path = good[dataset.plan.order.video(slot)]
         assert torch.equal(dataset[slot].clips[0], wanted[path][slot].clips[0])
 
 
@@ -221,7 +221,7 @@ def test_videos_of_fewer_frames_than_the_window_are_replaced_and_told_apart_from
         sample = dataset[slot]
         assert dict(sample.bad) in ({}, {paths[5]: "the file is empty"})
         assert dict(sample.short).items() <= short.items()
-        asked = paths[dataset.plan.video(slot)]
+        asked = paths[dataset.plan.order.video(slot)]
         assert (asked in dict(sample.short)) == (asked in short)
         if asked not in short:
             assert sample.short == [] or sample.bad

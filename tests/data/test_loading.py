@@ -173,7 +173,7 @@ def test_a_batch_goes_to_a_device_with_its_masks(wanted):
 def test_a_clip_is_what_the_plan_says_of_the_video_it_names(good):
     dataset = make_dataset(good)
     for slot in range(10):
-        info = probe(good[dataset.plan.video(slot)])
+        info = probe(good[dataset.plan.order.video(slot)])
         draw = dataset.plan.clip(slot, info.frames, info.height, info.width)
         sample = dataset[slot]
         assert torch.equal(
@@ -212,15 +212,13 @@ def test_the_cache_changes_no_clip_and_keeps_to_its_size(good, bad, wanted, cach
 
 def test_a_cached_video_is_decoded_once_and_a_file_is_probed_once(good, bad, monkeypatch):
     decoded, probed = [], []
-    monkeypatch.setattr(
-        dataset_module, "read_frames", lambda info, n: decoded.append(info.path) or read_frames(info, n)
-    )
     monkeypatch.setattr(dataset_module, "probe", lambda path: probed.append(path) or probe(path))
     dataset = make_dataset([*good, *bad], cache_bytes=10**9)
-    for slot in range(40):
+    dataset.reader.read_frames = lambda info, n: decoded.append(info.path) or read_frames(info, n)
+    for slot in range(60):
         _ = dataset[slot]
     assert sorted(decoded) == sorted(good)
-    assert sorted(probed) == sorted([*good, *bad])
+    assert sorted(probed) == sorted([*good, *bad, *bad]), "a bad one has a second chance"
 
 
 def test_what_is_known_of_files_is_bounded(good, monkeypatch):
@@ -239,12 +237,12 @@ def test_what_is_known_of_files_is_bounded(good, monkeypatch):
 def test_a_bad_file_is_replaced_by_the_slot_alone_and_told_with_its_reason(good, bad):
     paths = [*good, *bad]
     dataset, again = make_dataset(paths), make_dataset(paths)
-    asked = [paths[dataset.plan.video(slot)] for slot in range(len(paths))]
+    asked = [paths[dataset.plan.order.video(slot)] for slot in range(len(paths))]
     samples = {slot: dataset[slot] for slot in range(len(paths))}
     for slot, sample in samples.items():
         assert [path for path, _ in sample.bad][:1] == ([asked[slot]] if asked[slot] in bad else [])
         assert all(reason == bad[path] for path, reason in sample.bad)
-        tried = [asked[slot], *(paths[dataset.plan.replacement(slot, attempt)] for attempt in range(16))]
+        tried = [asked[slot], *(paths[dataset.plan.order.replacement(slot, attempt)] for attempt in range(16))]
         taken = next(path for path in tried if path not in bad)
         told = [path for path, _ in sample.bad]
         assert told == list(dict.fromkeys(tried[: tried.index(taken)]))
@@ -304,13 +302,14 @@ def test_without_any_good_file_the_loader_says_so_in_one_sentence(bad, workers):
     assert multiprocessing.active_children() == []
 
 
-def test_other_errors_of_a_reader_are_not_taken_for_bad_files(good, monkeypatch):
+def test_other_errors_of_a_reader_are_not_taken_for_bad_files(good):
     def broken(info, numbers):
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(dataset_module, "read_frames", broken)
+    dataset = make_dataset(good)
+    dataset.reader.read_frames = broken
     with pytest.raises(MemoryError):
-        _ = make_dataset(good)[0]
+        _ = dataset[0]
 
 
 def test_the_reader_tells_why_a_file_is_bad_every_time(bad):
@@ -349,6 +348,13 @@ def test_each_bad_file_is_written_down_once(tmp_path):
     assert again.reasons == dict(entries(3))
     assert again.report(entries(4)) == entries(1, start=3)
     assert len(path.read_text().splitlines()) == 4
+
+
+def test_what_could_not_read_a_file_is_written_down_too(tmp_path):
+    path = tmp_path / "bad_files.jsonl"
+    ReplacedFiles(path, 1000, 0.01, decoder="pyav").report(entries(1))
+    assert json.loads(path.read_text()) == {"path": "/videos/0.mp4", "reason": "the file is empty", "decoder": "pyav"}
+    assert ReplacedFiles(path, 1000, 0.01).reasons == dict(entries(1))
 
 
 def test_strange_names_of_bad_files_survive(tmp_path):

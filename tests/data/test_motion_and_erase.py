@@ -276,7 +276,7 @@ def test_each_setting_reaches_the_clips(recipe):
                               ("end_box", "erase", "augment"), strict=True):  # fmt: skip
         found, dataset = clips(recipe, setting)
         for slot, clip in enumerate(found):
-            video = dataset.plan.video(slot)
+            video = dataset.plan.order.video(slot)
             info = dataset.reader.info(video)
             draw = dataset.plan.clip(slot, info.frames, info.height, info.width)
             assert {f for f in ("end_box", "erase", "augment") if getattr(draw, f) is not None} == {field}

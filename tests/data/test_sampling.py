@@ -6,16 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.data.sampling import (
-    CROP_TRIES,
-    Box,
-    ClipPlan,
-    central_box,
-    clip_frames,
-    clip_stride,
-    random_box,
-    segment_frames,
-)
+from fastjepa.data.frames import clip_frames, clip_stride, segment_frames, timed_frames
+from fastjepa.data.sampling import CROP_TRIES, Box, ClipPlan, central_box, random_box
 
 SCALE, ASPECT = (0.3, 1.0), (0.75, 1.35)
 sides = st.integers(1, 3000)
@@ -164,12 +156,81 @@ def test_a_duration_needs_a_frame_rate():
 
 def test_a_plan_with_a_duration_ignores_its_stride():
     by_time, by_stride = plan(duration=0.5), plan()
-    assert by_time.window(Fraction(24)) == 12
-    assert by_time.window(Fraction(60)) == 28
-    assert by_stride.window(Fraction(60)) == by_stride.window() == 8
+    for one, rate, window in ((by_time, Fraction(24), 12), (by_time, Fraction(60), 28), (by_stride, None, 8)):
+        assert one.too_short(window, rate) == ""
+        assert one.too_short(window - 1, rate) == (
+            f"it has {window - 1} frames, fewer than the {window} that a clip spans"
+        )
     for rate, stride in ((Fraction(24), 3), (Fraction(60), 7)):
         fixed = ClipPlan(1, np.arange(7), 4, stride, SCALE, ASPECT, True)
         assert by_time.clip(5, 100, 48, 64, rate).frames.tolist() == fixed.clip(5, 100, 48, 64).frames.tolist()
+
+
+# -- frames per second ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rate", "fps", "stride"), [(30, 7.5, 4), (24, 24, 1), (25, 5, 5), (60, 4, 15)])
+def test_at_a_constant_rate_frames_per_second_are_a_stride(rate, fps, stride):
+    times = np.arange(500) / rate
+    for seed in range(50):
+        numbers = timed_frames(times, 16, fps, np.random.default_rng(seed))
+        assert np.diff(numbers).tolist() == [stride] * 15
+        assert 0 <= numbers[0] <= numbers[-1] < 500
+
+
+def test_frames_are_those_that_are_shown_at_the_time_whatever_the_rate_does():
+    # Ten frames/s, then a still of two seconds, then forty frames/s.
+    times = np.concatenate([np.arange(20) / 10, [2.0], 4 + np.arange(80) / 40])
+    numbers = timed_frames(times, 24, 4, rng=None)
+    begin = times[numbers[0]] + 0.0
+    middle = (times[-1] + times[-1] / 100 - 6) / 2
+    for k, number in enumerate(numbers.tolist()):
+        shown = [i for i, time in enumerate(times) if time <= middle + k / 4 + 1e-6]
+        assert number == max(shown, default=0)
+    assert begin == 0
+    assert (numbers == 20).sum() == 8, "what stands still for two seconds is in eight frames"
+
+
+@given(
+    st.lists(st.floats(0.001, 3), min_size=0, max_size=60), st.integers(1, 40), st.floats(0.1, 90), st.integers(1, 4)
+)
+def test_timed_frames_lie_inside_the_video_in_order(gaps, frames, fps, clips):
+    times = np.cumsum([0.0, *gaps])
+    for clip in range(clips):
+        numbers = timed_frames(times, frames, fps, np.random.default_rng(0), clip=clip, clips=clips)
+        assert numbers.shape == (frames,)
+        assert numbers.dtype == np.int64
+        assert numbers.min() >= 0
+        assert numbers.max() < len(times)
+        assert (np.diff(numbers) >= 0).all()
+
+
+def test_a_video_shorter_than_the_clip_ends_with_its_last_frame_repeated():
+    assert timed_frames(np.arange(4) / 10, 6, 10, np.random.default_rng(0)).tolist() == [0, 1, 2, 3, 3, 3]
+
+
+def test_timed_clips_begin_anywhere_and_reach_the_end():
+    times = np.arange(100) / 10
+    clips = [timed_frames(times, 4, 5, np.random.default_rng(seed)) for seed in range(2000)]
+    assert {int(clip[0]) for clip in clips} == set(range(92)), "0.8 of 10 s are the clip"
+    assert max(int(clip[-1]) for clip in clips) == 97
+
+
+@pytest.mark.parametrize("wrong", [{"clip": 2, "clips": 2}, {"frames": 0}, {"fps": 0.0}, {"clips": 0}])
+def test_timed_frames_that_cannot_be_are_refused(wrong):
+    clip = {"times": np.arange(9.0), "frames": 4, "fps": 2.0, "rng": None} | wrong
+    with pytest.raises(ValueError, match=r"^no clip \d of \d with \d frames at "):
+        timed_frames(**clip)
+
+
+def test_a_plan_by_frames_per_second_needs_times_and_knows_what_is_too_short():
+    by_fps = plan(fps=8.0)
+    times = np.arange(60) / 24
+    assert np.diff(by_fps.clip(3, 60, 48, 64, None, times).frames).tolist() == [3, 3, 3]
+    assert by_fps.too_short(12, None, times[:12]) == ""
+    assert by_fps.too_short(11, None, times[:11]) == "it lasts 0.458 s, less than the 0.5 s that a clip spans"
+    with pytest.raises(ValueError, match="only where the times of the frames are known"):
+        by_fps.clip(3, 60, 48, 64)
 
 
 def test_clips_of_one_video_come_from_its_segments_in_order_with_draws_of_their_own():
@@ -269,7 +330,7 @@ def test_the_central_box_is_the_largest_square(height, width):
 def test_each_pass_takes_every_video_once_in_an_order_of_its_own():
     videos = [3, 5, 8, 13, 21, 34, 55]
     one = plan(videos)
-    passes = [tuple(one.video(slot) for slot in range(7 * n, 7 * n + 7)) for n in range(20)]
+    passes = [tuple(one.order.video(slot) for slot in range(7 * n, 7 * n + 7)) for n in range(20)]
     assert all(sorted(order) == videos for order in passes)
     assert len(set(passes)) == 20
 
@@ -283,10 +344,10 @@ def test_every_draw_depends_on_seed_and_slot_alone(slots, seed):
     used = plan(seed=seed)
     for slot in slots:
         fresh = plan(seed=seed)
-        assert used.video(slot) == fresh.video(slot)
+        assert used.order.video(slot) == fresh.order.video(slot)
         assert same(used.clip(slot, 99, 48, 64), fresh.clip(slot, 99, 48, 64))
         for attempt in (0, 1, 15):
-            assert used.replacement(slot, attempt) == fresh.replacement(slot, attempt)
+            assert used.order.replacement(slot, attempt) == fresh.order.replacement(slot, attempt)
 
 
 def test_seeds_and_slots_give_other_draws():
@@ -295,13 +356,13 @@ def test_seeds_and_slots_give_other_draws():
     assert len({clip.frames.tobytes() for clip in clips}) > 25
     assert len({clip.box for clip in clips}) > 25
     assert {clip.flip for clip in clips} == {True, False}
-    orders = {tuple(plan(videos, seed).video(slot) for slot in range(100)) for seed in range(3)}
+    orders = {tuple(plan(videos, seed).order.video(slot) for slot in range(100)) for seed in range(3)}
     assert len(orders) == 3
 
 
 def test_replacements_come_from_the_train_videos_and_differ_by_slot_and_attempt():
     videos = [3, 5, 8, 13, 21, 34, 55]
-    drawn = [plan(videos).replacement(slot, attempt) for slot in range(20) for attempt in range(16)]
+    drawn = [plan(videos).order.replacement(slot, attempt) for slot in range(20) for attempt in range(16)]
     assert set(drawn) == set(videos)
     assert len({tuple(drawn[16 * slot : 16 * slot + 16]) for slot in range(20)}) == 20
 

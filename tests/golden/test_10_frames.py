@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fastjepa.data.dataset import ClipDataset
+from fastjepa.data.frames import clip_frames, clip_stride, segment_frames
 from fastjepa.data.replaced import TooManyBadFiles
-from fastjepa.data.sampling import ClipPlan, clip_frames, clip_stride, segment_frames
+from fastjepa.data.sampling import ClipPlan
 
 
 class Recorded:

@@ -1,0 +1,1 @@
+"""Ways to decode: each gives the frames that `fastjepa.data.decode` counts, or is not chosen for a file."""

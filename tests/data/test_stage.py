@@ -1,0 +1,176 @@
+"""Clips that are decoded between loader and step: their order, what fails, and who takes its place."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastjepa.data.dataset import ClipDataset, Reader
+from fastjepa.data.decode import probe, read_frames
+from fastjepa.data.decoders.dali import EncodedClip
+from fastjepa.data.decoders.stage import AHEAD, Decoding
+from fastjepa.data.index import examine
+from fastjepa.data.loader import make_loader, running
+from fastjepa.data.sampling import ClipDraw, ClipPlan
+from fastjepa.data.transforms import transform
+from fastjepa.masks import MaskCollator
+
+FRAMES, CROP = 4, 16
+
+
+class Pixels:
+    """A batch decoder that reads with PyAV, and fails where it is told to."""
+
+    def __init__(self, fails=()):
+        self.fails, self.begun, self.most, self.closed, self.asked = set(fails), [], 0, False, []
+
+    def begin(self, clips):
+        self.begun.append(clips)
+        self.asked += [clip.path for clip in clips]
+        self.most = max(self.most, len(self.begun))
+
+    def finish(self):
+        clips = self.begun.pop(0)
+        made = torch.zeros(len(clips), 3, FRAMES, CROP, CROP, dtype=torch.uint8)
+        failed = {}
+        for place, clip in enumerate(clips):
+            assert np.array_equal(clip.encoded, np.fromfile(clip.path, np.uint8))
+            if clip.path in self.fails:
+                failed[place] = "codec trouble"
+                continue
+            info = probe(clip.path)
+            assert (clip.height, clip.width, clip.rotation) == (info.height, info.width, info.rotation)
+            draw = ClipDraw(clip.frames, clip.box, clip.flip)
+            made[place] = transform(read_frames(info, clip.frames), draw, CROP)
+        return made, failed
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture(scope="module")
+def paths(film, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage")
+    return [str(film.video(folder / f"{n}.mp4", frames=8 + 2 * n, rotation=90 * (n % 2))) for n in range(6)]
+
+
+def make_dataset(paths, taken=None, known=None, **plan):
+    settings = {"flip": True} | plan
+    drawn = ClipPlan(0, np.arange(len(paths)), FRAMES, 2, (0.3, 1.0), (0.75, 1.35), **settings)
+    if taken is None:
+        return ClipDataset(Reader(paths, 2), drawn, CROP)
+    known = known or [examine((path, len(np.fromfile(path, np.uint8)), 0)) for path in paths]
+    encoded = np.array([path in taken for path in paths])
+    return ClipDataset(Reader(paths, 2, known=known), drawn, CROP, encoded=encoded)
+
+
+def load(dataset, decoder=None, steps=(0, 4), workers=0):
+    sets = [{"num_blocks": 2, "spatial_scale": (0.3, 0.3), "temporal_scale": (0.5, 0.5), "aspect_ratio": (0.75, 1.5)}]
+    loader = make_loader(
+        dataset, MaskCollator(sets * 2, CROP, FRAMES, 4, 2, seed=0, truncation="random", group=4),
+        first_step=steps[0], last_step=steps[1], global_batch=4, batch_size=4, workers=workers, pin_memory=False,
+        tokens=32,
+    )  # fmt: skip
+    said = []
+    with running(loader) as loaded:
+        stage = Decoding(lambda: decoder, "dali_gpu", dataset, said.append)
+        batches = list(stage(loaded))
+    return batches, said
+
+
+def assert_same(got, wanted):
+    assert len(got) == len(wanted)
+    for one, other in zip(got, wanted):
+        assert one.slots == other.slots
+        assert torch.equal(one.clips, other.clips)
+        assert one.bad == other.bad
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("clips_per_video", [1, 2])
+def test_clips_are_those_of_the_loader_processes_wherever_they_are_decoded(paths, workers, clips_per_video):
+    wanted, _ = load(make_dataset(paths, clips_per_video=clips_per_video))
+    for taken in (paths, paths[::2], paths[:1]):
+        decoder = Pixels()
+        got, said = load(make_dataset(paths, taken, clips_per_video=clips_per_video), decoder, workers=workers)
+        assert_same(got, wanted)
+        assert set(decoder.asked) == {path for path in decoder.asked if path in taken} != set()
+        assert said == []
+        assert decoder.closed
+
+
+def test_by_frames_per_second_too(paths):
+    wanted, _ = load(make_dataset(paths, fps=6.0))
+    assert_same(load(make_dataset(paths, paths, fps=6.0), Pixels())[0], wanted)
+    plain, _ = load(make_dataset(paths))
+    assert not all(torch.equal(a.clips, b.clips) for a, b in zip(wanted, plain))
+
+
+def test_a_batch_is_begun_before_the_one_before_is_waited_for(paths):
+    decoder = Pixels()
+    load(make_dataset(paths, paths), decoder)
+    assert decoder.most == AHEAD
+
+
+def test_a_later_start_gives_the_rest(paths):
+    whole, _ = load(make_dataset(paths, paths), Pixels())
+    assert_same(load(make_dataset(paths, paths), Pixels(), steps=(2, 4))[0], whole[2:])
+
+
+def test_what_the_decoder_fails_on_pyav_reads_and_after_two_failures_at_once(paths):
+    wanted, _ = load(make_dataset(paths), steps=(0, 12))
+    decoder = Pixels(fails=[paths[3], paths[4]])
+    got, said = load(make_dataset(paths, paths), decoder, steps=(0, 12))
+    assert_same(got, wanted)
+    assert sorted(said) == [
+        f"decoder    {path}: dali_gpu fails (codec trouble), so pyav reads it" for path in sorted(paths[3:5])
+    ]
+    for path in paths[3:5]:
+        # Batches that were begun before the second failure was known have it still.
+        assert 2 <= decoder.asked.count(path) <= 2 + AHEAD
+    assert decoder.asked.count(paths[0]) == 8
+
+
+@pytest.mark.parametrize("clips_per_video", [1, 2])
+def test_what_pyav_cannot_read_either_is_replaced_by_the_slot_alone(paths, film, tmp_path, clips_per_video):
+    broken = tmp_path / "broken.mp4"
+    film.video(broken, frames=9)
+    everything = [*paths, str(broken)]
+    known = [examine((path, len(np.fromfile(path, np.uint8)), 0)) for path in everything]
+    broken.write_bytes(bytes(known[-1].size))
+    wanted, _ = load(make_dataset(everything, clips_per_video=clips_per_video), steps=(0, 8))
+    dataset = make_dataset(everything, everything, known, clips_per_video=clips_per_video)
+    got, said = load(dataset, Pixels(fails=[str(broken)]), steps=(0, 8))
+    assert len(said) == 1
+    assert [batch.clips.tolist() for batch in got] == [batch.clips.tolist() for batch in wanted]
+    assert {path for batch in got for path, _ in batch.bad} == {str(broken)}
+
+
+def test_a_file_that_changed_since_it_was_indexed_is_replaced_and_told(paths, film, tmp_path):
+    changing = film.video(tmp_path / "changing.mp4", frames=9)
+    everything = [*paths, str(changing)]
+    known = [examine((path, len(np.fromfile(path, np.uint8)), 0)) for path in everything]
+    film.video(changing, frames=30)
+    got, _ = load(make_dataset(everything, everything, known), Pixels(), steps=(0, 4))
+    told = {entry for batch in got for entry in batch.bad}
+    assert told == {(str(changing), "it has changed since the index was made")}
+
+
+def test_files_that_the_index_calls_unreadable_are_not_opened(paths, tmp_path):
+    text = tmp_path / "text.mp4"
+    text.write_text("hello" * 50)
+    everything = [*paths, str(text)]
+    known = [examine((path, len(np.fromfile(path, np.uint8)), 0)) for path in everything]
+    text.unlink()
+    got, _ = load(make_dataset(everything, everything, known), Pixels())
+    assert {entry for batch in got for entry in batch.bad} == {(str(text), known[-1].reason)}
+
+
+def test_an_encoded_clip_is_what_the_plan_says(paths):
+    dataset = make_dataset(paths, paths)
+    for slot in range(6):
+        (clip,) = dataset[slot].clips
+        assert isinstance(clip, EncodedClip)
+        info = probe(clip.path)
+        draw = dataset.plan.clip(slot, info.frames, info.height, info.width)
+        assert clip.frames.tolist() == draw.frames.tolist()
+        assert (clip.box, clip.flip) == (draw.box, draw.flip)

@@ -45,9 +45,9 @@ def choose_decoder(
         return Decoder("torchcodec", "asked for")
     name = "dali_gpu" if wanted == "auto" else wanted
     reason = needs_frames and f"{needs_frames} works on frames in the loader processes"
-    reason = reason or dali.why_not(torch.device("cpu") if name == "dali_cpu" else device)
-    if wanted == "auto" and device.type != "cuda":
+    if not reason and name == "dali_gpu" and device.type != "cuda":
         reason = "there is no GPU to decode on"
+    reason = reason or dali.why_not(torch.device("cpu") if name == "dali_cpu" else device)
     if not reason:
         found = entries()
         encoded = np.array([name in entry.decoders for entry in found], dtype=bool)

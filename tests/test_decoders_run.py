@@ -1,0 +1,93 @@
+"""Whole runs with every decoder: what they say, that they resume exactly, and that a bad file ends none."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastjepa import checkpoint
+from fastjepa.data.decoders import dali, torchcodec
+from fastjepa.exits import Exit
+from tests.data.conftest import video
+
+WHY_NOT = {"torchcodec": torchcodec.why_not, "dali_cpu": lambda: dali.why_not(torch.device("cpu"))}
+
+
+@pytest.fixture(params=WHY_NOT)
+def name(request):
+    if reason := WHY_NOT[request.param]():
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos that DALI's own decoders read, one that they do not, and one that nobody does."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(5):
+        kind = {"codec": "libvpx-vp9", "deadline": "realtime", "cpu_used": "8"} if number % 2 else {"codec": "mjpeg"}
+        pixels = "yuv420p" if number % 2 else "yuvj420p"
+        video(folder / f"{number}.mkv", frames=8 + number, pixels=pixels, **kind)
+    video(folder / "h264.mp4", frames=9)
+    (folder / "text.mp4").write_text("hello " * 99)
+    return folder
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def settings(folder, name):
+    return (f"data.path={folder}", f"data.decoder={name}", "data.max_bad_fraction=0.5")
+
+
+def test_a_run_says_what_it_decodes_with_and_names_the_bad_file_once(run, folder, name, capsys):
+    code, made = run(*settings(folder, name))
+    out = capsys.readouterr().out
+    assert code == Exit.DONE
+    assert f"decoder    {name} (asked for)" in out
+    if name == "dali_cpu":
+        assert "dali_cpu 5 videos, pyav 1, unreadable 1" in out
+        assert "for pyav: 1 h264 yuv420p 96 x 48" in out
+    assert out.count("bad file   ") == 1
+    (bad,) = [json.loads(line) for line in (made / "bad_files.jsonl").read_text().splitlines()]
+    assert bad == {
+        "path": str(folder / "text.mp4"),
+        "reason": "it is not a video file, or its header is damaged",
+        "decoder": "pyav",
+    }
+
+
+def test_a_run_goes_on_bitwise_with_the_same_decoder_and_any_number_of_workers(run, folder, name):
+    _, whole = run(*settings(folder, name), folder="whole")
+    run(*settings(folder, name), "runtime.stop_at=4", "data.workers=2", folder="parts")
+    code, parts = run(*settings(folder, name), "data.workers=1", folder="parts")
+    assert code == Exit.DONE
+    assert losses(parts) == losses(whole)
+    ours, theirs = (checkpoint.newest(one / "checkpoints", print) for one in (parts, whole))
+    assert (ours.step, theirs.step) == (10, 10)
+
+
+def test_decoders_are_told_apart_by_no_more_than_colours(run, folder, name):
+    """Clips, boxes and frames are those of PyAV: a step of a tiny learning rate has nearly the same loss."""
+    _, plain = run(*settings(folder, "pyav"), "optim.lr=1e-6", folder="plain")
+    _, other = run(*settings(folder, name), "optim.lr=1e-6", folder="other")
+    assert np.allclose(losses(other), losses(plain), rtol=0.02)
+
+
+def test_what_cannot_run_here_ends_with_a_sentence_and_writes_nothing(run, folder, capsys, tmp_path):
+    code, made = run(*settings(folder, "dali_gpu"))
+    assert code == Exit.WRONG_INPUT
+    assert made is None
+    assert capsys.readouterr().err == "data.decoder: dali_gpu cannot be used here: there is no GPU to decode on\n"
+
+
+def test_mixtures_and_frames_per_second_train_and_resume(run, folder):
+    mixed = (f"data.path={{{folder}: 3, synthetic://moving-shapes?videos=16&size=48&frames=8: 1}}",)
+    more = ("data.fps=12", "data.stride=4", "data.sampling=replacement", "data.antialias=true")
+    code, whole = run(*mixed, *more, "data.max_bad_fraction=0.5", folder="whole")
+    assert code == Exit.DONE
+    run(*mixed, *more, "data.max_bad_fraction=0.5", "runtime.stop_at=3", folder="parts")
+    _, parts = run(*mixed, *more, "data.max_bad_fraction=0.5", "data.workers=2", folder="parts")
+    assert losses(parts) == losses(whole)

@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastjepa.data.decode import VideoError, VideoInfo, probe, read_frames
+from fastjepa.data.decode import VideoError, VideoInfo
+from fastjepa.data.media import probe, read_frames
 from fastjepa.data.replaced import TooManyBadFiles
 from fastjepa.data.sampling import ClipDraw, ClipPlan
 from fastjepa.data.transforms import transform
@@ -34,7 +35,8 @@ class Sample:
 class Reader:
     """Decodes videos of a list. Remembers what a probe said, and keeps whole decoded videos up to `cache_bytes`.
 
-    Videos of fewer than `least_frames` frames, or with `need_rate` of unknown frame rate, count as unreadable.
+    Videos of fewer than `least_frames` frames, or with `need_rate` of unknown frame rate, count as unreadable; a single
+    image is exempt from the first.
     """
 
     def __init__(self, paths: list[str], least_frames: int, cache_bytes: int = 0, *, need_rate: bool = False) -> None:
@@ -62,7 +64,7 @@ class Reader:
             info = probe(self.paths[video])
         except VideoError as error:
             return str(error)
-        if info.frames < self.least_frames:
+        if info.frames < self.least_frames and not info.still:
             frames = "1 frame" if info.frames == 1 else f"{info.frames} frames"
             return f"it has {frames}, fewer than one tubelet of {self.least_frames}"
         if self.need_rate and info.rate is None:

@@ -34,7 +34,7 @@ class Entry:
 
     `size` (bytes) and `mtime_ns` tell whether a file is the same. width, height: as displayed; rate: frames/s, average;
     duration: s; gop: mean distance of key frames, in frames; seekable: frames are reached by their time, not from the
-    start; decoders: those that can take it, of `pyav`, `dali_gpu` and `dali_cpu`.
+    start; decoders: those that can take it, of `pyav` (stands for the CPU, images too), `dali_gpu`, `dali_cpu`; still: a single image.
     """
 
     path: str
@@ -52,6 +52,7 @@ class Entry:
     gop: float = 0.0
     seekable: bool = False
     decoders: tuple[str, ...] = ()
+    still: bool = False
 
 
 class NotAnIndex(ValueError):
@@ -134,6 +135,7 @@ def _to_json(entry: Entry) -> dict[str, Any]:
         "gop": entry.gop,
         "seekable": entry.seekable,
         "decoders": entry.decoders,
+        **({"still": True} if entry.still else {}),
     }
 
 
@@ -156,4 +158,5 @@ def _from_json(one: dict[str, Any]) -> Entry:
         float(one["gop"]),
         bool(one["seekable"]),
         tuple(one["decoders"]),
+        bool(one.get("still", False)),
     )

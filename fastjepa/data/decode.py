@@ -264,6 +264,7 @@ def _opened(path: str, content: BinaryIO | None = None) -> Iterator[tuple[InputC
         # "file:" keeps a name such as "concat:a" from being taken for a protocol; bytes need no protocol at all.
         container = av.open(
             f"file:{path}" if content is None else content,
+            "r",
             metadata_errors="replace",
             options={
                 "protocol_whitelist": "file" if content is None else "none",

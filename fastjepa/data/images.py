@@ -17,12 +17,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastjepa.data.decode import NO_PERMISSION, NOT_REACHED, VideoError, VideoInfo, check_file, frame_numbers
 
 EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-FORMATS = ("BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # MPO: what phones write as .jpg
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 # A folder of numbered images with holes is a video if it has at least so many, and more than this share of its numbers.
 LEAST_WITH_HOLES, LEAST_SHARE = 8, 0.9
 DAMAGED = "it is not an image (JPEG, PNG, WebP, BMP, TIFF), or it is damaged"
 # What Pillow raises of damaged files, beside OSError.
-_DAMAGE = (SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error)
+_DAMAGE = (SyntaxError, ValueError, TypeError, EOFError, IndexError, ArithmeticError, struct.error)
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^.]+)", re.ASCII | re.DOTALL)
 
 

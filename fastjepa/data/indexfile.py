@@ -34,7 +34,8 @@ class Entry:
 
     `size` (bytes) and `mtime_ns` tell whether a file is the same. width, height: as displayed; rate: frames/s, average;
     duration: s; gop: mean distance of key frames, in frames; seekable: frames are reached by their time, not from the
-    start; decoders: those that can take it, of `pyav` (stands for the CPU, images too), `dali_gpu`, `dali_cpu`; still: a single image.
+    start; decoders: those that can take it, of `pyav` (for all that is read without DALI, images too), `dali_gpu` and
+    `dali_cpu`; still: a single image.
     """
 
     path: str

@@ -69,7 +69,7 @@ class Found:
 def kind_of(name: str) -> str | None:
     """What a file is, by its name alone; None for what is no data."""
     lower = name.lower()
-    if os.path.splitext(lower)[1] in EXTENSIONS:
+    if Path(lower).suffix in EXTENSIONS:
         return VIDEO
     if is_image(name):
         return IMAGE

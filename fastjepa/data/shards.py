@@ -96,7 +96,7 @@ def _place(name: str) -> tuple[int, int]:
     try:
         place = table(shard).members.get(member)
     except VideoError as error:
-        raise VideoError(f"its shard: {error}", name) from error
+        raise VideoError(f"{error} (its shard)", name) from error
     if place is None:
         raise VideoError("its shard has no such member", name)
     if place[1] == 0:
@@ -130,7 +130,7 @@ class _Part(io.RawIOBase):
         try:
             content = os.pread(self.descriptor, wanted, self.offset + self.position)
         except OSError as error:
-            raise VideoError(f"its shard: {NOT_REACHED}: {error.strerror}", self.path) from error
+            raise VideoError(f"{NOT_REACHED}: {error.strerror} (its shard)", self.path) from error
         buffer[: len(content)] = content
         self.position += len(content)
         return len(content)
@@ -170,10 +170,10 @@ def _walk(shard: str, size: int) -> Table:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    if tar.offset <= end:
+                    if member.size < 0 or tar.offset <= end:
                         raise tarfile.ReadError("a negative size")  # tarfile would go round for ever
                     end = tar.offset
-                    tar.members.clear()  # tarfile would keep all of them
+                    tar.members.clear()  # type: ignore[attr-defined]  # all of them would take memory
                     if not member.isreg() or member.issparse():
                         continue
                     if member.offset_data + member.size > size:

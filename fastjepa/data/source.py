@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastjepa.data.images import EXTENSIONS as IMAGE_EXTENSIONS
-from fastjepa.data.search import EXTENSIONS, PACKED, SHARD, VIDEO, Found, Named, gather, kind_of, walk
+from fastjepa.data.search import EXTENSIONS, PACKED, SHARD, VIDEO, Named, gather, kind_of, walk
 from fastjepa.data.shards import SUFFIX, on_path
 from fastjepa.data.synthetic import MOTIONS, SHAPES, MovingShapes, materialise, video_names
 from fastjepa.streams import Purpose, stream
@@ -93,8 +93,9 @@ def _list_file(path: Path) -> Videos:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a byte order mark
     except UnicodeDecodeError:
+        videos = " ".join(sorted(EXTENSIONS))
         raise ValueError(
-            f"data.path: {path} is neither a video ({' '.join(sorted(EXTENSIONS))}), an image, a {SUFFIX} nor a text list"
+            f"data.path: {path} is neither a video ({videos}), an image, a {SUFFIX} nor a text list"
         ) from None
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
@@ -107,7 +108,7 @@ def _list_file(path: Path) -> Videos:
         kind = kind_of(name) or VIDEO
         if kind == SHARD and label is not None:
             raise ValueError(
-                f"data.path: {path} line {number}: expected a shard without a label, as labels are inside, given {line!r}"
+                f"data.path: {path} line {number}: expected a shard without a label (those are inside), given {line!r}"
             )
         named.append(Named(name if os.path.isabs(name) else str(path.parent / name), kind, label))
     if not named:

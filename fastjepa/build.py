@@ -9,12 +9,12 @@ from torch import nn
 from fastjepa.compiling import compiles, run_blocks
 from fastjepa.config import Settings
 from fastjepa.data.dataset import ClipDataset, Reader
-from fastjepa.data.decode import read_frames
 from fastjepa.data.decoders.choose import Decoder
 from fastjepa.data.decoders.dali import DaliDecoder
 from fastjepa.data.decoders.stage import AHEAD, Decoding
 from fastjepa.data.decoders.torchcodec import read_with_torchcodec
-from fastjepa.data.order import Collection, VideoOrder
+from fastjepa.data.media import read_frames
+from fastjepa.data.order import VideoOrder
 from fastjepa.data.processes import processors
 from fastjepa.data.sampling import Augmentation, ClipPlan
 from fastjepa.data.source import Videos
@@ -147,7 +147,7 @@ def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -
     reader = build_reader(s, videos, decoder, int(d.cache_gb * 1e9))
     order = VideoOrder(
         s.optim.seed,
-        videos.collections or (Collection(videos.train),),
+        videos.collections,
         replacement=d.sampling == "replacement",
         window=d.shuffle_window,
     )

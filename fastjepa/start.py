@@ -1,6 +1,5 @@
 """From settings to a running loop: everything that can be refused is refused here, before any work."""
 
-import os
 import re
 import sys
 import traceback
@@ -17,6 +16,7 @@ from fastjepa.configchecks import needs_frames
 from fastjepa.data.decoders.choose import choose_decoder
 from fastjepa.data.index import update_index
 from fastjepa.data.indexfile import Entry
+from fastjepa.data.media import absolute
 from fastjepa.data.mixture import open_collections
 from fastjepa.data.processes import processors
 from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
@@ -147,7 +147,7 @@ def _indexed(settings: Settings, videos: Videos) -> list[Entry]:
             one, None, processors(), progress=_progress(INDEXING), say=lambda text: say(text, markup=False)
         )
         known |= {entry.path: entry for entry in index.entries}
-    return [known[os.path.abspath(name)] for name in videos.paths]
+    return [known[absolute(name)] for name in videos.paths]
 
 
 def _progress(what: str) -> Callable[[int, int], None]:

@@ -18,7 +18,7 @@ from fastjepa.config import Settings
 from fastjepa.data.index import Index, update_index
 from fastjepa.data.pace import measure_pace
 from fastjepa.data.processes import processors
-from fastjepa.data.source import EXTENSIONS
+from fastjepa.data.search import kind_of
 from fastjepa.data.summary import shown, summarise
 from fastjepa.exits import Exit
 from fastjepa.forecast import expected_rate
@@ -76,7 +76,9 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Errors: ValueError."""
     parser = _Parser("python -m fastjepa data", description=__doc__, allow_abbrev=False)
-    parser.add_argument("path", metavar="PATH", help="what data.path takes: a folder, a list file, one video")
+    parser.add_argument(
+        "path", metavar="PATH", help="what data.path takes: a folder, a list file, a shard (.tar), one video"
+    )
     parser.add_argument("--workers", metavar="N", default=str(processors()), help="processes that open files")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where the index is kept, instead of in the cache")
     parser.add_argument("--gpu", metavar="NAME", help="the GPU that will train: h200, a100, ...")
@@ -90,8 +92,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _may_hold_an_index(out: Path, path: str) -> bool:
-    """Whether it is no folder, no video and not the list itself."""
-    if not out.name or out.is_dir() or out.suffix.lower() in EXTENSIONS:
+    """Whether it is no folder, nothing that holds videos or images, and not the list itself."""
+    if not out.name or out.is_dir() or kind_of(out.name) is not None:
         return False
     return os.path.realpath(out) != os.path.realpath(os.path.expanduser(path))
 
@@ -122,7 +124,9 @@ def _speed(index: Index, settings: Settings, gpu: gpus.GPU, reason: str) -> list
     needs = {label: _needed(name, gpu) for label, name in MODELS.items()}
     wanted = ", ".join(f"{label} {_rate(need)}" for label, need in needs.items())
     needed = f"needed     by one {gpu.name} ({reason}): {wanted} clips/s, a model's figures"
-    paths = [entry.path for entry in index.entries if entry.reason is None and entry.frames >= data.tubelet]
+    paths = [
+        entry.path for entry in index.entries if entry.reason is None and (entry.still or entry.frames >= data.tubelet)
+    ]
     if not paths:
         return [f"speed      not measured: every video is shorter than a tubelet of {data.tubelet} frames", needed]
     pace = measure_pace(paths, data.frames, data.stride, data.crop, PACE_SECONDS)

@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastjepa.data.decode import VideoError, VideoInfo, probe, read_frames
+from fastjepa.data.decode import VideoError, VideoInfo
 from fastjepa.data.decoders.dali import EncodedClip
 from fastjepa.data.indexfile import Entry
+from fastjepa.data.media import encoded, probe, read_frames
 from fastjepa.data.replaced import TooManyBadFiles
 from fastjepa.data.sampling import ClipDraw, ClipPlan
 from fastjepa.data.transforms import transform
@@ -44,9 +45,9 @@ class Sample(Generic[Clip]):
 class Reader:
     """Decodes videos of a list with `read`. Keeps what a probe said, and whole decoded videos up to `cache_bytes`.
 
-    Videos of fewer than `least_frames` frames, or of unknown frame rate where the setting `needs_rate` needs it, count
-    as unreadable. `frame_rate`: that of videos which do not say it, frames/s. `known`: entries of an index, one a
-    video, by which clips can be planned without opening their file.
+    Videos of fewer than `least_frames` frames (a single image is exempt), or of unknown frame rate where the setting
+    `needs_rate` needs it, count as unreadable. `frame_rate`: that of videos which do not say it, frames/s. `known`:
+    entries of an index, one a video, by which clips can be planned without opening their file.
     """
 
     def __init__(
@@ -98,14 +99,16 @@ class Reader:
         """The file as it is, uint8 [bytes]. Errors: VideoError, also where it is not the one that was indexed."""
         assert self.known is not None, "only a reader with an index gives encoded files"
         try:
-            content = np.fromfile(self.paths[video], np.uint8)
-        except OSError as error:
-            raise self._failed(video, f"the file cannot be read: {error.strerror}") from None
+            content = encoded(self.paths[video])
+        except VideoError as error:
+            raise self._failed(video, str(error)) from None
         if len(content) != self.known[video].size:
             raise self._failed(video, "it has changed since the index was made")
         return content
 
     def _usable(self, info: VideoInfo) -> VideoInfo:
+        if info.still:
+            return replace(info, rate=self.frame_rate or Fraction(1))  # of one frame any rate is true
         if info.frames < self.least_frames:
             frames = "1 frame" if info.frames == 1 else f"{info.frames} frames"
             raise VideoError(f"it has {frames}, fewer than one tubelet of {self.least_frames}", info.path)

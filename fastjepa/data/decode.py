@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -70,6 +71,7 @@ class VideoInfo:
     """int64, ascending: numbers of the frames where decoding can start. None where `pts` is."""
     time_base: Fraction | None = field(default=None, compare=False, repr=False)
     """Seconds of one step of `pts`. None where `pts` is."""
+    still: bool = False  # a single image: a clip of it repeats its only frame
 
     @property
     def times(self) -> np.ndarray | None:
@@ -82,16 +84,17 @@ class VideoInfo:
         return None if self.rate is None else np.arange(self.frames) / float(self.rate)
 
 
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
+def probe(path: str | os.PathLike[str], content: BinaryIO | None = None) -> VideoInfo:
     """Count the frames of a video file, decode the first one, and describe it.
 
-    Reads the whole file once without decoding it. Raises VideoError, for a missing or unreadable path too.
+    Reads the whole file once without decoding it. With `content` the video is what can be read there, and `path` is
+    only its name. Raises VideoError, for a missing or unreadable path too.
     """
     name = os.fspath(path)
     first: VideoFrame | None = None
     counted: list[tuple[int | None, bool]] = []  # time, key frame or not
     cut = False
-    with _opened(name) as (container, stream):
+    with _opened(name, content) as (container, stream):
         for packet in _packets(container, stream):
             if first is None:
                 first = next(iter(_decode(stream, packet)), None)
@@ -140,39 +143,51 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         )
 
 
-def read_frames(info: VideoInfo, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+def read_frames(info: VideoInfo, indices: Sequence[int] | np.ndarray, content: BinaryIO | None = None) -> np.ndarray:
     """Read the frames with these numbers, in this order: uint8 [F, H, W, 3], RGB.
 
     Numbers may repeat. A frame that is damaged beyond decoding is replaced by the nearest earlier one, or at the
-    start of the file by the next one. Raises ValueError for a number outside 0..frames-1 or an empty list, VideoError
-    if the file is no longer what `probe` saw and nothing can be decoded.
+    start of the file by the next one. With `content` the video is read from there, as in `probe`. Raises ValueError
+    for a number outside 0..frames-1 or an empty list, VideoError if the file is no longer what `probe` saw and nothing
+    can be decoded.
     """
+    wanted = frame_numbers(info, indices)
+    convert = _Converter(info)
+    missing = sorted(set(wanted))
+    images: dict[int, np.ndarray] = {}
+    if info.pts is not None and info.keys is not None:
+        images = _read_by_time(info, info.pts, info.keys, missing, convert, content)
+        missing = [i for i in missing if i not in images]
+    if missing:
+        images |= _read_in_order(info, missing, convert, content)
+    return np.stack([images[i] for i in wanted])
+
+
+def frame_numbers(info: VideoInfo, indices: Sequence[int] | np.ndarray) -> list[int]:
+    """The numbers as a list. Errors: ValueError for none, or one outside 0..frames-1; TypeError for no whole number."""
     wanted = [operator.index(i) for i in indices]
     if not wanted:
         raise ValueError("no frame was asked for")
     for i in wanted:
         if not 0 <= i < info.frames:
             raise ValueError(f"frame {i} does not exist: the video has frames 0 to {info.frames - 1}")
-    convert = _Converter(info)
-    missing = sorted(set(wanted))
-    images: dict[int, np.ndarray] = {}
-    if info.pts is not None and info.keys is not None:
-        images = _read_by_time(info, info.pts, info.keys, missing, convert)
-        missing = [i for i in missing if i not in images]
-    if missing:
-        images |= _read_in_order(info, missing, convert)
-    return np.stack([images[i] for i in wanted])
+    return wanted
 
 
 def _read_by_time(
-    info: VideoInfo, pts: np.ndarray, keys: np.ndarray, wanted: list[int], convert: "_Converter"
+    info: VideoInfo,
+    pts: np.ndarray,
+    keys: np.ndarray,
+    wanted: list[int],
+    convert: "_Converter",
+    content: BinaryIO | None,
 ) -> dict[int, np.ndarray]:
     """Seek to the frames; those that do not turn up are absent from the answer. `wanted` is ascending."""
     groups = np.maximum(np.searchsorted(keys, wanted, side="right") - 1, 0)
     # Decode straight on into the next group of pictures, but seek over groups nobody wants anything from.
     runs = np.split(np.asarray(wanted), np.flatnonzero(np.diff(groups) > 1) + 1)
     images: dict[int, np.ndarray] = {}
-    with _opened(info.path) as (container, stream):
+    with _opened(info.path, content) as (container, stream):
         for run in runs:
             need = {int(pts[i]): int(i) for i in run}
             last = int(pts[run[-1]])
@@ -193,13 +208,15 @@ def _read_by_time(
     return images
 
 
-def _read_in_order(info: VideoInfo, wanted: list[int], convert: "_Converter") -> dict[int, np.ndarray]:
+def _read_in_order(
+    info: VideoInfo, wanted: list[int], convert: "_Converter", content: BinaryIO | None
+) -> dict[int, np.ndarray]:
     """Decode from the start of the file, and fill holes with the nearest earlier frame. `wanted` is ascending."""
     images: dict[int, np.ndarray] = {}
     pending = iter(wanted)
     number: int | None = next(pending)
     position, previous = -1, None
-    with _opened(info.path) as (container, stream):
+    with _opened(info.path, content) as (container, stream):
         for frame in _frames(container, stream):
             if info.pts is None:
                 position += 1
@@ -250,15 +267,22 @@ class _Converter:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open the best video stream of a regular local file; raises VideoError."""
-    check_file(path)
+def _opened(path: str, content: BinaryIO | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the best video stream of a regular local file, or of what `content` holds; raises VideoError."""
+    if content is None:
+        check_file(path)
+    else:
+        content.seek(0)
     try:
-        # "file:" keeps a name such as "concat:a" from being taken for a protocol.
+        # "file:" keeps a name such as "concat:a" from being taken for a protocol; bytes need no protocol at all.
         container = av.open(
-            f"file:{path}",
+            f"file:{path}" if content is None else content,
+            "r",
             metadata_errors="replace",
-            options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS},
+            options={
+                "protocol_whitelist": "file" if content is None else "none",
+                "format_whitelist": CONTAINERS,
+            },
         )
     except av.FFmpegError as error:
         raise VideoError(_opening_error(error), path) from error

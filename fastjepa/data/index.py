@@ -8,8 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastjepa.data.decode import NO_PERMISSION, NOT_OPENED, NOT_REACHED, VideoError, VideoInfo, check_file, probe
+from fastjepa.data.decode import NO_PERMISSION, NOT_OPENED, NOT_REACHED, VideoError, VideoInfo
 from fastjepa.data.indexfile import Entry, NotAnIndex, default_file, read_index, write_index
+from fastjepa.data.media import absolute, probe, status
 from fastjepa.data.processes import Lost, each_apart
 from fastjepa.data.source import open_videos
 
@@ -76,7 +77,7 @@ def update_index(
         raise PermissionError(f"the index cannot be written: no permission for {file.parent}")
     before, same_library = _known(file, say)
 
-    names = list(dict.fromkeys(os.path.abspath(name) for name in videos.paths))  # a list may name a file twice
+    names = list(dict.fromkeys(absolute(name) for name in videos.paths))  # a list may name a file twice
     entries: dict[str, Entry] = {}
     jobs: list[tuple[str, int, int]] = []
     for name in names:
@@ -139,6 +140,7 @@ def examine(job: tuple[str, int, int]) -> Entry:
         round(info.frames / info.key_frames, 2),
         info.pts is not None,
         decoders(info),
+        info.still,
     )
 
 
@@ -156,12 +158,11 @@ def decoders(info: VideoInfo) -> tuple[str, ...]:
 
 
 def _status(name: str) -> Entry | tuple[int, int]:
-    """(size, mtime_ns), or the entry of what is no regular file, is empty or is not there; opens nothing."""
+    """(size, mtime_ns), or the entry of what is no regular file, is empty or is not there; opens no video."""
     try:
-        status = check_file(name)
+        return status(name)
     except VideoError as error:
         return Entry(name, 0, 0, str(error))
-    return status.st_size, status.st_mtime_ns
 
 
 def _may_be_gone(entry: Entry, same_library: bool) -> bool:

@@ -35,7 +35,8 @@ class Entry:
 
     `size` (bytes) and `mtime_ns` tell whether a file is the same. width, height: as displayed; rate: frames/s, average;
     duration: s; gop: mean distance of key frames, in frames; seekable: frames are reached by their time, not from the
-    start; decoders: those that can take it, of `pyav`, `dali_gpu` and `dali_cpu`.
+    start; decoders: those that can take it, of `pyav` (for all that is read without DALI, images too), `dali_gpu` and
+    `dali_cpu`; still: a single image.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Entry:
     gop: float = 0.0
     seekable: bool = False
     decoders: tuple[str, ...] = ()
+    still: bool = False
 
     def info(self) -> VideoInfo:
         """What a probe would say, without the times of the frames. For readable files."""
@@ -68,6 +70,7 @@ class Entry:
             self.rotation,
             self.duration,
             max(1, round(self.frames / self.gop)),
+            still=self.still,
         )
 
 
@@ -151,6 +154,7 @@ def _to_json(entry: Entry) -> dict[str, Any]:
         "gop": entry.gop,
         "seekable": entry.seekable,
         "decoders": entry.decoders,
+        **({"still": True} if entry.still else {}),
     }
 
 
@@ -173,4 +177,5 @@ def _from_json(one: dict[str, Any]) -> Entry:
         float(one["gop"]),
         bool(one["seekable"]),
         tuple(one["decoders"]),
+        bool(one.get("still", False)),
     )

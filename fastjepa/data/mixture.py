@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastjepa.data.order import Collection
 from fastjepa.data.source import Task, Videos, open_videos
 
 
@@ -40,10 +39,10 @@ def mix(parts: list[tuple[Videos, float]]) -> Videos:
         np.concatenate([videos.train + start for (videos, _), start in zip(parts, starts)]),
         hashlib.sha256(json.dumps(names).encode()).hexdigest(),
         f"{len(parts)} collections: {described}",
-        collections=tuple(
+        mixed=tuple(
             replace(one, videos=one.videos + start, weight=one.weight * weight)
             for (videos, weight), start in zip(parts, starts)
-            for one in videos.collections or (Collection(videos.train),)
+            for one in videos.collections
         ),
     )
     labelled = next((videos for videos, _ in parts if videos.tasks), None)

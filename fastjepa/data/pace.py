@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastjepa.data.decode import VideoError, VideoInfo, probe, read_frames
+from fastjepa.data.decode import VideoError, VideoInfo
+from fastjepa.data.media import probe, read_frames
 from fastjepa.data.processes import Lost, each_apart
 from fastjepa.data.sampling import ClipPlan
 from fastjepa.data.transforms import transform

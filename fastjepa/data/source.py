@@ -1,23 +1,23 @@
-"""Where videos come from: a folder, a list file, or the embedded moving shapes."""
+"""Where videos come from: a folder, a list file, a shard, or the embedded moving shapes."""
 
 import difflib
 import hashlib
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from fastjepa.data.images import EXTENSIONS as IMAGE_EXTENSIONS
 from fastjepa.data.order import Collection
+from fastjepa.data.search import EXTENSIONS, PACKED, SHARD, VIDEO, Named, gather, kind_of, walk
+from fastjepa.data.shards import SUFFIX, on_path
 from fastjepa.data.synthetic import MOTIONS, SHAPES, MovingShapes, materialise, video_names
 from fastjepa.streams import Purpose, stream
 
-EXTENSIONS = frozenset(
-    f".{name}"
-    for name in "3gp asf avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv".split()  # noqa: SIM905
-)
 SYNTHETIC = "synthetic://"
 
 
@@ -33,7 +33,9 @@ class Task:
 class Videos:
     """A list of videos. `train` are the numbers of those that pretraining sees; labels are for probes only.
 
-    `collections`: those of a mixture, with their weights; empty for a single one, which is `train`.
+    Names are as `media` reads them. `shards`: int64 [videos], ascending, the number of the shard of every video, where
+    a file outside of shards counts as one of its own; None where there is no shard. `mixed`: the collections of a
+    mixture, with their weights; empty for a single one.
     """
 
     paths: list[str]
@@ -42,7 +44,14 @@ class Videos:
     description: str
     tasks: dict[str, Task] = field(default_factory=dict)
     splits: dict[str, np.ndarray] = field(default_factory=dict)
-    collections: tuple[Collection, ...] = ()
+    shards: np.ndarray | None = None
+    mixed: tuple[Collection, ...] = ()
+
+    @property
+    def collections(self) -> tuple[Collection, ...]:
+        """What pretraining draws from."""
+        shards = None if self.shards is None else self.shards[self.train]
+        return self.mixed or (Collection(self.train, 1.0, shards),)
 
 
 def open_videos(
@@ -65,9 +74,11 @@ def open_videos(
     if place.is_dir():
         return _folder(place, closed or _refuse)
     if place.is_file():
-        if place.suffix.lower() in EXTENSIONS:
-            return _listed([str(place)], [None], place.parent, f"the video {place}")
-        return _list_file(place)
+        kind = kind_of(place.name)
+        if kind is None:
+            return _list_file(place)
+        videos = _collected([Named(str(place), kind)], place.parent, f"in {place}", listed=True)
+        return videos if kind == SHARD else replace(videos, description=f"the {kind} {place}")
     siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, siblings, n=1)
     hint = f", nearest: {place.parent / near[0]}" if near else ""
@@ -75,19 +86,11 @@ def open_videos(
 
 
 def _folder(root: Path, closed: Callable[[OSError], None]) -> Videos:
-    paths: list[str] = []
-    entered: set[str] = set()
-    # Linked folders are followed, each once, so that a circle of links ends.
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=closed):
-        if (real := os.path.realpath(folder)) in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders.sort()
-        paths += [os.path.join(folder, name) for name in sorted(files) if Path(name).suffix.lower() in EXTENSIONS]
-    if not paths:
-        raise ValueError(f"data.path: no video file under {root} (looked for {' '.join(sorted(EXTENSIONS))})")
-    return _listed(paths, [None] * len(paths), root, f"{len(paths)} videos under {root}")
+    named = list(walk(root, closed))
+    if not named:
+        looked_for = " ".join(sorted(EXTENSIONS | IMAGE_EXTENSIONS | {SUFFIX}))
+        raise ValueError(f"data.path: no video file under {root} (looked for {looked_for})")
+    return _collected(named, root, f"under {root}", listed=False)
 
 
 def _refuse(error: OSError) -> None:
@@ -95,12 +98,13 @@ def _refuse(error: OSError) -> None:
 
 
 def _list_file(path: Path) -> Videos:
-    paths, labels = [], []
+    named: list[Named] = []
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a byte order mark
     except UnicodeDecodeError:
+        videos = " ".join(sorted(EXTENSIONS))
         raise ValueError(
-            f"data.path: {path} is neither a video ({' '.join(sorted(EXTENSIONS))}) nor a text list"
+            f"data.path: {path} is neither a video ({videos}), an image, a {SUFFIX} nor a text list"
         ) from None
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
@@ -110,11 +114,15 @@ def _list_file(path: Path) -> Videos:
             continue
         if not name:
             raise ValueError(f"data.path: {path} line {number}: expected a path and an optional label, given {line!r}")
-        paths.append(name if os.path.isabs(name) else str(path.parent / name))
-        labels.append(label)
-    if not paths:
+        kind = kind_of(name) or VIDEO
+        if kind == SHARD and label is not None:
+            raise ValueError(
+                f"data.path: {path} line {number}: expected a shard without a label (those are inside), given {line!r}"
+            )
+        named.append(Named(name if os.path.isabs(name) else str(path.parent / name), kind, label))
+    if not named:
         raise ValueError(f"data.path: the list {path} names no video")
-    return _listed(paths, labels, path.parent, f"{len(paths)} videos listed in {path}")
+    return _collected(named, path.parent, f"listed in {path}", listed=True)
 
 
 # A quoted or bare path, then optionally `::`, a comma, a tab or blanks and a label. A bare path may hold blanks, so
@@ -132,20 +140,43 @@ def _split_line(line: str) -> tuple[str, str | None]:
     return name.strip(), match["word"] or match["after"]
 
 
-def _listed(paths: list[str], labels: list[str | None], root: Path, description: str) -> Videos:
-    names = [os.path.relpath(p, root) for p in paths]
-    fingerprint = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
-    every = np.arange(len(paths))
+def _collected(named: list[Named], root: Path, where: str, *, listed: bool) -> Videos:
+    """Errors: ValueError where there is nothing to read, or a compressed archive was named."""
+    if listed and (packed := [one.path for one in named if one.kind == PACKED]):
+        raise ValueError(
+            f"data.path: {packed[0]} is compressed and cannot be read at a place: unpack it to a plain .tar"
+        )
+    found = gather(named, listed=listed)
+    readable = np.array([item.kind != SHARD for item in found.items], dtype=bool)
+    if not readable.any():
+        if found.damaged:
+            raise ValueError(f"data.path: {found.damaged[0][0]}: {found.damaged[0][1]}")
+        raise ValueError("; ".join((f"data.path: no video or image {where}", *found.notes)))
+    description = "; ".join((f"{found.phrase()} {where}", *found.notes))
+    relative = cache(lambda path: os.path.relpath(path, root))  # of a shard once, not for every member
+    names = "\n".join(on_path(relative, item.name) for item in found.items)
     tasks = {}
+    labels = [item.label for item in found.items]
     labelled = sum(label is not None for label in labels)
-    if 0 < labelled < len(labels):
+    if 0 < labelled < readable.sum():
         description += f" (only {labelled} have labels: they are not used)"
-    elif labelled and len(set(labels)) > 1:
-        classes = sorted({str(label) for label in labels}, key=lambda text: (len(text), text))
-        tasks["label"] = Task(np.array([classes.index(str(label)) for label in labels]), tuple(classes))
+    elif len(set(labels) - {None}) > 1:
+        classes = sorted({label for label in labels if label is not None}, key=lambda text: (len(text), text))
+        numbers = {label: number for number, label in enumerate(classes)}
+        # A damaged shard among its members has no label: it is in no split.
+        tasks["label"] = Task(np.array([0 if label is None else numbers[label] for label in labels]), tuple(classes))
     # Pretraining never reads labels, so it may see every video; the probe splits them for itself.
-    order = stream(0, Purpose.PROBE, len(paths)).permutation(len(paths))
-    return Videos(paths, every, fingerprint, description, tasks, _split(order) if tasks else {})
+    order = stream(0, Purpose.PROBE, len(labels)).permutation(len(labels))
+    shards = np.unique([item.shard for item in found.items], return_inverse=True)[1].astype(np.int64)
+    return Videos(
+        [item.name for item in found.items],
+        np.arange(len(labels)),
+        hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
+        description,
+        tasks,
+        _split(order[readable[order]]) if tasks else {},
+        shards if any(one.kind == SHARD for one in named) else None,
+    )
 
 
 def _synthetic(spec: MovingShapes, seed: int, progress: Callable[[int, int], None] | None) -> Videos:

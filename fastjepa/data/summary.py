@@ -15,21 +15,24 @@ def summarise(index: Index, frames: int, stride: int) -> list[str]:
     """Lines of `python -m fastjepa data`, for clips of `frames` at `stride`."""
     good = [entry for entry in index.entries if entry.reason is None]
     bad = [entry for entry in index.entries if entry.reason is not None]
+    moving = [entry for entry in good if not entry.still]
     opened, total = index.opened, len(index.entries)
     lines = [
         f"videos     {shown(index.description)}: {len(good):,} readable, {len(bad):,} not; "
         f"{_size(sum(entry.size for entry in index.entries))}",
         f"index      {shown(str(index.file))}; {opened:,} opened for it, {total - opened:,} known or not there to open",
     ]
+    if moving:
+        lines += [f"length     {_length(moving)}", *_short(moving, frames * stride)]
+    if stills := len(good) - len(moving):
+        lines.append(f"images     {stills:,} single images: a clip of one repeats it")
     if good:
         lines += [
-            f"length     {_length(good)}",
-            *_short(good, frames * stride),
             f"size       {_kinds(good, lambda e: f'{e.width} x {e.height}')}",
             f"codec      {_kinds(good, lambda e: f'{e.codec} {e.pixel_format}')}",
-            f"rate       {_kinds(good, lambda e: 'unknown' if e.rate is None else f'{float(e.rate):.4g} frames/s')}",
+            *_rated(moving),
             *_rotated(good),
-            *_seeking(good, frames * stride),
+            *_seeking(moving, frames * stride),
             f"decoders   {_decoders(good)}",
         ]
     return lines + _wrong(bad, index)
@@ -61,6 +64,11 @@ def _short(good: list[Entry], span: int) -> list[str]:
     ]
 
 
+def _rated(moving: list[Entry]) -> list[str]:
+    rates = _kinds(moving, lambda e: "unknown" if e.rate is None else f"{float(e.rate):.4g} frames/s")
+    return [f"rate       {rates}"] if moving else []
+
+
 def _rotated(good: list[Entry]) -> list[str]:
     turned = [entry for entry in good if entry.rotation]
     return [f"rotation   {_kinds(turned, lambda e: f'{e.rotation} degrees')}"] if turned else []
@@ -68,6 +76,8 @@ def _rotated(good: list[Entry]) -> list[str]:
 
 def _seeking(good: list[Entry], span: int) -> list[str]:
     """Before a clip that begins anywhere, half a group of pictures is decoded for nothing: at most one that it has."""
+    if not good:
+        return []
     gops = [entry.gop for entry in good]
     lines = [f"key frames every {median(gops):.3g} frames in the median, every {max(gops):.3g} at most"]
     sparse = [entry for entry in good if entry.gop > span and entry.seekable]

@@ -86,8 +86,8 @@ def test_a_seek_that_misses_falls_back_to_reading_in_order(made, kind, monkeypat
     whole, opened = decode._read_in_order, decode._opened
 
     @decode.contextmanager
-    def stubborn(path):
-        with opened(path) as (container, stream):
+    def stubborn(path, content):
+        with opened(path, content) as (container, stream):
             yield Stubborn(container), stream
 
     monkeypatch.setattr(decode, "_opened", stubborn)

@@ -27,7 +27,7 @@ def test_one_collection_is_itself(folders):
     plain = open_videos(str(folders / "a"), 0)
     for path in (str(folders / "a"), {str(folders / "a"): 3.0}):
         one = open_collections(path, 0)
-        assert (one.paths, one.fingerprint, one.collections) == (plain.paths, plain.fingerprint, ())
+        assert (one.paths, one.fingerprint, one.mixed) == (plain.paths, plain.fingerprint, ())
 
 
 def test_videos_of_all_collections_stand_behind_one_another_with_their_weights(folders):

@@ -52,7 +52,7 @@ def test_a_folder_is_searched_recursively_and_only_for_videos(tmp_path):
     assert videos.paths == [str(tmp_path / name) for name in ("a.MKV", "b.mp4", "deep/d.Avi", "deep/er/c.webm")]
     assert np.array_equal(videos.train, np.arange(4))
     assert (videos.tasks, videos.splits) == ({}, {})
-    assert videos.description == f"4 videos under {tmp_path}"
+    assert videos.description == f"4 videos under {tmp_path}; left out beside videos: 1 image"
 
 
 def test_the_order_of_a_folder_is_that_of_its_names(tmp_path, monkeypatch):
@@ -185,9 +185,9 @@ def test_a_line_without_a_path_is_refused_with_its_number(listed, tmp_path, line
 def test_a_list_that_names_no_video_or_is_no_text_is_refused(listed, tmp_path):
     with pytest.raises(ValueError, match=f"^data.path: the list {tmp_path}/list.csv names no video$"):
         listed("path,label\n# nothing\n")
-    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(ValueError, match=r"photo.jpg is neither a video \(.*\.mp4 .*\) nor a text list$"):
-        open_videos(str(tmp_path / "photo.jpg"), seed=0)
+    (tmp_path / "photo.heic").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ValueError, match=r"photo.heic is neither a video \(.*\.mp4 .*\), an image, a \.tar nor a text"):
+        open_videos(str(tmp_path / "photo.heic"), seed=0)
 
 
 # -- fingerprints -----------------------------------------------------------------------------------------------------

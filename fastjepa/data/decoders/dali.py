@@ -53,7 +53,9 @@ class EncodedClip:
         top, left, height, width = self.box.top, self.box.left, self.box.height, self.box.width
         inside = 0 <= top < top + height <= self.height and 0 <= left < left + width <= self.width
         if not inside:
-            raise ValueError(f"{self.path}: {self.box} does not lie in a picture of {self.height} x {self.width} pixels")
+            raise ValueError(
+                f"{self.path}: {self.box} does not lie in a picture of {self.height} x {self.width} pixels"
+            )
 
     def stored_size(self) -> tuple[int, int]:
         """Height and width of the picture in the file, before it is turned."""
@@ -291,6 +293,8 @@ def _feed(pipeline: Any, clips: Sequence[EncodedClip]) -> None:
 def _reason(error: BaseException) -> str:
     """The line of DALI's message that says what is wrong, without its C++ traceback."""
     text = str(error).rpartition("encountered:")[2]
-    text = re.sub(r"(Critical error in pipeline:|Error in thread \d+: |\[/[^\]]*\]|Assert on \".*?\" failed:)", "", text)
+    text = re.sub(
+        r"(Critical error in pipeline:|Error in thread \d+: |\[/[^\]]*\]|Assert on \".*?\" failed:)", "", text
+    )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0].rstrip(".")[:LONGEST_REASON] if lines else type(error).__name__

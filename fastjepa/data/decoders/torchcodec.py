@@ -3,11 +3,13 @@
 It takes the tagged colour matrix where all others take BT.601, so that BT.709 files look slightly different with it.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
-from fastjepa.data.decode import VideoInfo, read_frames
+from fastjepa.data.decode import VideoInfo
+from fastjepa.data.media import read_frames
 
 INTRA_ONLY = ("mjpeg",)
 
@@ -27,11 +29,12 @@ def read_with_torchcodec(info: VideoInfo, indices: Sequence[int] | np.ndarray) -
     """Frames with these numbers, in this order: uint8 [F, H, W, 3], RGB, as displayed.
 
     Where torchcodec counts other frames than `probe` did, has no times to go by (AVI with B-frames is off by one or
-    two), or fails on a damaged place, PyAV reads instead: the same frames come out for every file. Errors: those of
-    `read_frames`.
+    two), or fails on a damaged place, PyAV reads instead: the same frames come out for every file. So are members of
+    shards read, and images are by Pillow. Errors: those of `read_frames`.
     """
     in_turn = info.codec in INTRA_ONLY  # nothing is reordered, so that no times are needed
-    frames = _read(info, np.asarray(indices)) if info.pts is not None or in_turn else None
+    possible = (info.pts is not None or in_turn) and not info.still and os.path.isfile(info.path)
+    frames = _read(info, np.asarray(indices)) if possible else None
     return read_frames(info, indices) if frames is None else frames
 
 

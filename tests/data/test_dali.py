@@ -257,3 +257,30 @@ def test_the_reason_against_dali_names_what_is_missing(monkeypatch):
 def test_a_pipeline_that_cannot_be_built_is_one_sentence(decoder):
     with pytest.raises(RuntimeError, match=r"^DALI cannot decode on cuda:0: [^\n]+$"):
         decoder(device=torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_the_same_and_its_results_last(tmp_path, film, decoder):
+    gpu = torch.device("cuda")
+    if reason := why_not(gpu):
+        pytest.fail(f"the GPU is there, but {reason}")
+    images = [film.picture(i, 192, 256) for i in range(30)]  # NVDEC refuses small pictures
+    paths = [
+        film.write(tmp_path / "h264.mp4", images, bf="2"),
+        film.write(tmp_path / "vp9.webm", images, **VP9),
+        film.write(tmp_path / "turned.mp4", images, rotation=90),
+    ]
+    rng = np.random.default_rng(4)
+    one, held = decoder(device=gpu), []
+    text = EncodedClip("text", np.frombuffer(b"text" * 900, np.uint8), np.arange(T), Box(0, 0, 9, 9), False, 192, 256)
+    for number in range(30):
+        clips = [drawn(path, rng) for path in paths] + ([text] if number % 10 == 3 else [])
+        with torch.cuda.stream(torch.cuda.Stream()):
+            one.begin(clips)
+            found, failed = one.finish()
+            held.append((clips, found, found.clone()))
+        assert list(failed) == ([3] if number % 10 == 3 else [])
+    torch.cuda.synchronize()
+    for clips, found, then in held:
+        assert torch.equal(found, then)
+        assert all(distance(pixels, clip) < COLOURS for pixels, clip in zip(found, clips) if clip is not text)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fastjepa.data.decode import probe, read_frames
+from fastjepa.data.decoders import dali
 from fastjepa.data.decoders.dali import DaliDecoder, EncodedClip
+from fastjepa.data.decoders.graph import build_graph
 from fastjepa.data.sampling import Box, ClipDraw
 from fastjepa.data.transforms import transform
 
@@ -142,15 +144,39 @@ def test_a_dead_pipeline_is_replaced_and_what_was_under_way_decoded_again(decode
     assert all(is_right(pixel, clip) for pixel, clip in zip([*found, *pixels], clips, strict=True))
 
 
-def test_a_pipeline_that_dies_of_a_bad_clip_is_replaced_by_the_next_batch(decoder, good, film, tmp_path, monkeypatch):
-    fine = [clip_of(good, first) for first in range(3)]
-    decoder.begin([fine[0], text(good, film, tmp_path)[0]])
-    decoder.begin([fine[1]])
+class Mortal:
+    """A pipeline that is dead once it has failed, as DALI says of its own."""
+
+    def __init__(self, pipeline):
+        self.pipeline, self.dead = pipeline, False
+
+    def feed_input(self, name, arrays):
+        self.pipeline.feed_input(name, arrays)
+
+    def schedule_run(self):
+        self.pipeline.schedule_run()
+
+    def outputs(self, stream):
+        if self.dead:
+            raise RuntimeError("Current pipeline object is no longer valid.")
+        self.dead = True
+        found = self.pipeline.outputs(stream)
+        self.dead = False
+        return found
+
+
+def test_pipelines_that_die_of_a_bad_clip_cost_no_other_clip(good, film, tmp_path, monkeypatch):
+    monkeypatch.setattr(dali, "build_graph", lambda *settings: Mortal(build_graph(*settings)))
+    decoder = DaliDecoder(frames=T, crop=CROP, most=4, device=torch.device("cpu"), threads=2, prefetch=3)
+    fine = [clip_of(good, first) for first in range(4)]
+    decoder.begin([text(good, film, tmp_path)[0], fine[0], empty(good, film, tmp_path)[0], fine[1]])
     decoder.begin([fine[2]])
-    breaks(monkeypatch, decoder, "outputs")
+    decoder.begin([fine[3]])
     results = [decoder.finish() for _ in range(3)]
-    assert [list(failed) for _, failed in results] == [[1], [], []]
-    assert all(is_right(found[0], clip) for (found, _), clip in zip(results, fine))
+    assert [list(failed) for _, failed in results] == [[0, 2], [], []]
+    found = [results[0][0][1], results[0][0][3], results[1][0][0], results[2][0][0]]
+    assert all(is_right(pixels, clip) for pixels, clip in zip(found, fine, strict=True))
+    decoder.close()
 
 
 def test_failing_again_without_a_bad_clip_ends_in_an_error(decoder, good, monkeypatch):

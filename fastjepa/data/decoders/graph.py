@@ -53,8 +53,8 @@ def build_graph(most: int, crop: int, device: torch.device, threads: int, antial
 
 def feed(pipeline: Any, clips: Sequence[EncodedClip]) -> None:
     """Start a batch and return at once. The clips must be kept until it is there: their bytes are not copied."""
-    # Each frame is asked for once, in order, and the small pictures are put in their places afterwards: for a repeated
-    # one DALI goes back to the key frame before it, or opens the file again after the last frame.
+    # Each frame is asked for once, and the small pictures are put in their places afterwards: for a repeated one DALI
+    # would decode the file again from its start.
     distinct = [np.unique(clip.frames, return_inverse=True) for clip in clips]
     boxes = [clip.stored_box() for clip in clips]
     pipeline.feed_input("encoded", [clip.encoded for clip in clips])

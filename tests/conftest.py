@@ -14,7 +14,14 @@ SHARED = ROOT.parent / "shared"
 NO_CUDA = "needs a CUDA device"
 # A skip with any other reason is a failure where CI is set: something that should have run did not.
 _ABSENT = () if SHARED.is_dir() else ("absent",)
-EXPECTED_SKIPS = (NO_CUDA, "root may read everything", "timm is not installed", "the dispatcher says no", *_ABSENT)
+EXPECTED_SKIPS = (
+    NO_CUDA,
+    "root may read everything",
+    "timm is not installed",
+    "DALI is not installed",
+    "the dispatcher says no",
+    *_ABSENT,
+)
 
 
 def pytest_collection_modifyitems(items):

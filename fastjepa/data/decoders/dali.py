@@ -1,11 +1,11 @@
 """Encoded files to uint8 clips on a device, a batch at a time, with NVIDIA DALI.
 
-`fn.decoders.video` decodes the clips of a batch in parallel: with NVDEC on a GPU, on a CPU with FFmpeg, which there has
-VP8, VP9 and MJPEG only. The rest of the graph is that of `fastjepa.data.transforms`: crop, resize, mirror; it equals
-it but for rounding, decoded colours differ by a grey level in the mean (chroma is upsampled otherwise).
+`fn.decoders.video` decodes the clips of a batch in parallel: with NVDEC on a GPU; on a CPU with FFmpeg, of which DALI
+has VP8, VP9 and MJPEG only. The rest of the graph is that of `fastjepa.data.transforms` but for rounding: crop, resize,
+mirror. Decoded colours differ from those of PyAV by a grey level in the mean, as chroma is upsampled otherwise.
 
-Frame i is the i-th by presentation time of the packets in the file, which is what `fastjepa.data.decode` counts where
-its `VideoInfo.pts` is known.
+Frame i is the i-th that a decode from start to end delivers, as in `fastjepa.data.decode`. DALI 2.4 never seeks in a
+file in memory (its `build_index` changes nothing): a clip costs all frames from the start of `encoded` to its last one.
 
 B: clips of a batch; T: frames of a clip; H, W: height and width of a picture as displayed.
 """
@@ -14,64 +14,16 @@ import ctypes
 import re
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastjepa.data.sampling import Box
+from fastjepa.data.decoders.encoded import EncodedClip
+from fastjepa.data.decoders.graph import build_graph, feed, reason_of
 
 OLDEST = (2, 2)
-LONGEST_REASON = 300
-
-
-@dataclass(frozen=True)
-class EncodedClip:
-    """One clip to decode.
-
-    `encoded`: uint8 [bytes], the whole file, not to be changed before the clip is finished; `frames`: int64 [T], frame
-    numbers in any order, repeats allowed; `box`, `flip`: as in ClipDraw, of the picture as displayed, which has
-    `height` x `width` pixels; `rotation`: degrees clockwise that the stored picture is turned for that
-    (VideoInfo.rotation). Errors: ValueError for a box outside the picture and an angle that is no quarter turn.
-    """
-
-    path: str
-    encoded: np.ndarray
-    frames: np.ndarray
-    box: Box
-    flip: bool
-    height: int
-    width: int
-    rotation: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rotation not in (0, 90, 180, 270):
-            raise ValueError(f"{self.path}: expected a rotation of 0, 90, 180 or 270 degrees, given {self.rotation}")
-        top, left, height, width = self.box.top, self.box.left, self.box.height, self.box.width
-        inside = 0 <= top < top + height <= self.height and 0 <= left < left + width <= self.width
-        if not inside:
-            raise ValueError(
-                f"{self.path}: {self.box} does not lie in a picture of {self.height} x {self.width} pixels"
-            )
-
-    def stored_size(self) -> tuple[int, int]:
-        """Height and width of the picture in the file, before it is turned."""
-        return (self.height, self.width) if self.rotation % 180 == 0 else (self.width, self.height)
-
-    def stored_box(self) -> Box:
-        """Where the box lies in the picture of the file."""
-        box = self.box
-        below, right = self.height - box.top - box.height, self.width - box.left - box.width
-        if self.rotation == 90:
-            return Box(right, box.top, box.width, box.height)
-        if self.rotation == 180:
-            return Box(below, right, box.height, box.width)
-        if self.rotation == 270:
-            return Box(box.left, below, box.width, box.height)
-        return box
 
 
 class DaliDecoder:
@@ -116,9 +68,9 @@ class DaliDecoder:
         self._under_way.append(list(clips))
         unexplained = ""
         try:
-            _feed(self._pipeline, clips)
+            feed(self._pipeline, clips)
         except RuntimeError as error:
-            unexplained = _reason(error)
+            unexplained = reason_of(error)
         if unexplained:
             self._restart(unexplained)
 
@@ -137,7 +89,7 @@ class DaliDecoder:
             batch, failed = self._collect(self._pipeline, clips)
             self._unexplained = 0
         except RuntimeError as error:
-            broken = _reason(error)
+            broken = reason_of(error)
         if broken:  # not in the handler, where the traceback would keep the pipeline alive
             batch, failed = self._one_by_one(clips)
             if not failed:
@@ -154,9 +106,9 @@ class DaliDecoder:
 
     def _build(self, most: int) -> Any:
         try:
-            return _pipeline(most, self.crop, self.device, self.threads, self.antialias)
+            return build_graph(most, self.crop, self.device, self.threads, self.antialias)
         except (ImportError, RuntimeError) as error:
-            raise RuntimeError(f"DALI cannot decode on {self.device}: {_reason(error)}") from error
+            raise RuntimeError(f"DALI cannot decode on {self.device}: {reason_of(error)}") from error
 
     def _collect(self, pipeline: Any, clips: list[EncodedClip]) -> tuple[Tensor, dict[int, str]]:
         """What a pipeline has made of the oldest batch fed to it. Errors: RuntimeError where any clip failed."""
@@ -180,14 +132,15 @@ class DaliDecoder:
             if self._alone is None:
                 self._alone = self._build(1)
             try:
-                _feed(self._alone, [clip])
+                feed(self._alone, [clip])
                 picture, wrong = self._collect(self._alone, [clip])
             except RuntimeError as error:
-                failed[number] = f"DALI cannot decode it: {_reason(error)}"
+                failed[number] = f"DALI cannot decode it: {reason_of(error)}"
                 self._alone = None  # DALI promises nothing about a pipeline that has failed
                 continue
             batch[number] = picture[0]
-            failed |= {number: reason for reason in wrong.values()}
+            if wrong:
+                failed[number] = wrong[0]
         return batch, failed
 
     def _restart(self, reason: str) -> None:
@@ -201,7 +154,7 @@ class DaliDecoder:
         self._pipeline = None  # frees its memory before the next one takes its own
         self._pipeline = self._build(self.most)
         for clips in self._under_way:
-            _feed(self._pipeline, clips)
+            feed(self._pipeline, clips)
 
     def _turn(self, batch: Tensor, clips: list[EncodedClip]) -> None:
         """Turn the clips of rotated videos, in place. DALI has not: it ignores the rotation, and they are few."""
@@ -230,71 +183,8 @@ def why_not(device: torch.device) -> str:
     try:
         from nvidia.dali import __version__ as version
     except (ImportError, OSError) as error:
-        return f"DALI cannot be imported: {_reason(error)}"
+        return f"DALI cannot be imported: {reason_of(error)}"
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if found < OLDEST:
         return f"DALI {version} is too old: {OLDEST[0]}.{OLDEST[1]} or later is needed"
     return ""
-
-
-def _pipeline(most: int, crop: int, device: torch.device, threads: int, antialias: bool) -> Any:
-    """The graph. Inputs by name, see `_feed`; outputs: clips CFHW uint8, and FHWC of the pictures as they are stored."""
-    from nvidia.dali import Pipeline, fn, types
-
-    gpu = device.type == "cuda"
-    number = None
-    if gpu:
-        number = torch.cuda.current_device() if device.index is None else device.index
-    # The depth only says how many runs the first `schedule_run` starts: more than one would find no input. Later ones
-    # are queued as they come.
-    pipeline = Pipeline(batch_size=most, num_threads=threads, device_id=number, prefetch_queue_depth=1)
-    with pipeline:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-        frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-        order = fn.external_source(name="order", dtype=types.INT32, ndim=1)
-        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-        size = fn.external_source(name="size", dtype=types.INT32, ndim=1)
-        mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
-        # Threads that are pinned to cores would fall on the same cores in every process of a machine.
-        clip = fn.decoders.video(
-            encoded, device="mixed" if gpu else "cpu", frames=frames, pad_mode="none", affine=False
-        )
-        shape = clip.shape(dtype=types.INT32)
-        clip = fn.slice(clip, start=start, shape=size, axis_names="HW")
-        clip = fn.resize(clip, size=(crop, crop), interp_type=types.INTERP_LINEAR, antialias=antialias)
-        clip = fn.sequence_rearrange(clip, new_order=order)
-        clip = fn.crop_mirror_normalize(
-            clip, dtype=types.UINT8, output_layout="CFHW", mirror=mirror, mean=[0.0] * 3, std=[1.0] * 3
-        )
-        pipeline.set_outputs(clip, shape)
-    pipeline.build()
-    return pipeline
-
-
-def _feed(pipeline: Any, clips: Sequence[EncodedClip]) -> None:
-    """Start a batch. Returns at once."""
-
-    def feed(name: str, arrays: list[np.ndarray]) -> None:
-        pipeline.feed_input(name, arrays)
-
-    # Each frame is asked for once, in order, and the small pictures are put in their places afterwards: for a repeated
-    # one DALI goes back to the key frame before it, or opens the file again after the last frame.
-    distinct = [np.unique(clip.frames, return_inverse=True) for clip in clips]
-    boxes = [clip.stored_box() for clip in clips]
-    feed("encoded", [clip.encoded for clip in clips])
-    feed("frames", [numbers.astype(np.int32) for numbers, _ in distinct])
-    feed("order", [places.astype(np.int32) for _, places in distinct])
-    feed("start", [np.array([box.top, box.left], np.int32) for box in boxes])
-    feed("size", [np.array([box.height, box.width], np.int32) for box in boxes])
-    feed("mirror", [np.array(clip.flip and not clip.rotation, np.int32) for clip in clips])
-    pipeline.schedule_run()
-
-
-def _reason(error: BaseException) -> str:
-    """The line of DALI's message that says what is wrong, without its C++ traceback."""
-    text = str(error).rpartition("encountered:")[2]
-    text = re.sub(
-        r"(Critical error in pipeline:|Error in thread \d+: |\[/[^\]]*\]|Assert on \".*?\" failed:)", "", text
-    )
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0].rstrip(".")[:LONGEST_REASON] if lines else type(error).__name__

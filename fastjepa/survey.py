@@ -18,15 +18,24 @@ from fastjepa.config import Settings
 from fastjepa.data.index import Index, update_index
 from fastjepa.data.pace import measure_pace
 from fastjepa.data.processes import processors
+from fastjepa.data.reencode import Recipe
 from fastjepa.data.search import kind_of
+from fastjepa.data.source import open_videos
 from fastjepa.data.summary import shown, summarise
 from fastjepa.exits import Exit
 from fastjepa.forecast import expected_rate
 from fastjepa.memory import usable_memory
 from fastjepa.plan import make_plan
+from fastjepa.preparing import Preparation, open_preparation, run_preparation
 
 MODELS = {"ViT-L": "vit_large", "ViT-H": "vit_huge"}
 PACE_SECONDS = 2.0  # of decoding
+# What it is, its default, least and most.
+RECIPE = {
+    "--short-side": ("pixels of the shorter side, never more than the source has", Recipe.short_side, 16, 4096),
+    "--gop": ("frames from one key frame to the next", Recipe.gop, 1, 600),
+    "--quality": ("x264's constant rate factor: less is better and larger", Recipe.quality, 0, 51),
+}
 SAY_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -39,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         given = _parse(arguments)
+        preparation = given.prepare and open_preparation(given.prepare, given.recipe, given.workers)
         gpu, reason = (gpus.named(given.gpu), "named by --gpu") if given.gpu is not None else gpus.of_this_machine()
         with _progress(console) as progress:
             index = update_index(given.path, given.out, given.workers, progress=progress, say=complain)
@@ -62,9 +72,33 @@ def main(arguments: Sequence[str]) -> int:
     if all(entry.reason is not None for entry in index.entries):
         complain(f"none of the {len(index.entries):,} files can be read")
         return Exit.TOO_MANY_BAD_FILES
+    if preparation is not None:
+        return _prepare(preparation, given.path, index, settings, console, complain)
     for line in _speed(index, settings, gpu, reason):
         _say(line)
     return Exit.FAILED if index.unsaved else Exit.DONE
+
+
+def _prepare(
+    preparation: Preparation,
+    path: str,
+    index: Index,
+    settings: Settings,
+    console: Console,
+    complain: Callable[[str], None],
+) -> Exit:
+    try:
+        with _progress(console) as progress:
+            return run_preparation(preparation, path, open_videos(path, 0), index, settings.data, _say, progress)
+    except ValueError as error:
+        complain(str(error))
+        return Exit.WRONG_INPUT
+    except OSError as error:
+        complain(f"{error.strerror}: {error.filename}; what was made is kept, and the same command goes on")
+        return Exit.FAILED
+    except KeyboardInterrupt:
+        complain("interrupted; what was made is kept, and the same command goes on")
+        return Exit.SECOND_INTERRUPT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,13 +116,30 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workers", metavar="N", default=str(processors()), help="processes that open files")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where the index is kept, instead of in the cache")
     parser.add_argument("--gpu", metavar="NAME", help="the GPU that will train: h200, a100, ...")
+    parser.add_argument("--prepare", metavar="FOLDER", type=Path, help="encode the videos once more for fast training")
+    for name, (kind, default, _, _) in RECIPE.items():
+        parser.add_argument(name, metavar="N", help=f"with --prepare: {kind} ({default})")
     given = parser.parse_args(arguments)
     if not given.workers.isdecimal() or int(given.workers) < 1:
         raise ValueError(f"--workers: expected a whole number (at least 1), given {given.workers!r}")
     given.workers = int(given.workers)
+    given.recipe = _recipe(given)
     if given.out is not None and not _may_hold_an_index(given.out, given.path):
         raise ValueError(f"--out: expected a file for the index, such as videos.jsonl, given {str(given.out)!r}")
     return given
+
+
+def _recipe(given: argparse.Namespace) -> Recipe:
+    """Errors: ValueError."""
+    values = []
+    for name, (_, default, least, most) in RECIPE.items():
+        text = getattr(given, name.strip("-").replace("-", "_"))
+        if text is not None and given.prepare is None:
+            raise ValueError(f"{name}: expected beside --prepare FOLDER only, given {text!r} without it")
+        if text is not None and not (text.isdecimal() and least <= int(text) <= most):
+            raise ValueError(f"{name}: expected a whole number from {least} to {most}, given {text!r}")
+        values.append(default if text is None else int(text))
+    return Recipe(*values)
 
 
 def _may_hold_an_index(out: Path, path: str) -> bool:

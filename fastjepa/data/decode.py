@@ -18,8 +18,8 @@ import errno
 import operator
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import BinaryIO
@@ -211,11 +211,27 @@ def _read_by_time(
 def _read_in_order(
     info: VideoInfo, wanted: list[int], convert: "_Converter", content: BinaryIO | None
 ) -> dict[int, np.ndarray]:
-    """Decode from the start of the file, and fill holes with the nearest earlier frame. `wanted` is ascending."""
+    """Decode from the start of the file up to the last frame that is wanted."""
     images: dict[int, np.ndarray] = {}
-    pending = iter(wanted)
-    number: int | None = next(pending)
-    position, previous = -1, None
+    missing = set(wanted)
+    with closing(frames_in_order(info, content)) as frames:
+        for number, frame in enumerate(frames):
+            if number in missing:
+                images[number] = convert(frame)
+                missing.remove(number)
+                if not missing:
+                    break
+    return images
+
+
+def frames_in_order(info: VideoInfo, content: BinaryIO | None = None) -> Generator[VideoFrame, None, None]:
+    """All frames of a video as they are decoded, one for each number from 0 on.
+
+    A frame that is damaged beyond decoding is replaced by the nearest earlier one, or at the start of the file by the
+    next one. Raises VideoError if nothing can be decoded.
+    """
+    number, position = 0, -1
+    previous: VideoFrame | None = None
     with _opened(info.path, content) as (container, stream):
         for frame in _frames(container, stream):
             if info.pts is None:
@@ -224,18 +240,17 @@ def _read_in_order(
                 continue
             else:
                 position = int(np.searchsorted(info.pts, frame.pts, side="right")) - 1
-            while number is not None and number <= position:
-                images[number] = convert(frame if number == position or previous is None else previous)
-                number = next(pending, None)
-            if number is None:
-                return images
+            while number <= position:
+                yield frame if number == position or previous is None else previous
+                number += 1
+                if number == info.frames:
+                    return
             previous = frame
         if previous is None:
             raise VideoError("none of its frames can be decoded", info.path)
-        while number is not None:
-            images[number] = convert(previous)
-            number = next(pending, None)
-    return images
+        while number < info.frames:
+            yield previous
+            number += 1
 
 
 class _Converter:

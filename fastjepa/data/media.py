@@ -4,9 +4,10 @@ A member is a video or an image (`/path/shard-000.tar::clips/a.mp4`); folders of
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
+from av.video.frame import VideoFrame
 
 from fastjepa.data import decode, images, shards
 from fastjepa.data.decode import VideoError, VideoInfo
@@ -42,6 +43,19 @@ def read_frames(info: VideoInfo, indices: Sequence[int] | np.ndarray) -> np.ndar
     if info.still:
         return images.read_image(info, indices)
     return images.read_frame_files(info, indices) if os.path.isdir(info.path) else decode.read_frames(info, indices)
+
+
+def frames_in_order(info: VideoInfo) -> Generator[VideoFrame, None, None]:
+    """All frames of a video as they are decoded, one for each number from 0 on. Errors: as `decode.frames_in_order`."""
+    _, member = shards.split_name(info.path)
+    if info.still or os.path.isdir(info.path):
+        for number in range(info.frames):
+            yield VideoFrame.from_ndarray(read_frames(info, [number])[0], format="rgb24")
+    elif member:
+        with shards.opened_member(info.path) as content:
+            yield from decode.frames_in_order(info, content)
+    else:
+        yield from decode.frames_in_order(info)
 
 
 def encoded(name: str) -> np.ndarray:

@@ -19,7 +19,7 @@ def summarise(index: Index, frames: int, stride: int) -> list[str]:
     opened, total = index.opened, len(index.entries)
     lines = [
         f"videos     {shown(index.description)}: {len(good):,} readable, {len(bad):,} not; "
-        f"{_size(sum(entry.size for entry in index.entries))}",
+        f"{byte_size(sum(entry.size for entry in index.entries))}",
         f"index      {shown(str(index.file))}; {opened:,} opened for it, {total - opened:,} known or not there to open",
     ]
     if moving:
@@ -137,7 +137,8 @@ def _share(count: int, good: list[Entry]) -> str:
     return f"{share:.0%}" if share >= 0.01 else "under 1 %"
 
 
-def _size(number: float) -> str:
+def byte_size(number: float) -> str:
+    """Bytes in a unit that fits."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -1,0 +1,117 @@
+"""`python -m fastjepa data PATH --prepare OUT`: what is said about it, before and after."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastjepa.config import Data
+from fastjepa.data.index import Index
+from fastjepa.data.indexfile import Entry
+from fastjepa.data.pace import Pace, measure_pace
+from fastjepa.data.prepare import LEDGER, LIST, Ledger, Prepared, check_place, prepare
+from fastjepa.data.reencode import Recipe, size_of
+from fastjepa.data.source import Videos
+from fastjepa.data.summary import byte_size, shown
+from fastjepa.exits import Exit
+
+MOST_NAMED = 10
+PACE_SECONDS = 2.0  # of decoding, before and after
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What was asked for: the folder, the recipe and how many processes. `ledger` tells what is there already."""
+
+    out: Path
+    workers: int
+    ledger: Ledger
+
+
+def open_preparation(out: Path, recipe: Recipe, workers: int) -> Preparation:
+    """Refuses a folder that holds something else before the collection is looked at. Errors: ValueError."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--prepare: expected a folder, given {out}, which is a file")
+    return Preparation(out, workers, Ledger(out, recipe))
+
+
+def run_preparation(
+    asked: Preparation,
+    path: str,
+    videos: Videos,
+    index: Index,
+    data: Data,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> Exit:
+    """Re-encode, and say what comes of it. Errors: ValueError for a folder that overlaps the collection; OSError."""
+    entries = {entry.path: entry for entry in index.entries}
+    check_place(asked.out, os.path.expanduser(path), entries)
+    good = [entry for entry in index.entries if entry.reason is None and not entry.still]
+    recipe = asked.ledger.recipe
+    say(
+        f"prepare    {len(good):,} videos as H.264 in {shown(str(asked.out))}: short side at most {recipe.short_side}, "
+        f"a key frame every {recipe.gop} frames, quality {recipe.quality}, no sound"
+    )
+    say(
+        f"expected   {_expected(good, recipe, data.frames * data.stride):.2g} times the clips/s of one process, an "
+        "estimate by the pixels and frames that are decoded for a clip"
+    )
+    root = os.path.abspath(os.path.expanduser(path))
+    root = root if os.path.isdir(root) else os.path.dirname(root)
+    result = prepare(videos, entries, root, asked.out, asked.ledger, asked.workers, progress)
+    made = [one for one in good if one.path in result.done and result.done[one.path].reason is None]
+    before, after = sum(one.size for one in made), sum(result.done[one.path].made for one in made)
+    say(
+        f"prepared   {len(made):,} of {len(good):,} videos, {len(result.new):,} of them now: {byte_size(before)} -> "
+        f"{byte_size(after)}; train with data.path={shown(str(asked.out / LIST))}"
+    )
+    for line in _left(result, index, asked.out):
+        say(line)
+    say(f"gain       {_gain(made, result, asked.out, data)}")
+    return Exit.FAILED if result.failed else Exit.DONE
+
+
+def _expected(good: list[Entry], recipe: Recipe, span: int) -> float:
+    """How much less is decoded for a clip: from the key frame before it, or the start of the file, to its last frame."""
+
+    def pixels(gop: float, frames: int, width: int, height: int) -> float:
+        return (min(gop, frames) / 2 + min(span, frames)) * width * height
+
+    before = sum(pixels(e.gop if e.seekable else e.frames, e.frames, e.width, e.height) for e in good)
+    after = sum(pixels(recipe.gop, e.frames, *size_of(e.width, e.height, recipe.short_side)) for e in good)
+    return before / after
+
+
+def _left(result: Prepared, index: Index, out: Path) -> list[str]:
+    """What is not in the list, and why."""
+    lines = [f"failed     {shown(one.source)}: {shown(str(one.reason))}" for one in result.failed[:MOST_NAMED]]
+    if len(result.failed) > MOST_NAMED:
+        lines.append(f"failed     {len(result.failed) - MOST_NAMED:,} more, see {shown(str(out / LEDGER))}")
+    bad = sum(entry.reason is not None for entry in index.entries)
+    stills = sum(entry.still for entry in index.entries)
+    if bad or stills:
+        lines.append(f"left out   {bad:,} unreadable files, {stills:,} single images")
+    if result.gone:
+        lines.append(
+            f"gone       {len(result.gone):,} sources are no longer in the collection: what was made of them stays in "
+            f"the folder and is not in the list, {shown(result.gone[0])} among them"
+        )
+    return lines
+
+
+def _gain(made: list[Entry], result: Prepared, out: Path, data: Data) -> str:
+    """Measured on the same videos, before and after."""
+    long = [one for one in made if one.frames >= data.tubelet]
+    if not long:
+        return f"not measured: no video has a tubelet of {data.tubelet} frames"
+    places = ([one.path for one in long], [str(out / result.done[one.path].target) for one in long])
+    paces = [measure_pace(paths, data.frames, data.stride, data.crop, PACE_SECONDS) for paths in places]
+    lost = [pace for pace in paces if not isinstance(pace, Pace)]
+    if lost:
+        return f"not measured: {shown(lost[0])}"
+    old, new = (pace.rate for pace in paces if isinstance(pace, Pace))
+    return (
+        f"{old:.3g} -> {new:.3g} clips/s in one process with PyAV ({new / old:.2g} x), measured on "
+        f"{min(pace.videos for pace in paces if isinstance(pace, Pace))} videos"
+    )

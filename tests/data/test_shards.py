@@ -140,6 +140,13 @@ def test_a_member_is_described_and_read_as_the_same_file_is(made, tmp_path, kind
     assert [film.number_of(image) for image in read_frames(member, [44, 3, 25])] == [44, 3, 25]
 
 
+def test_a_damaged_frame_of_a_member_is_replaced_as_in_a_file(tmp_path, film):
+    file = film.spoil(film.video(tmp_path / "a.mkv", 12, codec="mjpeg", pixels="yuvj420p"), [5, 6])
+    path = pack(tmp_path / "s.tar", [("a.mkv", file.read_bytes())])
+    shown = [film.number_of(image) for image in read_frames(probe(f"{path}::a.mkv"), [5, 6, 7])]
+    assert shown == [4, 4, 7]  # by time it is not found, so the member is opened again and read in order
+
+
 def test_reading_a_few_frames_does_not_read_the_whole_member(tmp_path, film, monkeypatch):
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 255, (320, 480, 3), np.uint8) for _ in range(60)]

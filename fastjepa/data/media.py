@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fastjepa.data import decode, images, shards
+from fastjepa.data import decode, images, shards, tables
 from fastjepa.data.decode import VideoError, VideoInfo
 
 
@@ -95,4 +95,4 @@ def _not_a_video(shard: str) -> str:
 
     Errors: VideoError.
     """
-    return shards.table(shard).reason or "it is an archive, not a video"
+    return tables.table(shard).reason or "it is an archive, not a video"

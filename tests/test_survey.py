@@ -3,13 +3,16 @@
 import io
 import os
 import re
+import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastjepa import survey
 from fastjepa.__main__ import main
@@ -76,6 +79,38 @@ def test_the_summary_says_what_a_person_needs(shelf, capsys, tmp_path):
 
     assert main(["data", str(shelf)]) == 0
     assert "; 0 opened for it, 7 known" in capsys.readouterr().out
+
+
+def test_images_and_shards_have_lines_of_their_own(shelf, capsys, tmp_path):
+    place = tmp_path / "pictures"
+    (place / "clip").mkdir(parents=True)
+    for name in ("a.png", "b.png", *(f"clip/{number}.png" for number in range(70))):
+        Image.new("RGB", (40, 30)).save(place / name)
+    assert main(["data", str(place)]) == 0
+    out = capsys.readouterr().out
+    assert line(out, "videos").startswith(f"1 folder of frames, 2 images under {place}: 3 readable, 0 not; ")
+    assert line(out, "length").startswith("0 s in all (without 1 of unknown rate); 70 frames in the median video")
+    assert line(out, "images") == "2 single images: a clip of one repeats it"
+    assert line(out, "size") == "40 x 30, all"
+    assert line(out, "rate") == "unknown, all"
+    assert line(out, "seeking") == "key frames every 1 frames in the median, every 1 at most"
+    assert "slow" not in out
+    assert "short" not in out
+
+    shutil.rmtree(place / "clip")
+    assert main(["data", str(place)]) == 0
+    out = capsys.readouterr().out
+    assert not [text for text in out.splitlines() if text.startswith(("length", "rate", "seeking", "short"))]
+    assert line(out, "images") == "2 single images: a clip of one repeats it"
+    assert "clips/s of 16 frames" in line(out, "speed")  # a still is not too short
+
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(shelf / "a.mp4", "x/a.mp4")
+        tar.add(shelf / "empty.mp4", "empty.mp4")
+    assert main(["data", str(tmp_path / "s.tar")]) == 0
+    out = capsys.readouterr().out
+    assert line(out, "videos").startswith(f"2 videos in 1 shard in {tmp_path}/s.tar: 1 readable, 1 not; ")
+    assert f"1 x the file is empty: {tmp_path}/s.tar::empty.mp4\n" in out
 
 
 def test_the_index_lies_where_it_is_wanted_and_the_gpu_is_the_named_one(shelf, capsys, tmp_path):

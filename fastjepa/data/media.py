@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 import numpy as np
 from av.video.frame import VideoFrame
 
-from fastjepa.data import decode, images, shards
+from fastjepa.data import decode, images, shards, tables
 from fastjepa.data.decode import VideoError, VideoInfo
 
 
@@ -100,4 +100,4 @@ def _not_a_video(shard: str) -> str:
 
     Errors: VideoError.
     """
-    return shards.table(shard).reason or "it is an archive, not a video"
+    return tables.table(shard).reason or "it is an archive, not a video"

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from fastjepa.data.decode import VideoError
 from fastjepa.data.images import is_image, sequence
-from fastjepa.data.shards import COMPRESSED, Table, is_shard, table
+from fastjepa.data.shards import COMPRESSED, is_shard
+from fastjepa.data.tables import Table, table
 
 EXTENSIONS = frozenset(
     f".{name}"

@@ -1,5 +1,6 @@
 """Videos made on the spot, and parity cases, shared by the tests of this folder."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image
 from safetensors.torch import load_file
 
 HEIGHT, WIDTH, BITS = 48, 96, 8
@@ -117,6 +119,20 @@ def film():
     """The helpers above: pictures that show their number, files of them, and ways to damage those."""
     helpers = (picture, number_of, write, video, remux, in_order, payloads, spoil)
     return SimpleNamespace(HEIGHT=HEIGHT, WIDTH=WIDTH, **{helper.__name__: helper for helper in helpers})
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory, film):
+    """The bytes of small videos: number n begins with picture n, and has four frames and n more."""
+    folder = tmp_path_factory.mktemp("clips")
+    return [film.write(folder / f"{n}.mp4", [film.picture(n + i) for i in range(4 + n)]).read_bytes() for n in range(8)]
+
+
+@pytest.fixture(scope="session")
+def png(film):
+    out = io.BytesIO()
+    Image.fromarray(film.picture(99)).save(out, "PNG")
+    return out.getvalue()
 
 
 @pytest.fixture(params=KINDS)

@@ -135,6 +135,7 @@ BAD = {
     "video_list.png": (lambda path: path.write_text("a.mp4 1\n"), images.DAMAGED),
     "vector.png": (lambda path: path.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"), images.DAMAGED),
     "script.jpg": (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), images.DAMAGED),
+    "other_format.jpg": (lambda path: path.write_bytes(b"P6 2 2 255\n" + bytes(12)), images.DAMAGED),
     "empty.png": (lambda path: path.touch(), "the file is empty"),
     "missing.png": (lambda path: None, "the file does not exist"),
     "folder.jpg": (lambda path: path.mkdir(), "it is a folder, and not one of frames with consecutive numbers"),

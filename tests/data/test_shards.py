@@ -1,8 +1,6 @@
 """Tar shards: what is found in them, how members are read, and what hostile archives do."""
 
 import gzip
-import io
-import json
 import os
 import pickle
 import tarfile
@@ -11,76 +9,42 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from fastjepa.data import shards
-from fastjepa.data.dataset import ClipDataset, Reader
+from fastjepa.data import tables
 from fastjepa.data.decode import VideoError
 from fastjepa.data.index import update_index
 from fastjepa.data.media import absolute, encoded, probe, read_frames, status
-from fastjepa.data.sampling import ClipPlan
-from fastjepa.data.shards import on_path, split_name, table
+from fastjepa.data.shards import on_path, split_name
 from fastjepa.data.source import open_videos
+from fastjepa.data.tables import table
+from tests.packed import pack
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    shards._table.cache_clear()
+    tables._table.cache_clear()
     return folder
 
 
 @pytest.fixture
 def forgotten():
     """Forget what this process knows of shards, as a new one does."""
-    return shards._table.cache_clear
+    return tables._table.cache_clear
 
 
 @pytest.fixture
 def no_walk(monkeypatch):
     def go():
-        shards._table.cache_clear()
-        monkeypatch.setattr(shards, "_walk", None)
+        tables._table.cache_clear()
+        monkeypatch.setattr(tables, "_walk", None)
 
     return go
 
 
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory, film):
-    """The bytes of small videos: number n begins with picture n, and has four frames and n more."""
-    folder = tmp_path_factory.mktemp("clips")
-    return [film.write(folder / f"{n}.mp4", [film.picture(n + i) for i in range(4 + n)]).read_bytes() for n in range(8)]
-
-
-@pytest.fixture(scope="session")
-def png(film):
-    out = io.BytesIO()
-    Image.fromarray(film.picture(99)).save(out, "PNG")
-    return out.getvalue()
-
-
-def pack(path, files, kind=tarfile.PAX_FORMAT):
-    """A tar of (name, bytes) pairs, or of TarInfo objects without content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=kind) as tar:
-        for one in files:
-            if isinstance(one, tarfile.TarInfo):
-                tar.addfile(one)
-                continue
-            info = tarfile.TarInfo(one[0])
-            info.size = len(one[1])
-            tar.addfile(info, io.BytesIO(one[1]))
-    return path
-
-
 def members(path):
     return list(table(str(path)).members)
-
-
-def inside(videos):
-    return [split_name(path)[1] for path in videos.paths]
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -138,6 +102,13 @@ def test_a_member_is_described_and_read_as_the_same_file_is(made, tmp_path, kind
     )
     assert (member.pts is None) == (alone.pts is None)
     assert [film.number_of(image) for image in read_frames(member, [44, 3, 25])] == [44, 3, 25]
+
+
+def test_a_damaged_frame_of_a_member_is_replaced_as_in_a_file(tmp_path, film):
+    file = film.spoil(film.video(tmp_path / "a.mkv", 12, codec="mjpeg", pixels="yuvj420p"), [5, 6])
+    path = pack(tmp_path / "s.tar", [("a.mkv", file.read_bytes())])
+    shown = [film.number_of(image) for image in read_frames(probe(f"{path}::a.mkv"), [5, 6, 7])]
+    assert shown == [4, 4, 7]  # by time it is not found, so the member is opened again and read in order
 
 
 def test_reading_a_few_frames_does_not_read_the_whole_member(tmp_path, film, monkeypatch):
@@ -298,7 +269,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_costs_nothing_else(tmp_path,
     path = pack(tmp_path / "s.tar", [("a.mp4", clips[0])])
     (cache / "fastjepa").write_text("in the way")
     videos = open_videos(str(path), 0)
-    assert inside(videos) == ["a.mp4"]
+    assert videos.paths == [f"{path}::a.mp4"]
     assert "; what shards hold cannot be kept for the next start (" in videos.description
 
 
@@ -394,168 +365,3 @@ def test_what_is_no_tar_is_refused_with_a_sentence(tmp_path, clips):
     assert videos.paths == [f"{tmp_path}/good.tar::a.mp4", f"{tmp_path}/s.tar"]
     index = update_index(str(tmp_path), tmp_path / "index.jsonl", say=print)
     assert index.entries[1].reason.startswith("it is a compressed archive")
-
-
-def test_a_compressed_archive_is_refused_where_it_is_named(tmp_path, clips):
-    (tmp_path / "a.tar.gz").write_bytes(b"x")
-    sentence = f"data.path: {tmp_path}/a.tar.gz is compressed and cannot be read at a place: unpack it to a plain .tar"
-    (tmp_path / "list.txt").write_text("a.tar.gz\n")
-    for place in ("a.tar.gz", "list.txt"):
-        with pytest.raises(ValueError) as caught:
-            open_videos(str(tmp_path / place), 0)
-        assert str(caught.value) == sentence
-    (tmp_path / "list.txt").unlink()
-    note = "left out as only a plain .tar can be read at a place: 1 compressed archive"
-    with pytest.raises(ValueError) as caught:
-        open_videos(str(tmp_path), 0)
-    assert str(caught.value) == f"data.path: no video or image under {tmp_path}; {note}"
-    (tmp_path / "a.mp4").write_bytes(clips[0])
-    assert open_videos(str(tmp_path), 0).description == f"1 video under {tmp_path}; {note}"
-
-
-def test_a_shard_without_videos_is_left_out(tmp_path, clips):
-    pack(tmp_path / "notes.tar", [("a.txt", b"x")])
-    with pytest.raises(ValueError) as caught:
-        open_videos(str(tmp_path / "notes.tar"), 0)
-    assert str(caught.value).startswith(f"data.path: no video or image in {tmp_path}/notes.tar; ")
-    pack(tmp_path / "s.tar", [("a.mp4", clips[0])])
-    assert open_videos(str(tmp_path), 0).description == (
-        f"1 video in 1 shard under {tmp_path}; left out for want of videos: 1 shard"
-    )
-
-
-# -- collections ------------------------------------------------------------------------------------------------------
-
-
-def test_shards_and_files_of_a_folder_are_one_collection_in_order(tmp_path, clips):
-    pack(tmp_path / "b.tar", [("z.mp4", clips[0]), ("a.mp4", clips[1]), ("._z.mp4", b"of a Mac"), ("in.tar", b"x")])
-    pack(tmp_path / "deep/c.tar", [("a.mp4", clips[2])])
-    for name in ("a.mp4", "c.mp4"):
-        (tmp_path / name).write_bytes(clips[3])
-    videos = open_videos(str(tmp_path), 0)
-    assert [os.path.relpath(path, tmp_path) for path in videos.paths] == [
-        "a.mp4",
-        "b.tar::z.mp4",
-        "b.tar::a.mp4",
-        "c.mp4",
-        "deep/c.tar::a.mp4",
-    ]
-    assert videos.shards.tolist() == [0, 1, 1, 2, 3]
-    assert videos.shards.dtype == np.int64
-    assert videos.description == f"2 videos, 3 videos in 2 shards under {tmp_path}"
-    (tmp_path / "b.tar").unlink()
-    (tmp_path / "deep/c.tar").unlink()
-    assert open_videos(str(tmp_path), 0).shards is None
-
-
-def test_a_moved_shard_is_the_same_data_and_other_members_are_not(tmp_path, clips):
-    for place in ("here", "there/far"):
-        pack(tmp_path / place / "s.tar", [("a.mp4", clips[0]), ("../b.mp4", clips[1])])
-    pack(tmp_path / "other/s.tar", [("a.mp4", clips[0]), ("b.mp4", clips[1])])
-    here, there, other = (open_videos(str(tmp_path / p), 0).fingerprint for p in ("here", "there/far", "other"))
-    assert here == there != other
-    assert open_videos(str(tmp_path / "here/s.tar"), 0).fingerprint == here
-
-
-def test_images_of_shards_count_where_there_is_no_video(tmp_path, clips, png):
-    pack(tmp_path / "i/s.tar", [("a.png", png), ("b.png", png)])
-    videos = open_videos(str(tmp_path / "i"), 0)
-    assert inside(videos) == ["a.png", "b.png"]
-    assert videos.description == f"2 images in 1 shard under {tmp_path / 'i'}"
-    pack(tmp_path / "i/t.tar", [("a.mp4", clips[0]), ("a.png", png)])
-    videos = open_videos(str(tmp_path / "i"), 0)
-    assert inside(videos) == ["a.mp4"]
-    assert videos.description.endswith("; left out beside videos: 3 images")
-
-
-def test_a_list_may_name_shards_and_gives_them_no_label(tmp_path, clips):
-    pack(tmp_path / "s.tar", [("b.mp4", clips[0]), ("a.mp4", clips[1])])
-    (tmp_path / "list.txt").write_text("t.mp4\ns.tar\n")
-    videos = open_videos(str(tmp_path / "list.txt"), 0)
-    assert videos.paths == [f"{tmp_path}/t.mp4", f"{tmp_path}/s.tar::b.mp4", f"{tmp_path}/s.tar::a.mp4"]
-    assert videos.shards.tolist() == [0, 1, 1]
-    for line in ("s.tar 3", "s.tar::a.mp4"):
-        (tmp_path / "list.txt").write_text(line)
-        with pytest.raises(ValueError) as caught:
-            open_videos(str(tmp_path / "list.txt"), 0)
-        sentence = f"expected a shard without a label (those are inside), given {line!r}"
-        assert str(caught.value) == f"data.path: {tmp_path}/list.txt line 1: {sentence}"
-
-
-def test_labels_stand_beside_the_members(tmp_path, clips):
-    files = [
-        ("a.mp4", clips[0]),
-        ("a.cls", b"10\n"),
-        ("a.json", b'{"label": 3}'),  # the .cls comes first
-        ("d/a.mp4", clips[0]),
-        ("d/a.json", json.dumps({"label": "2", "caption": "x"}).encode()),
-        ("b.c.mp4", clips[0]),  # WebDataset's key ends at the first dot, others' at the last
-        ("b.cls", b"2"),
-        ("e.f.mp4", clips[0]),
-        ("e.f.cls", b"10"),
-    ]
-    videos = open_videos(str(pack(tmp_path / "s.tar", files)), 0)
-    assert inside(videos) == ["a.mp4", "d/a.mp4", "b.c.mp4", "e.f.mp4"]
-    assert videos.tasks["label"].classes == ("2", "10")
-    assert videos.tasks["label"].labels.tolist() == [1, 0, 0, 1]
-    assert sorted(np.concatenate(list(videos.splits.values())).tolist()) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("b.cls", b"\xff\xfe"),
-        ("b.cls", b" \n"),
-        ("b.json", b"{"),
-        ("b.json", b"[1]"),
-        ("b.json", b'{"label": [1]}'),
-        ("b.json", b'{"label": true}'),
-        ("b.json", b'{"caption": "x"}'),
-        ("b.json", b"[" * 100_000),
-        ("b.txt", b"2"),
-    ],
-)
-def test_what_says_no_label_is_none(tmp_path, clips, name, content):
-    path = pack(tmp_path / "s.tar", [("a.mp4", clips[0]), ("a.cls", b"1"), ("b.mp4", clips[0]), (name, content)])
-    videos = open_videos(str(path), 0)
-    assert videos.tasks == {}
-    assert videos.description.endswith("(only 1 have labels: they are not used)")
-
-
-def test_a_damaged_shard_is_in_no_split(tmp_path, clips):
-    files = [
-        (f"{n}.{kind}", clips[0] if kind == "mp4" else b"%d" % (n % 2)) for n in range(8) for kind in ("mp4", "cls")
-    ]
-    path = pack(tmp_path / "s.tar", files)
-    path.write_bytes(path.read_bytes()[: table(str(path)).members["7.mp4"][0] + 5])
-    videos = open_videos(str(path), 0)
-    assert videos.paths[-1] == str(path)
-    assert len(videos.tasks["label"].labels) == len(videos.paths)
-    everywhere = np.concatenate(list(videos.splits.values()))
-    assert sorted(everywhere.tolist()) == list(range(len(videos.paths) - 1))
-
-
-def test_the_index_opens_members_again_only_where_their_shard_changed(tmp_path, clips):
-    pack(tmp_path / "v/a.tar", [("a.mp4", clips[0]), ("b.mp4", b"text")])
-    pack(tmp_path / "v/b.tar", [("c.mp4", clips[2])])
-    file = tmp_path / "index.jsonl"
-    index = update_index(str(tmp_path / "v"), file, say=print)
-    assert index.opened == 3
-    assert [entry.frames for entry in index.entries] == [4, 0, 6]
-    assert index.entries[0].size == len(clips[0])  # not that of the shard, which a sum would count for every member
-    again = update_index(str(tmp_path / "v"), file, say=print)
-    assert (again.opened, again.entries) == (0, index.entries)
-    os.utime(tmp_path / "v/a.tar", ns=(0, 77))
-    again = update_index(str(tmp_path / "v"), file, say=print)
-    assert (again.opened, again.entries[0].mtime_ns) == (2, 77)
-
-
-def test_clips_of_members_are_those_of_the_same_files(tmp_path, clips):
-    for n, content in enumerate(clips):
-        (tmp_path / f"{n}.mp4").write_bytes(content)
-    path = pack(tmp_path / "s.tar", [(f"{n}.mp4", content) for n, content in enumerate(clips)])
-    plan = ClipPlan(0, np.arange(8), 4, 1, (0.3, 1.0), (0.75, 1.35), True)
-    alone = ClipDataset(Reader([str(tmp_path / f"{n}.mp4") for n in range(8)], 2), plan, 32)
-    inside = ClipDataset(Reader([f"{path}::{n}.mp4" for n in range(8)], 2), plan, 32)
-    for slot in range(16):
-        assert torch.equal(alone[slot].clips[0], inside[slot].clips[0])

@@ -73,7 +73,7 @@ def run_preparation(
 
 
 def _expected(good: list[Entry], recipe: Recipe, span: int) -> float:
-    """How much less is decoded for a clip: from the key frame before it, or the start of the file, to its last frame."""
+    """How much less is decoded for a clip: from the key frame before it, or the file's start, to its last frame."""
 
     def pixels(gop: float, frames: int, width: int, height: int) -> float:
         return (min(gop, frames) / 2 + min(span, frames)) * width * height

@@ -94,7 +94,8 @@ class Ledger:
                 f"--short-side {r.short_side} --gop {r.gop} --quality {r.quality}" for r in (recipe, self.recipe)
             )
             raise ValueError(
-                f"--prepare: {self.path.parent} was prepared with {before}, given {now}: give the same or another folder"
+                f"--prepare: {self.path.parent} was prepared with {before}, given {now}: the same "
+                "or another folder is needed"
             )
         for line in lines:
             try:

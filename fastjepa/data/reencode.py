@@ -14,7 +14,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.frame import VideoFrame
+from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from fastjepa.data import media
@@ -98,6 +98,7 @@ def _encode(info: VideoInfo, path: str, recipe: Recipe) -> None:
             if number == 0:  # the tag goes on as it was: what goes by it and what does not see the same as before
                 stream.codec_context.colorspace = picture.colorspace
             picture.pts, picture.time_base = time, TICK
+            picture.pict_type = PictureType.NONE  # a key frame of the source would become one here
             out.mux(stream.encode(picture))
         out.mux(stream.encode(None))
 

@@ -10,7 +10,9 @@ USAGE = """usage: python -m fastjepa VERB ...
   data PATH [--workers N] [--out FILE] [--gpu NAME]
                                         what a folder or list of videos holds, which files are bad and why, and whether
                                         this machine decodes fast enough; only what changed is opened again
-  info                                  versions and devices
+  data PATH --prepare FOLDER [--short-side 256] [--gop 16] [--quality 23] [--workers N]
+                                        encode the videos once more for fast training: small, with close key frames
+  info                                  versions, devices, decoders
   --help                                every setting with its default and help"""
 
 
@@ -97,7 +99,9 @@ def _info() -> int:
 
     import torch
 
-    packages = ("fastjepa", "torch", "triton", "numpy", "av", "nvidia-dali-cuda130", "xformers")
+    from fastjepa.data.decoders import dali, torchcodec
+
+    packages = ("fastjepa", "torch", "triton", "numpy", "av", "torchcodec", "nvidia-dali-cuda130", "xformers")
     for name in packages:
         try:
             _print(f"{name:<22}{metadata.version(name)}")
@@ -111,6 +115,14 @@ def _info() -> int:
         _print(f"cuda:{index:<17}{facts.name}, {memory}, compute capability {version}")
     if not torch.cuda.is_available():
         _print(f"{'cuda':<22}no device")
+    decoders = {
+        "pyav": "",
+        "torchcodec": torchcodec.why_not(),
+        "dali_gpu": dali.why_not(torch.device("cuda")),
+        "dali_cpu": dali.why_not(torch.device("cpu")),
+    }
+    for name, reason in decoders.items():
+        _print(f"{f'decoder {name}':<22}{reason or 'ready'}")
     return 0
 
 

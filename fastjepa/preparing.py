@@ -57,9 +57,7 @@ def run_preparation(
         f"expected   {_expected(good, recipe, data.frames * data.stride):.2g} times the clips/s of one process, an "
         "estimate by the pixels and frames that are decoded for a clip"
     )
-    root = os.path.abspath(os.path.expanduser(path))
-    root = root if os.path.isdir(root) else os.path.dirname(root)
-    result = prepare(videos, entries, root, asked.out, asked.ledger, asked.workers, progress)
+    result = prepare(videos, entries, _root(path, videos), asked.out, asked.ledger, asked.workers, progress)
     made = [one for one in good if one.path in result.done and result.done[one.path].reason is None]
     before, after = sum(one.size for one in made), sum(result.done[one.path].made for one in made)
     say(
@@ -70,6 +68,14 @@ def run_preparation(
         say(line)
     say(f"gain       {_gain(made, result, asked.out, data)}")
     return Exit.FAILED if result.failed else Exit.DONE
+
+
+def _root(path: str, videos: Videos) -> str:
+    """Where names of a collection begin: the folder, or that of the list; of embedded clips that of their cache."""
+    place = os.path.abspath(os.path.expanduser(path))
+    if os.path.isdir(place):
+        return place
+    return os.path.dirname(place if os.path.exists(place) else videos.paths[0])
 
 
 def _expected(good: list[Entry], recipe: Recipe, span: int) -> float:

@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastjepa import train
 from fastjepa.__main__ import main
@@ -28,6 +29,10 @@ def test_info_names_versions_and_devices(capsys):
     out = capsys.readouterr().out
     assert "torch" in out
     assert "cuda" in out
+    decoders = dict(line.removeprefix("decoder ").split(maxsplit=1) for line in out.splitlines() if "decoder " in line)
+    assert decoders.keys() == {"pyav", "torchcodec", "dali_gpu", "dali_cpu"}
+    assert decoders["pyav"] == "ready"
+    assert decoders["dali_gpu"] == "there is no CUDA device" or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["plan"], ["plan", "--gpu", "h200"]])

@@ -49,11 +49,17 @@ def test_verbs_work_as_written(capsys, monkeypatch, tmp_path):
     assert {verb[0] for verb in verbs} == {"--help", "plan", "info", "data"}
     excerpt = README.partition("<!-- data -->\n```\n")[2].partition("\n```\n<!-- /data -->")[0].splitlines()
     assert len(excerpt) > 5
+    monkeypatch.setattr("fastjepa.preparing.PACE_SECONDS", 0.1)
     for verb in verbs:
+        if "--prepare" in verb:
+            verb[verb.index("--prepare") + 1] = str(tmp_path / "small")
         assert main(verb) == 0
         out = capsys.readouterr().out
         assert out
-        if verb[0] == "data":
+        if "--prepare" in verb:
+            assert "48 of 48 videos" in out
+            assert len(list((tmp_path / "small").glob("*.mp4"))) == 48
+        elif verb[0] == "data":
             printed = iter(out.splitlines())
             assert all(line in printed for line in excerpt)
 

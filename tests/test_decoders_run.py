@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastjepa import checkpoint
 from fastjepa.data.decoders import dali, torchcodec
 from fastjepa.exits import Exit
-from tests.data.conftest import video
+from tests.data.conftest import picture, video
+from tests.packed import pack
 
 WHY_NOT = {"torchcodec": torchcodec.why_not, "dali_cpu": lambda: dali.why_not(torch.device("cpu"))}
 
@@ -90,4 +92,50 @@ def test_mixtures_and_frames_per_second_train_and_resume(run, folder):
     assert code == Exit.DONE
     run(*mixed, *more, "data.max_bad_fraction=0.5", "runtime.stop_at=3", folder="parts")
     _, parts = run(*mixed, *more, "data.max_bad_fraction=0.5", "data.workers=2", folder="parts")
+    assert losses(parts) == losses(whole)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folders of frames and single images."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(3):
+        (folder / f"walk{number}").mkdir()
+        for frame in range(12):
+            Image.fromarray(picture(frame + number)).save(folder / f"walk{number}" / f"{frame:03}.jpg")
+    for name in ("cat", "dog"):
+        Image.fromarray(picture(len(name))).save(folder / f"{name}.png")
+    return folder
+
+
+def test_images_and_folders_of_frames_train(run, pictures, capsys):
+    code, _ = run(f"data.path={pictures}", "data.frame_rate=10", "data.fps=5", "data.stride=4")
+    out = capsys.readouterr().out
+    assert code == Exit.DONE
+    assert f"data       3 folders of frames, 2 images under {pictures}; 5 for pretraining" in out
+    assert "bad file" not in out
+
+
+def test_without_a_rate_frames_per_second_name_the_folder_and_go_on_with_images(run, pictures, capsys):
+    code, _ = run(f"data.path={pictures}", "data.fps=5", "data.stride=4")
+    out = capsys.readouterr().out
+    assert code == Exit.DONE
+    assert f"bad file   {pictures / 'walk0'}: its frame rate is not known, and data.fps needs it (pyav)" in out
+    assert out.count("bad file   ") == 3
+
+
+def test_shards_train_in_windows_and_resume(run, folder, tmp_path, name, capsys):
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".mkv", ".mp4"))
+    for number in range(2):
+        chosen = [(path.name, path.read_bytes()) for path in files[number::2]]
+        pack(tmp_path / "shards" / f"{number}.tar", chosen)
+    more = (f"data.path={tmp_path / 'shards'}", f"data.decoder={name}", "data.shuffle_window=3")
+    more = (*more, "data.max_bad_fraction=0.5")
+    code, whole = run(*more, folder="whole")
+    out = capsys.readouterr().out
+    assert code == Exit.DONE
+    assert "7 videos in 2 shards" in out
+    assert out.count("bad file   ") == 1
+    run(*more, "runtime.stop_at=4", folder="parts")
+    _, parts = run(*more, "data.workers=2", folder="parts")
     assert losses(parts) == losses(whole)

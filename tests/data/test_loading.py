@@ -48,7 +48,7 @@ def make_dataset(paths, seed=0, cache_bytes=0, frames=FRAMES, flip=True):
     return ClipDataset(Reader(list(paths), 2, cache_bytes), plan, CROP)
 
 
-def load(paths, first=0, last=3, batch_size=8, workers=0, group=8, **settings):
+def load(paths, first=0, last=3, batch_size=8, workers=0, group=8, rank=0, world=1, **settings):
     """All batches of the steps from `first` to below `last`, 8 clips each."""
     sets = [{"num_blocks": 2, "spatial_scale": (0.3, 0.3), "temporal_scale": (0.5, 0.5), "aspect_ratio": (0.75, 1.5)}]
     masks = MaskCollator(sets * 2, CROP, FRAMES, 4, 2, seed=0, truncation="random", group=group)
@@ -62,6 +62,8 @@ def load(paths, first=0, last=3, batch_size=8, workers=0, group=8, **settings):
         workers=workers,
         pin_memory=False,
         tokens=32,
+        rank=rank,
+        world=world,
     )
     with running(loader) as batches:
         return list(batches)
@@ -136,6 +138,18 @@ def test_a_step_that_is_divided_has_the_same_clips_and_masks(good, bad, wanted):
     assert_same(clips_by_slot(halves), clips_by_slot(wanted))
     small_groups = load([*good, *bad], group=4)
     assert_same(clips_by_slot(load([*good, *bad], batch_size=2, group=4)), clips_by_slot(small_groups))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_the_clips_and_masks_of_one(good, bad, wanted, world, workers):
+    of_ranks = [load([*good, *bad], batch_size=2, workers=workers, rank=rank, world=world) for rank in range(world)]
+    shared = {}
+    for batches in of_ranks:
+        own = clips_by_slot(batches)
+        assert not own.keys() & shared.keys()
+        shared |= own
+    assert_same({slot: shared[slot] for slot in sorted(shared)}, clips_by_slot(wanted))
 
 
 def test_clips_depend_on_the_seed(good, bad, wanted):

@@ -10,7 +10,7 @@ from PIL import Image
 from fastjepa import checkpoint
 from fastjepa.data.decoders import dali, torchcodec
 from fastjepa.exits import Exit
-from tests.data.conftest import picture, video
+from tests.data.conftest import picture, video, write
 from tests.packed import pack
 
 WHY_NOT = {"torchcodec": torchcodec.why_not, "dali_cpu": lambda: dali.why_not(torch.device("cpu"))}
@@ -139,3 +139,31 @@ def test_shards_train_in_windows_and_resume(run, folder, tmp_path, name, capsys)
     run(*more, "runtime.stop_at=4", folder="parts")
     _, parts = run(*more, "data.workers=2", folder="parts")
     assert losses(parts) == losses(whole)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_videos_are_decoded_there_and_what_it_cannot_read_by_pyav(run, tmp_path, capsys):
+    if reason := dali.why_not(torch.device("cuda")):
+        pytest.skip(f"DALI is not installed or cannot decode here: {reason}")
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    large = [picture(number, 160, 192) for number in range(20)]
+    for name, kind in {
+        "h264.mp4": {"bf": "3"},
+        "vp9.webm": {"codec": "libvpx-vp9", "deadline": "realtime", "cpu_used": "8"},
+        "hevc.mp4": {"codec": "libx265"},
+        "turned.mp4": {"rotation": 90},
+        "deep.mp4": {"codec": "libx265", "pixels": "yuv420p10le"},
+    }.items():
+        write(folder / name, large, **kind)
+    (folder / "text.mp4").write_text("hello " * 99)
+    more = (f"data.path={folder}", "runtime.device=cuda", "data.max_bad_fraction=0.5")
+    code, made = run(*more)
+    out = capsys.readouterr().out
+    assert code == Exit.DONE
+    assert "decoder    dali_gpu (DALI and a GPU are there)" in out
+    assert "dali_gpu 4 videos, pyav 1, unreadable 1" in out
+    assert "dali_gpu fails" not in out
+    assert out.count("bad file   ") == 1
+    _, plain = run(*more, "data.decoder=pyav", folder="plain")
+    assert losses(made)[0] == pytest.approx(losses(plain)[0], rel=0.02), "the first step sees the same clips"

@@ -111,6 +111,20 @@ def test_a_batch_is_begun_before_the_one_before_is_waited_for(paths):
     assert decoder.most == AHEAD
 
 
+def test_batches_of_the_loader_processes_are_handed_on_at_once(paths):
+    dataset, taken = make_dataset(paths), []
+    (whole, _) = load(dataset)
+
+    def counted():
+        for batch in whole:
+            taken.append(batch.slots)
+            yield batch
+
+    stage = Decoding(Pixels, "pyav", dataset, print)(counted())
+    assert next(stage) is whole[0]
+    assert len(taken) == 1
+
+
 def test_a_later_start_gives_the_rest(paths):
     whole, _ = load(make_dataset(paths, paths), Pixels())
     assert_same(load(make_dataset(paths, paths), Pixels(), steps=(2, 4))[0], whole[2:])

@@ -45,6 +45,9 @@ class Decoding:
         waiting: deque[tuple[Batch | EncodedBatch, list[int]]] = deque()
         with closing(_Lazy(self.make)) as decoder:
             for batch in batches:
+                if isinstance(batch, Batch) and not waiting:
+                    yield batch
+                    continue
                 begun = []
                 if isinstance(batch, EncodedBatch):
                     begun = [n for n, c in enumerate(batch.clips) if isinstance(c, EncodedClip) and self._tries(c.path)]

@@ -168,7 +168,7 @@ def prepare(
                 ledger.add(Done(*where, answer.frames, answer.size))
             result.new.append(entry.path)
             progress(count, len(jobs))
-    _replace(out / LIST, _listed(videos, ledger.done, out))
+    _replace(out / LIST, _listed(videos, ledger.done))
     return result
 
 
@@ -223,13 +223,13 @@ def _relative(source: str, root: str) -> str:
     return "".join("_" if c == '"' or not c.isprintable() else c for c in readable)
 
 
-def _listed(videos: Videos, done: dict[str, Done], out: Path) -> str:
+def _listed(videos: Videos, done: dict[str, Done]) -> str:
     """Lines of the list file, in the order of the source; a video without a new file has none."""
     task = videos.tasks.get("label")
     lines = []
     for number, name in enumerate(map(absolute, videos.paths)):
         one = done.get(name)
-        if one is not None and one.reason is None and (out / one.target).is_file():
+        if one is not None and one.reason is None:
             lines.append(f'"{one.target}"' + (f",{task.classes[task.labels[number]]}" if task else ""))
     return "".join(f"{line}\n" for line in lines)
 

@@ -67,6 +67,11 @@ def test_without_replacement_shares_are_exact_in_every_block_and_each_collection
             assert len(set(own[start : start + count])) == count
 
 
+def test_a_block_has_as_many_slots_as_it_says_however_small_a_weight_is():
+    order = VideoOrder(1, [collection(0, 9), collection(9, 9, 1e-9), collection(18, 9, 1e-9)])
+    assert order.shares.tolist() == [BLOCK - 2, 1, 1]
+
+
 def test_with_replacement_videos_come_by_chance():
     order = VideoOrder(1, [collection(0, 100)], replacement=True)
     seen = Counter(drawn(order, range(1000)))
@@ -92,8 +97,10 @@ def test_shards_are_read_one_after_another_and_shuffled_inside_a_window():
     windows = [{video // 12 for video in first[start : start + 24]} for start in range(0, 120, 24)]
     assert all(len(shards) == 2 for shards in windows), "a window of two shards reads two"
     assert len(set.union(*windows)) == 10
-    assert first[:24] != sorted(first[:24])
-    assert [v // 12 for v in first[::24]] != [v // 12 for v in second[::24]], "shards come in another order"
+    assert len({video // 12 for video in first[:12]}) == 2, "its videos are mixed"
+    again = [{video // 12 for video in second[start : start + 24]} for start in range(0, 120, 24)]
+    assert windows != again, "shards come in another order"
+    assert windows != [{2 * n, 2 * n + 1} for n in range(5)]
 
 
 def test_a_window_of_one_reads_shards_in_the_order_of_their_archive():

@@ -100,11 +100,12 @@ def test_a_rotated_video_is_stored_upright(film, tmp_path, rotation):
     [
         {"codec": "mjpeg", "pixels": "yuvj420p"},
         {"codec": "libx264", "pixels": "yuv420p10le"},
+        {"codec": "libx264", "pixels": "yuv420p", "x264_params": "fullrange=on"},
         {"codec": "libx264", "pixels": "yuv444p"},
         {"codec": "libx264rgb", "pixels": "rgb24"},
         {"codec": "libx264", "pixels": "gray"},
     ],
-    ids=lambda kind: f"{kind['codec']} {kind['pixels']}",
+    ids=lambda kind: " ".join(kind.values()),
 )
 def test_colours_stay_whatever_the_pixels_were(film, tmp_path, kind):
     colours = (200, 40, 40), (40, 200, 60), (250, 250, 250), (3, 3, 3)

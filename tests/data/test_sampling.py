@@ -205,6 +205,25 @@ def test_timed_frames_lie_inside_the_video_in_order(gaps, frames, fps, clips):
         assert (np.diff(numbers) >= 0).all()
 
 
+@pytest.mark.parametrize("rate", [24, 25, 30, 60, 24000 / 1001, 30000 / 1001, 60000 / 1001])
+@pytest.mark.parametrize("stride", [1, 2, 4, 7])
+def test_a_frame_whose_time_is_met_exactly_is_taken_whatever_rounding_does(rate, stride):
+    times = np.arange(16 * stride) / rate
+    assert timed_frames(times, 16, rate / stride, np.random.default_rng(0)).tolist() == list(
+        range(0, 16 * stride, stride)
+    )
+    later = 1e4 + times  # hours into a recording
+    assert timed_frames(later, 16, rate / stride, None).tolist() == list(range(0, 16 * stride, stride))
+
+
+def test_each_clip_of_a_video_comes_from_its_part_of_the_time():
+    times = np.arange(100) / 10
+    for clip in range(4):
+        for seed in range(20):
+            numbers = timed_frames(times, 4, 5, np.random.default_rng(seed), clip=clip, clips=4)
+            assert 25 * clip <= numbers[0] <= numbers[-1] < 25 * (clip + 1)
+
+
 def test_a_video_shorter_than_the_clip_ends_with_its_last_frame_repeated():
     assert timed_frames(np.arange(4) / 10, 6, 10, np.random.default_rng(0)).tolist() == [0, 1, 2, 3, 3, 3]
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastjepa.data.sampling import Box
-from fastjepa.data.transforms import cut
+from fastjepa.data.sampling import Box, ClipDraw
+from fastjepa.data.transforms import cut, transform
 from fastjepa.pixels import MEAN, STD, normalise
 
 
@@ -85,3 +85,14 @@ def test_clips_of_turned_frames_can_be_cut(frames):
     turned = np.rot90(frames, axes=(1, 2))
     box = Box(1, 2, 16, 16)
     assert torch.equal(cut(turned, box, False, 16), cut(np.ascontiguousarray(turned), box, False, 16))
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_crops_are_resized_with_a_filter_only_where_that_is_asked_for(antialias):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 60, 80, 3), dtype=np.uint8)
+    draw = ClipDraw(np.arange(3), Box(5, 9, 48, 64), False)
+    window = torch.from_numpy(frames[:, 5:53, 9:73]).permute(0, 3, 1, 2).float()
+    wanted = F.interpolate(window, size=(12, 12), mode="bilinear", align_corners=False, antialias=antialias)
+    clip = transform(frames, draw, 12, antialias=antialias)
+    assert torch.equal(clip, wanted.round().to(torch.uint8).transpose(0, 1))
+    assert (clip.float().std() < 40) == antialias, "noise is averaged"

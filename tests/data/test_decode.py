@@ -83,14 +83,14 @@ def test_a_seek_that_misses_falls_back_to_reading_in_order(made, kind, monkeypat
                 raise av.error.PermissionError(errno.EPERM, "no")
             self.container.seek(int(info.pts[-1]), stream=stream)
 
-    whole, opened = decode._read_in_order, decode._opened
+    whole, opened = decode._read_in_order, decode.opened
 
     @decode.contextmanager
     def stubborn(path, content):
         with opened(path, content) as (container, stream):
             yield Stubborn(container), stream
 
-    monkeypatch.setattr(decode, "_opened", stubborn)
+    monkeypatch.setattr(decode, "opened", stubborn)
     monkeypatch.setattr(decode, "_read_in_order", lambda *a: calls.append("in order") or whole(*a))
     for _ in range(2):
         assert [film.number_of(image) for image in read_frames(info, [14, 40])] == [14, 40]
@@ -123,7 +123,7 @@ def test_only_wanted_frames_are_converted_and_decoding_stops_after_the_last(made
 
 
 def test_decoding_uses_one_thread(made):
-    with decode._opened(str(made["b_frames.mp4"])) as (_, stream):
+    with decode.opened(str(made["b_frames.mp4"])) as (_, stream):
         assert stream.codec_context.thread_count == 1
 
 

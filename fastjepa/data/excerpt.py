@@ -13,7 +13,7 @@ from io import BytesIO
 
 import av
 import numpy as np
-from av.container import InputContainer
+from av.container import Flags, InputContainer
 from av.video.stream import VideoStream
 
 from fastjepa.data.decode import VideoInfo, decode_packet, frame_numbers, is_hidden, opened, packets_of
@@ -25,6 +25,8 @@ LARGEST = 256 << 20  # bytes of a piece: a loader process holds several
 # order of the times alone.
 CLOCK, STEP = Fraction(1, 1000), 40
 
+Timed = tuple[int, av.Packet]
+
 
 def excerpt(info: VideoInfo, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """A piece of a video with these frames, int64 [T], in it, and their numbers there.
@@ -32,21 +34,21 @@ def excerpt(info: VideoInfo, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray
     Returns (uint8 [bytes], int64 [T]): a Matroska file that begins with a key frame and ends with the last packet that
     is needed, in which frame i is the i-th that a decode delivers. A video without times (AVI) is handed over whole.
     None where no piece is known to be right, or none of at most `LARGEST` bytes: such frames are to be read by
-    `media.read_frames`, which looks at what is decoded. Errors: ValueError for a number outside 0..frames-1 or an empty
-    list, VideoError where the file can no longer be read.
+    `media.read_frames`, which looks at what is decoded. Errors: ValueError for a number outside 0..frames-1, an empty
+    list or a codec that Matroska does not know, VideoError where the file can no longer be read.
     """
     wanted = frame_numbers(info, frames)
     if info.pts is None or info.keys is None:
         return (encoded(info.path), np.array(wanted)) if status(info.path)[0] <= LARGEST else None
     with _opened(info.path) as (container, stream):
-        packets = _needed(info, container, stream, info.pts, info.keys, wanted)
-        if packets is None:
+        needed = _needed(container, stream, info.pts, info.keys, wanted)
+        if needed is None or _discarded_between(needed, int(info.pts[max(wanted)])):
             return None
-        # A decoder shows the packets that an edit list discards, too: it does not know of the list.
-        times = sorted(packet.pts for packet in packets if not is_hidden(stream, packet))
-        if len(set(times)) < len(times) or _discarded_between(packets, int(info.pts[max(wanted)])):
+        # What an edit list discards is shown, too: the piece has no such list.
+        times = sorted(time for time, packet in needed if not is_hidden(stream, packet))
+        if len(set(times)) < len(times):
             return None
-        return _remuxed(stream, packets), np.searchsorted(times, info.pts[wanted])
+        return _remuxed(stream, needed), np.searchsorted(times, info.pts[wanted])
 
 
 @contextmanager
@@ -57,45 +59,50 @@ def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _needed(
-    info: VideoInfo, container: InputContainer, stream: VideoStream, pts: np.ndarray, keys: np.ndarray, wanted: list[int]
-) -> list[av.Packet] | None:
-    """From the last key frame before the wanted frames on, in decoding order, so that references come along."""
+    container: InputContainer, stream: VideoStream, pts: np.ndarray, keys: np.ndarray, wanted: list[int]
+) -> list[Timed] | None:
+    """The packets from the last key frame before the wanted frames on, in decoding order; None where that fails."""
     group = int(np.searchsorted(keys, min(wanted), side="right")) - 1
-    start, last = int(pts[keys[group]]) if group >= 0 else None, int(pts[max(wanted)])
-    missing = set(pts[wanted].tolist())
+    first = int(keys[group]) if group >= 0 else 0
+    # Those between, too: where a wanted frame is damaged, the nearest earlier one stands for it.
+    missing = set(pts[first : max(wanted) + 1].tolist())
+    start, last = int(pts[first]), int(pts[max(wanted)])
     if group > 0:
         try:
             container.seek(start, stream=stream)
         except av.FFmpegError:  # no usable index
             return None
-    taken: list[av.Packet] = []
+    taken: list[Timed] = []
     size = 0
     for packet in packets_of(container, stream):
-        if packet.pts is None or packet.has_sidedata("new_extradata"):  # Matroska has one header for all packets
+        time = packet.pts
+        if time is None or packet.has_sidedata("new_extradata"):  # Matroska has one header for all packets
             return None
         if not taken:
-            if packet.pts > last:
+            if time > last:
                 return None
             # Before the first key frame of a file stand only those that its edit list discards.
-            if not packet.is_keyframe or not (packet.is_discard if start is None else packet.pts == start):
+            if not packet.is_keyframe or not (packet.is_discard if group < 0 else time == start):
                 continue
-            if info.codec == "h264" and not _starts_at(stream, packet):
+            if not _starts_at(stream, packet):
                 return None
-        elif packet.pts < taken[0].pts:  # shown before the key frame: it refers to what came before that
+        elif time < taken[0][0]:  # shown before the key frame: it refers to what came before that
             continue
-        taken.append(packet)
+        taken.append((time, packet))
         size += packet.size
         if size > LARGEST:
             return None
         if not packet.is_discard and not is_hidden(stream, packet):
-            missing.discard(packet.pts)
+            missing.discard(time)
         if not missing:
             return taken
     return None
 
 
 def _starts_at(stream: VideoStream, packet: av.Packet) -> bool:
-    """Can H.264 be decoded from here on at once? With intra refresh key frames only begin to build up a picture."""
+    """Does this key frame give a picture? In H.264 with intra refresh it only begins to build one up."""
+    if stream.codec.canonical_name != "h264":
+        return True
     header, data, place = stream.codec_context.extradata or b"", memoryview(packet), 0
     if header[:1] == b"\1":
         length = (header[4] & 3) + 1  # bytes of the size in front of each unit
@@ -106,21 +113,22 @@ def _starts_at(stream: VideoStream, packet: av.Packet) -> bool:
     return bool(decode_packet(stream, packet) or decode_packet(stream, None))
 
 
-def _discarded_between(packets: list[av.Packet], last: int) -> bool:
+def _discarded_between(packets: list[Timed], last: int) -> bool:
     """Does an edit list discard anything from amidst the frames? Then times do not tell the order of the packets."""
-    first = min(packet.pts for packet in packets if not packet.is_discard)
-    return any(packet.is_discard and first < packet.pts < last for packet in packets)
+    first = min(time for time, packet in packets if not packet.is_discard)
+    return any(packet.is_discard and first < time < last for time, packet in packets)
 
 
-def _remuxed(stream: VideoStream, packets: list[av.Packet]) -> np.ndarray:
+def _remuxed(stream: VideoStream, packets: list[Timed]) -> np.ndarray:
     """uint8 [bytes]: a Matroska file of the packets, in their order. Their times are changed."""
-    ranks = {time: rank for rank, time in enumerate(sorted({packet.pts for packet in packets}))}
+    ranks = {time: rank for rank, time in enumerate(sorted({time for time, _ in packets}))}
     out = BytesIO()
     with av.open(out, "w", format="matroska", options={"avoid_negative_ts": "disabled"}) as container:
+        container.flags &= ~Flags.auto_bsf.value  # a packet stays a packet: a damaged one is not joined to the next
         copy = container.add_stream_from_template(stream, opaque=True)  # without an encoder, which it may not have
-        for place, packet in enumerate(packets, start=-len(packets)):
+        for place, (time, packet) in enumerate(packets, start=-len(packets)):
             # Decoding times are not stored, but must ascend and never be later than the time of showing.
-            packet.dts, packet.pts, packet.time_base = place * STEP, ranks[packet.pts] * STEP, CLOCK
+            packet.dts, packet.pts, packet.time_base = place * STEP, ranks[time] * STEP, CLOCK
             packet.duration, packet.stream = STEP, copy
             container.mux(packet)
     return np.frombuffer(out.getbuffer(), np.uint8)

@@ -13,7 +13,7 @@ from io import BytesIO
 
 import av
 import numpy as np
-from av.container import Flags, InputContainer
+from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from fastjepa.data.decode import VideoInfo, decode_packet, frame_numbers, is_hidden, opened, packets_of
@@ -123,8 +123,10 @@ def _remuxed(stream: VideoStream, packets: list[Timed]) -> np.ndarray:
     """uint8 [bytes]: a Matroska file of the packets, in their order. Their times are changed."""
     ranks = {time: rank for rank, time in enumerate(sorted({time for time, _ in packets}))}
     out = BytesIO()
-    with av.open(out, "w", format="matroska", options={"avoid_negative_ts": "disabled"}) as container:
-        container.flags &= ~Flags.auto_bsf.value  # a packet stays a packet: a damaged one is not joined to the next
+    # Without the filters that libav adds of itself, which join a damaged VP9 packet to the next one, and without date
+    # and random numbers.
+    options = {"avoid_negative_ts": "disabled", "fflags": "-autobsf+bitexact"}
+    with av.open(out, "w", format="matroska", options=options) as container:
         copy = container.add_stream_from_template(stream, opaque=True)  # without an encoder, which it may not have
         for place, (time, packet) in enumerate(packets, start=-len(packets)):
             # Decoding times are not stored, but must ascend and never be later than the time of showing.

@@ -167,6 +167,8 @@ def test_hidden_vp8_frames_are_not_counted(made, tmp_path, film):
     path = film.remux(made["vp8.webm"], tmp_path / "hidden.webm", hide)
     info, (truth, count) = probe(path), film.in_order(path)
     assert info.frames == count == 48
+    assert info.unshown == 2
+    assert probe(made["vp8.webm"]).unshown == 0
     for number in (4, 5, 28, 29, 47):
         assert np.array_equal(read_frames(info, [number])[0], truth[number])
 

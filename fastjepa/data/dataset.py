@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 
 from fastjepa.data.decode import VideoError, VideoInfo
 from fastjepa.data.decoders.dali import EncodedClip
+from fastjepa.data.excerpt import excerpt
 from fastjepa.data.indexfile import Entry
-from fastjepa.data.media import encoded, probe, read_frames
+from fastjepa.data.media import probe, read_frames, status
 from fastjepa.data.replaced import TooManyBadFiles
 from fastjepa.data.sampling import ClipDraw, ClipPlan
 from fastjepa.data.transforms import transform
@@ -47,7 +48,7 @@ class Reader:
 
     Videos of fewer than `least_frames` frames (a single image is exempt), or of unknown frame rate where the setting
     `needs_rate` needs it, count as unreadable. `frame_rate`: that of videos which do not say it, frames/s. `known`:
-    entries of an index, one a video, by which clips can be planned without opening their file.
+    entries of an index, one a video: what those call unreadable is not opened.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class Reader:
         self._refuse_quarantined(video)
         if video not in self._infos:
             try:
+                if self.known is not None and (reason := self.known[video].reason) is not None:
+                    raise VideoError(reason, self.paths[video])
                 self._infos[video] = self._usable(probe(self.paths[video]))
             except VideoError as error:
                 raise self._failed(video, str(error)) from None
@@ -83,28 +86,16 @@ class Reader:
                 self._infos.popitem(last=False)
         return self._infos[video]
 
-    def indexed(self, video: int) -> VideoInfo:
-        """The same without the times of the frames, by the index and without opening the file. Errors: VideoError."""
-        assert self.known is not None, "only a reader with an index is asked for what it says"
-        self._refuse_quarantined(video)
-        entry = self.known[video]
+    def excerpt(self, video: int, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """As `excerpt`. Errors: VideoError, also where the file is not the one that was indexed."""
+        assert self.known is not None, "only an index tells what a batch decoder takes"
+        info = self.info(video)
         try:
-            if entry.reason is not None:
-                raise VideoError(entry.reason, entry.path)
-            return self._usable(entry.info())
+            if status(info.path)[0] != self.known[video].size:
+                raise VideoError("it has changed since the index was made", info.path)
+            return excerpt(info, frames)
         except VideoError as error:
             raise self._failed(video, str(error)) from None
-
-    def encoded(self, video: int) -> np.ndarray:
-        """The file as it is, uint8 [bytes]. Errors: VideoError, also where it is not the one that was indexed."""
-        assert self.known is not None, "only a reader with an index gives encoded files"
-        try:
-            content = encoded(self.paths[video])
-        except VideoError as error:
-            raise self._failed(video, str(error)) from None
-        if len(content) != self.known[video].size:
-            raise self._failed(video, "it has changed since the index was made")
-        return content
 
     def _usable(self, info: VideoInfo) -> VideoInfo:
         if info.still:
@@ -205,13 +196,14 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
         assert self.encoded is not None, "a data set without encoded videos does not come here"
         if not self.encoded[video]:
             return self._decoded(video, slot)
-        # The index has no times of frames: those are found by opening the file.
-        info = self.reader.indexed(video) if self.plan.fps is None else self.reader.info(video)
-        draws, content = self._draws(info, slot), self.reader.encoded(video)
-        return [
-            EncodedClip(info.path, content, d.frames, d.box, d.flip, info.height, info.width, info.rotation)
-            for d in draws
-        ]
+        info = self.reader.info(video)
+        clips = []
+        for draw in self._draws(info, slot):
+            found = self.reader.excerpt(video, draw.frames)
+            if found is None:
+                return self._decoded(video, slot)
+            clips.append(EncodedClip(info.path, *found, draw.box, draw.flip, info.height, info.width, info.rotation))
+        return clips
 
     def _draws(self, info: VideoInfo, slot: int) -> list[ClipDraw]:
         """What to cut out of this video. Errors: _TooShort."""

@@ -72,6 +72,7 @@ class VideoInfo:
     time_base: Fraction | None = field(default=None, compare=False, repr=False)
     """Seconds of one step of `pts`. None where `pts` is."""
     still: bool = False  # a single image: a clip of it repeats its only frame
+    unshown: int = 0  # packets that are references only and no frames (VP8): not every decoder leaves them out
 
     @property
     def times(self) -> np.ndarray | None:
@@ -93,19 +94,20 @@ def probe(path: str | os.PathLike[str], content: BinaryIO | None = None) -> Vide
     name = os.fspath(path)
     first: VideoFrame | None = None
     counted: list[tuple[int | None, bool]] = []  # time, key frame or not
-    cut = False
-    with _opened(name, content) as (container, stream):
-        for packet in _packets(container, stream):
+    cut, unshown = False, 0
+    with opened(name, content) as (container, stream):
+        for packet in packets_of(container, stream):
             if first is None:
-                first = next(iter(_decode(stream, packet)), None)
-            if packet.is_discard or _hidden(stream, packet):
+                first = next(iter(decode_packet(stream, packet)), None)
+            unshown += is_hidden(stream, packet)
+            if packet.is_discard or is_hidden(stream, packet):
                 continue
             counted.append((packet.pts, packet.is_keyframe))
             cut = packet.is_corrupt
         if cut:  # the last packet is not whole; elsewhere this mark may only mean that the one before was lost
             counted.pop()
         if first is None:
-            first = next(iter(_decode(stream, None)), None)
+            first = next(iter(decode_packet(stream, None)), None)
         if not counted:
             raise VideoError("it has a video stream without any whole frame", name)
         if first is None:
@@ -140,6 +142,7 @@ def probe(path: str | os.PathLike[str], content: BinaryIO | None = None) -> Vide
             pts=pts,
             keys=starts,
             time_base=None if pts is None else stream.time_base,
+            unshown=unshown,
         )
 
 
@@ -187,7 +190,7 @@ def _read_by_time(
     # Decode straight on into the next group of pictures, but seek over groups nobody wants anything from.
     runs = np.split(np.asarray(wanted), np.flatnonzero(np.diff(groups) > 1) + 1)
     images: dict[int, np.ndarray] = {}
-    with _opened(info.path, content) as (container, stream):
+    with opened(info.path, content) as (container, stream):
         for run in runs:
             need = {int(pts[i]): int(i) for i in run}
             last = int(pts[run[-1]])
@@ -232,7 +235,7 @@ def frames_in_order(info: VideoInfo, content: BinaryIO | None = None) -> Generat
     """
     number, position = 0, -1
     previous: VideoFrame | None = None
-    with _opened(info.path, content) as (container, stream):
+    with opened(info.path, content) as (container, stream):
         for frame in _frames(container, stream):
             if info.pts is None:
                 position += 1
@@ -282,7 +285,7 @@ class _Converter:
 
 
 @contextmanager
-def _opened(path: str, content: BinaryIO | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: str, content: BinaryIO | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the best video stream of a regular local file, or of what `content` holds; raises VideoError."""
     if content is None:
         check_file(path)
@@ -342,7 +345,7 @@ def _opening_error(error: av.FFmpegError) -> str:
     return f"{NOT_OPENED}: {error.strerror}"
 
 
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
     """The packets of a stream. A file that breaks off ends there: what came before it is a video still."""
     try:
         for packet in container.demux(stream):
@@ -352,7 +355,7 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Pack
         return
 
 
-def _decode(stream: VideoStream, packet: av.Packet | None) -> list[VideoFrame]:
+def decode_packet(stream: VideoStream, packet: av.Packet | None) -> list[VideoFrame]:
     """The frames that a packet sets free, or with None those still held back; none if the packet is damaged."""
     try:
         return stream.codec_context.decode(packet)
@@ -361,12 +364,12 @@ def _decode(stream: VideoStream, packet: av.Packet | None) -> list[VideoFrame]:
 
 
 def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    for packet in _packets(container, stream):
-        yield from _decode(stream, packet)
-    yield from _decode(stream, None)
+    for packet in packets_of(container, stream):
+        yield from decode_packet(stream, packet)
+    yield from decode_packet(stream, None)
 
 
-def _hidden(stream: VideoStream, packet: av.Packet) -> bool:
+def is_hidden(stream: VideoStream, packet: av.Packet) -> bool:
     """Is this a VP8 frame that only serves as a reference? WebM stores those in packets of their own."""
     return stream.codec.canonical_name == "vp8" and not memoryview(packet)[0] & 0x10
 

@@ -19,9 +19,10 @@ LEAST_SECONDS, LEAST_PACE = 60.0, 5e6
 SAVE_SECONDS = 120.0  # what a killed scan loses at most
 
 PYAV, DALI_GPU, DALI_CPU = "pyav", "dali_gpu", "dali_cpu"
-# DALI's decoders. NVDEC takes 8 bits of 4:2:0 of all of these; what more it takes differs by codec and GPU. DALI's own
-# CPU build has lost the patented codecs. AV1 is for Ada and Blackwell, not for A100 and Hopper.
-GPU_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "mjpeg", "av1", "mpeg4"))
+# DALI's decoders. NVDEC takes 8 bits of 4:2:0 of all of these, AV1 not on every GPU (`decoders.choose.decodes_av1`);
+# what more it takes differs by codec and GPU. MJPEG is left out, which one version of DALI refuses on GPUs. DALI's own
+# CPU build has lost the patented codecs.
+GPU_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "mpeg4"))
 CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))
 GPU_PIXELS = frozenset(("yuv420p", "yuvj420p"))
 GPU_LEAST_SIDE = 160  # refused have been 32 and 128; each codec has a limit of its own below this
@@ -145,10 +146,16 @@ def examine(job: tuple[str, int, int]) -> Entry:
 
 
 def decoders(info: VideoInfo) -> tuple[str, ...]:
-    """Which decoders can take a readable video, by codec, pixel format and size. Source: NVDEC application note."""
+    """Which decoders can take a readable video, by codec, pixel format, size and how its frames are told apart.
+
+    Source of the first three: NVDEC application note.
+    """
+    if info.unshown:  # on a GPU they would be counted as frames
+        return (PYAV,)
     sides = (info.width, info.height)
     largest = GPU_LARGEST_SIDE.get(info.codec, GPU_LARGEST)
-    gpu = info.codec in GPU_CODECS and info.pixel_format in GPU_PIXELS
+    # Without times a decode from start to end is the only measure, and that of a GPU is another one.
+    gpu = info.codec in GPU_CODECS and info.pixel_format in GPU_PIXELS and info.pts is not None
     names = [PYAV]
     if gpu and min(sides) >= GPU_LEAST_SIDE and max(sides) <= largest:
         names.append(DALI_GPU)

@@ -1,7 +1,7 @@
 """The file that keeps what is known of every video of a collection, a line of JSON each.
 
 ```
-{"format": "fastjepa video index", "version": 1, "path": ..., "av": ..., "entries": 2}
+{"format": "fastjepa video index", "version": 2, "path": ..., "av": ..., "entries": 2}
 {"path": "/videos/a.mp4", "size": 81920, "mtime_ns": 17..., "frames": 250, "width": 340, ..., "decoders": ["pyav"]}
 {"path": "/videos/b.mp4", "size": 2048, "mtime_ns": 17..., "reason": "it has no video stream"}
 ```
@@ -21,11 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastjepa.data.decode import VideoInfo
 from fastjepa.data.source import SYNTHETIC
 from fastjepa.data.synthetic import default_cache
 
-FORMAT, VERSION = "fastjepa video index", 1
+FORMAT, VERSION = "fastjepa video index", 2
 LONGEST_HEADER = 100_000
 
 
@@ -55,23 +54,6 @@ class Entry:
     seekable: bool = False
     decoders: tuple[str, ...] = ()
     still: bool = False
-
-    def info(self) -> VideoInfo:
-        """What a probe would say, without the times of the frames. For readable files."""
-        assert self.reason is None, "only of a file that can be read"
-        return VideoInfo(
-            self.path,
-            self.frames,
-            self.width,
-            self.height,
-            self.rate,
-            self.codec,
-            self.pixel_format,
-            self.rotation,
-            self.duration,
-            max(1, round(self.frames / self.gop)),
-            still=self.still,
-        )
 
 
 class NotAnIndex(ValueError):

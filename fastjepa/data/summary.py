@@ -99,7 +99,7 @@ def _seeking(good: list[Entry], span: int) -> list[str]:
 def _decoders(good: list[Entry]) -> str:
     can = Counter(name for entry in good for name in entry.decoders)
     av1 = sum(entry.codec == "av1" and DALI_GPU in entry.decoders for entry in good)
-    newer = f" ({av1:,} of them AV1: Ada and Blackwell only)" if av1 else ""
+    newer = f" ({av1:,} of them AV1: not on A100 and H100)" if av1 else ""
     return f"PyAV {can[PYAV]:,}, DALI on a GPU {can[DALI_GPU]:,}{newer}, DALI on a CPU {can[DALI_CPU]:,}"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastjepa.data.decoders import choose
-from fastjepa.data.decoders.choose import choose_decoder
+from fastjepa.data.decoders.choose import choose_decoder, decodes_av1
 from fastjepa.data.indexfile import Entry
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -32,8 +32,9 @@ def not_needed():
 def dali(monkeypatch):
     """Makes DALI usable, or not for a reason."""
 
-    def make(reason=""):
+    def make(reason="", capability=(9, 0)):
         monkeypatch.setattr(choose.dali, "why_not", lambda device: reason)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     make()
     return make
@@ -50,7 +51,26 @@ def test_on_a_gpu_dali_decodes_what_it_can_and_pyav_the_rest(dali):
     ]
 
 
-def test_asked_for_on_a_cpu_dali_takes_what_its_own_decoders_read(dali):
+@pytest.mark.parametrize(("capability", "taken"), [((9, 0), False), ((8, 0), False), ((8, 9), True)])
+def test_av1_goes_to_pyav_where_the_gpu_cannot_decode_it(dali, capability, taken):
+    dali(capability=capability)
+    entries = [entry(0, "av1"), entry(1), entry(2, "av1", decoders=("pyav",))]
+    decoder = choose_decoder("dali_gpu", CUDA, "", lambda: entries)
+    assert decoder.encoded.tolist() == [taken, True, False]
+    assert [line.strip() for line in decoder.lines] == [
+        f"dali_gpu {1 + taken} videos, pyav {2 - taken}, unreadable 0",
+        f"for pyav: {2 - taken} av1 yuv420p 320 x 240",
+    ]
+
+
+def test_av1_is_decoded_by_gpus_from_ampere_for_desktops_on_but_not_by_hopper():
+    with_it = [(8, 6), (8, 9), (10, 0), (10, 3), (12, 0)]
+    without = [(7, 0), (7, 5), (8, 0), (9, 0)]
+    assert [decodes_av1(capability) for capability in with_it + without] == [True] * 5 + [False] * 4
+
+
+def test_asked_for_on_a_cpu_dali_takes_what_its_own_decoders_read(dali, monkeypatch):
+    monkeypatch.delattr(torch.cuda, "get_device_capability")
     decoder = choose_decoder("dali_cpu", CPU, "", lambda: MIXED)
     assert (decoder.name, decoder.reason) == ("dali_cpu", "asked for")
     assert decoder.encoded.tolist() == [False, False, False, True, False]

@@ -83,14 +83,14 @@ def test_a_seek_that_misses_falls_back_to_reading_in_order(made, kind, monkeypat
                 raise av.error.PermissionError(errno.EPERM, "no")
             self.container.seek(int(info.pts[-1]), stream=stream)
 
-    whole, opened = decode._read_in_order, decode._opened
+    whole, opened = decode._read_in_order, decode.opened
 
     @decode.contextmanager
     def stubborn(path, content):
         with opened(path, content) as (container, stream):
             yield Stubborn(container), stream
 
-    monkeypatch.setattr(decode, "_opened", stubborn)
+    monkeypatch.setattr(decode, "opened", stubborn)
     monkeypatch.setattr(decode, "_read_in_order", lambda *a: calls.append("in order") or whole(*a))
     for _ in range(2):
         assert [film.number_of(image) for image in read_frames(info, [14, 40])] == [14, 40]
@@ -123,7 +123,7 @@ def test_only_wanted_frames_are_converted_and_decoding_stops_after_the_last(made
 
 
 def test_decoding_uses_one_thread(made):
-    with decode._opened(str(made["b_frames.mp4"])) as (_, stream):
+    with decode.opened(str(made["b_frames.mp4"])) as (_, stream):
         assert stream.codec_context.thread_count == 1
 
 
@@ -167,6 +167,8 @@ def test_hidden_vp8_frames_are_not_counted(made, tmp_path, film):
     path = film.remux(made["vp8.webm"], tmp_path / "hidden.webm", hide)
     info, (truth, count) = probe(path), film.in_order(path)
     assert info.frames == count == 48
+    assert info.unshown == 2
+    assert probe(made["vp8.webm"]).unshown == 0
     for number in (4, 5, 28, 29, 47):
         assert np.array_equal(read_frames(info, [number])[0], truth[number])
 

@@ -136,7 +136,8 @@ DAMAGE = {
     "empty": (lambda text: "", "is empty"),
     "cut": (lambda text: text[: text.rindex("{")], "is damaged: it has 1 entries of 2"),
     "half a line": (lambda text: text[:-20], "is damaged in line 3"),
-    "other version": (lambda text: text.replace('"version": 1', '"version": 99'), "has version 99"),
+    "version of before": (lambda text: text.replace('"version": 2', '"version": 1'), "has version 1, this program"),
+    "other version": (lambda text: text.replace('"version": 2', '"version": 99'), "has version 99"),
     "a list of lists": (lambda text: text + "[1]\n", "is damaged in line 4"),
     "a rate of nothing": (lambda text: text.replace("[24, 1]", "[24, 0]"), "is damaged in line 2"),
 }
@@ -282,8 +283,8 @@ def test_the_file_in_the_cache_goes_by_the_real_path(tmp_path, monkeypatch):
         assert len(name) < 80
 
 
-def about(codec="h264", pixels="yuv420p", width=320, height=240):
-    return SimpleNamespace(codec=codec, pixel_format=pixels, width=width, height=height)
+def about(codec="h264", pixels="yuv420p", width=320, height=240, pts=(0, 1), unshown=0):
+    return SimpleNamespace(codec=codec, pixel_format=pixels, width=width, height=height, pts=pts, unshown=unshown)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,10 @@ def about(codec="h264", pixels="yuv420p", width=320, height=240):
         (about("av1"), "pyav dali_gpu"),
         (about("vp8"), "pyav dali_gpu dali_cpu"),
         (about("vp9"), "pyav dali_gpu dali_cpu"),
-        (about("mjpeg", "yuvj420p"), "pyav dali_gpu dali_cpu"),
+        (about("mjpeg", "yuvj420p"), "pyav dali_cpu"),
+        (about("mpeg4", pts=None), "pyav"),
+        (about("vp9", pts=None), "pyav dali_cpu"),
+        (about("vp8", unshown=1), "pyav"),
         (about("h264", "yuv420p10le"), "pyav"),
         (about("h264", "yuv444p"), "pyav"),
         (about("hevc", "yuv444p"), "pyav"),
@@ -353,7 +357,7 @@ def test_a_line_of_the_file_is_plain_json(place, scan, tmp_path):
     scan(place)
     header, *lines = [json.loads(line) for line in (tmp_path / "index.jsonl").read_text().splitlines()]
     assert header["format"] == "fastjepa video index"
-    assert header["version"] == 1
+    assert header["version"] == 2
     assert header["entries"] == len(lines) == 6
     (bad,) = [line for line in lines if line["path"].endswith("text.mp4")]
     assert bad.keys() == {"path", "size", "mtime_ns", "reason"}

@@ -1,13 +1,17 @@
 """Clips that are decoded between loader and step: their order, what fails, and who takes its place."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 
+from fastjepa.data import excerpt as pieces
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.decode import probe, read_frames
 from fastjepa.data.decoders.dali import EncodedClip
 from fastjepa.data.decoders.stage import AHEAD, Decoding
+from fastjepa.data.excerpt import excerpt
 from fastjepa.data.index import examine
 from fastjepa.data.loader import make_loader, running
 from fastjepa.data.sampling import ClipDraw, ClipPlan
@@ -18,7 +22,7 @@ FRAMES, CROP = 4, 16
 
 
 class Pixels:
-    """A batch decoder that reads with PyAV, and fails where it is told to."""
+    """A batch decoder that reads with PyAV what it is given, and fails where it is told to."""
 
     def __init__(self, fails=()):
         self.fails, self.begun, self.most, self.closed, self.asked = set(fails), [], 0, False, []
@@ -33,14 +37,14 @@ class Pixels:
         made = torch.zeros(len(clips), 3, FRAMES, CROP, CROP, dtype=torch.uint8)
         failed = {}
         for place, clip in enumerate(clips):
-            assert np.array_equal(clip.encoded, np.fromfile(clip.path, np.uint8))
             if clip.path in self.fails:
                 failed[place] = "codec trouble"
                 continue
-            info = probe(clip.path)
+            content = io.BytesIO(clip.encoded.tobytes())
+            info = probe(clip.path, content)
             assert (clip.height, clip.width, clip.rotation) == (info.height, info.width, info.rotation)
             draw = ClipDraw(clip.frames, clip.box, clip.flip)
-            made[place] = transform(read_frames(info, clip.frames), draw, CROP)
+            made[place] = transform(read_frames(info, clip.frames, content), draw, CROP)
         return made, failed
 
     def close(self):
@@ -150,10 +154,16 @@ def test_what_pyav_cannot_read_either_is_replaced_by_the_slot_alone(paths, film,
     film.video(broken, frames=9)
     everything = [*paths, str(broken)]
     known = [examine((path, len(np.fromfile(path, np.uint8)), 0)) for path in everything]
-    broken.write_bytes(bytes(known[-1].size))
-    wanted, _ = load(make_dataset(everything, clips_per_video=clips_per_video), steps=(0, 8))
     dataset = make_dataset(everything, everything, known, clips_per_video=clips_per_video)
-    got, said = load(dataset, Pixels(fails=[str(broken)]), steps=(0, 8))
+
+    class Breaking(Pixels):
+        def finish(self):
+            if any(clip.path == str(broken) for clip in self.begun[0]):
+                broken.write_bytes(bytes(known[-1].size))
+            return super().finish()
+
+    got, said = load(dataset, Breaking(fails=[str(broken)]), steps=(0, 8))
+    wanted, _ = load(make_dataset(everything, clips_per_video=clips_per_video), steps=(0, 8))
     assert len(said) == 1
     assert [batch.clips.tolist() for batch in got] == [batch.clips.tolist() for batch in wanted]
     assert {path for batch in got for path, _ in batch.bad} == {str(broken)}
@@ -167,6 +177,18 @@ def test_a_file_that_changed_since_it_was_indexed_is_replaced_and_told(paths, fi
     got, _ = load(make_dataset(everything, everything, known), Pixels(), steps=(0, 4))
     told = {entry for batch in got for entry in batch.bad}
     assert told == {(str(changing), "it has changed since the index was made")}
+
+
+@pytest.mark.parametrize("clips_per_video", [1, 2])
+def test_clips_whose_pieces_are_too_large_are_decoded_in_the_loader_processes(paths, monkeypatch, clips_per_video):
+    wanted, _ = load(make_dataset(paths, clips_per_video=clips_per_video))
+    sizes = [len(np.fromfile(path, np.uint8)) for path in paths]
+    monkeypatch.setattr(pieces, "LARGEST", sorted(sizes)[3] // 2)
+    decoder = Pixels()
+    got, said = load(make_dataset(paths, paths, clips_per_video=clips_per_video), decoder)
+    assert_same(got, wanted)
+    assert 0 < len(decoder.asked) < 16
+    assert said == []
 
 
 def test_files_that_the_index_calls_unreadable_are_not_opened(paths, tmp_path):
@@ -186,5 +208,7 @@ def test_an_encoded_clip_is_what_the_plan_says(paths):
         assert isinstance(clip, EncodedClip)
         info = probe(clip.path)
         draw = dataset.plan.clip(slot, info.frames, info.height, info.width)
-        assert clip.frames.tolist() == draw.frames.tolist()
+        piece, numbers = excerpt(info, draw.frames)
+        assert clip.encoded.tobytes() == piece.tobytes()
+        assert clip.frames.tolist() == numbers.tolist()
         assert (clip.box, clip.flip) == (draw.box, draw.flip)

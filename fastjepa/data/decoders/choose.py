@@ -50,7 +50,8 @@ def choose_decoder(
     reason = reason or dali.why_not(torch.device("cpu") if name == "dali_cpu" else device)
     if not reason:
         found = entries()
-        encoded = np.array([name in entry.decoders for entry in found], dtype=bool)
+        av1 = name != "dali_gpu" or decodes_av1(torch.cuda.get_device_capability(device))
+        encoded = np.array([name in one.decoders and (av1 or one.codec != "av1") for one in found], dtype=bool)
         if encoded.any():
             why = "asked for" if wanted != "auto" else "DALI and a GPU are there"
             return Decoder(name, why, found, encoded, _split(name, found, encoded))
@@ -58,6 +59,14 @@ def choose_decoder(
     if wanted != "auto":
         raise ValueError(f"data.decoder: {name} cannot be used here: {reason}")
     return Decoder("pyav", f"not dali_gpu: {reason}")
+
+
+def decodes_av1(capability: tuple[int, int]) -> bool:
+    """Has the video decoder of a GPU of this compute capability AV1? Not A100 (8.0), Hopper (9.0) and what is older.
+
+    Source: NVIDIA's video encode and decode support matrix.
+    """
+    return capability >= (8, 6) and capability[0] != 9
 
 
 def _split(name: str, entries: Sequence[Entry], encoded: np.ndarray) -> list[str]:

@@ -11,8 +11,9 @@ from fastjepa.data.sampling import Box
 class EncodedClip:
     """One clip to decode.
 
-    `encoded`: uint8 [bytes], the whole file, not to be changed before the clip is finished; `frames`: int64 [T], frame
-    numbers in any order, repeats allowed; `box`, `flip`: as in ClipDraw, of the picture as displayed, which has
+    `encoded`: uint8 [bytes], a file that holds at least the frames of the clip, not to be changed before the clip is
+    finished; `frames`: int64 [T], their numbers in it, in any order, repeats allowed; `path`: what it was taken from;
+    `box`, `flip`: as in ClipDraw, of the picture as displayed, which has
     `height` x `width` pixels; `rotation`: degrees clockwise that the stored picture is turned for that
     (VideoInfo.rotation). Errors: ValueError for a box outside the picture and an angle that is no quarter turn.
     """

@@ -1,11 +1,13 @@
 """Ways of reading the frames of a clip from a video file, and whether they read the same."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import av
 import numpy as np
 
 from fastjepa.data.decode import VideoInfo, probe, read_frames
+from fastjepa.data.decoders.torchcodec import read_with_torchcodec, why_not
 from fastjepa.data.frames import segment_frames
 from fastjepa.data.sampling import Augmentation, ClipDraw, ClipPlan
 
@@ -14,7 +16,18 @@ FRAMES, STRIDE = 16, 4
 PUBLISHED = Augmentation()
 SAME = 2.0  # mean grey levels of a frame: colour conversions differ by about one, neighbouring frames by several
 PLAIN = "PyAV from the start"
+OURS, NEW, OURS_TORCHCODEC = "fastjepa", "fastjepa, new video", "fastjepa with torchcodec"
 TORCHCODEC = {"torchcodec": "exact", "torchcodec, approximate": "approximate"}
+DECORD = "decord"
+# Ways that must read the right frames: a wrong one is a mistake of this project.
+MUST_BE_RIGHT = (OURS, NEW, OURS_TORCHCODEC, PLAIN)
+
+
+class Apart(NamedTuple):
+    """How a way's frames differ from ours: mean grey levels of the most different right one, share of wrong ones."""
+
+    levels: float
+    wrong: float
 
 
 def draws(info: VideoInfo, count: int, augmentation: Augmentation = PUBLISHED) -> list[ClipDraw]:
@@ -40,16 +53,27 @@ def readers(info: VideoInfo) -> tuple[dict[str, Read], dict[str, str]]:
     torchcodec finds out each time a file is opened, or with "approximate" believes its header.
     """
     ways: dict[str, Read] = {
-        "fastjepa": lambda frames: read_frames(info, frames),
-        "fastjepa, new video": lambda frames: read_frames(probe(info.path), frames),
+        OURS: lambda frames: read_frames(info, frames),
+        NEW: lambda frames: read_frames(probe(info.path), frames),
         PLAIN: lambda frames: read_plainly(info.path, frames),
     }
+    lacking: dict[str, str] = {}
+    if reason := why_not():
+        lacking |= dict.fromkeys((OURS_TORCHCODEC, *TORCHCODEC), reason)
+    else:
+        ways[OURS_TORCHCODEC] = lambda frames: read_with_torchcodec(info, frames)
+        ways |= _torchcodec(info)
     try:
-        from torchcodec.decoders import VideoDecoder
-    except ImportError:
-        return ways, dict.fromkeys(TORCHCODEC, "torchcodec is not installed")
-    except (RuntimeError, OSError) as error:  # it needs FFmpeg's shared libraries, and one version of torch
-        return ways, dict.fromkeys(TORCHCODEC, f"torchcodec does not load: {str(error).strip().splitlines()[0]}")
+        import decord
+    except (ImportError, OSError) as error:
+        lacking[DECORD] = f"decord does not load: {str(error).strip().splitlines()[0]}"
+    else:
+        ways[DECORD] = lambda frames: decord.VideoReader(info.path, num_threads=1).get_batch(frames).asnumpy()
+    return ways, lacking
+
+
+def _torchcodec(info: VideoInfo) -> dict[str, Read]:
+    from torchcodec.decoders import VideoDecoder
 
     def read_with(mode: str) -> Read:
         def read(frames: np.ndarray) -> np.ndarray:
@@ -58,7 +82,7 @@ def readers(info: VideoInfo) -> tuple[dict[str, Read], dict[str, str]]:
 
         return read
 
-    return ways | {name: read_with(mode) for name, mode in TORCHCODEC.items()}, {}
+    return {name: read_with(mode) for name, mode in TORCHCODEC.items()}
 
 
 def read_plainly(path: str, frames: np.ndarray) -> np.ndarray:
@@ -73,21 +97,24 @@ def read_plainly(path: str, frames: np.ndarray) -> np.ndarray:
     return np.stack([images[number] for number in frames.tolist()])
 
 
-def differences(ways: Mapping[str, Read], clips: Sequence[np.ndarray]) -> dict[str, float]:
-    """Mean grey levels by which each way's most different frame differs from that of the first way.
+def differences(ways: Mapping[str, Read], clips: Sequence[np.ndarray]) -> dict[str, Apart]:
+    """What each way reads beside the plain decode from the start of the file, frame by frame.
 
-    Errors: ValueError where that is more than another colour conversion explains: it is another frame.
+    A frame that differs by more than another colour conversion explains is another frame. Errors: ValueError where a
+    way has one that must be right; others are measured with their share of wrong frames.
     """
-    first, *others = ways
-    worst = dict.fromkeys(others, 0.0)
+    levels: dict[str, list[np.ndarray]] = {name: [] for name in ways}
     for frames in clips:
-        ours = ways[first](frames).astype(np.int16)
-        for name in others:
-            apart = float(np.abs(ways[name](frames) - ours).mean(axis=(1, 2, 3)).max())
-            if apart > SAME:
-                raise ValueError(f"{name}: frames {frames.tolist()} differ from {first}'s by {apart:.1f} grey levels")
-            worst[name] = max(worst[name], apart)
-    return worst
+        right = ways[PLAIN](frames).astype(np.int16)
+        for name, read in ways.items():
+            apart = np.abs(read(frames) - right).mean(axis=(1, 2, 3))
+            if name in MUST_BE_RIGHT and apart.max() > SAME:
+                raise ValueError(
+                    f"{name}: frames {frames.tolist()} differ from {PLAIN} by {apart.max():.1f} grey levels"
+                )
+            levels[name].append(apart)
+    found = {name: np.concatenate(parts) for name, parts in levels.items()}
+    return {name: Apart(float(a[a <= SAME].max(initial=0.0)), float((a > SAME).mean())) for name, a in found.items()}
 
 
 def frames_decoded(info: VideoInfo, frames: np.ndarray, way: str) -> int:

@@ -1,7 +1,7 @@
 """The loader of a training run, by itself and beside steps."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 import torch
 
+from bench.data.batches import entry_of
 from bench.measure import Call, synchronize
 from bench.step.ways import CLIPPING, QUICK, ROOT, Batches, Draw, Runner
 from fastjepa import configfile
-from fastjepa.build import build_dataset, build_masks
+from fastjepa.build import build_dataset, build_decoding, build_masks
 from fastjepa.config import Settings
+from fastjepa.configchecks import needs_frames
+from fastjepa.data.decoders.choose import choose_decoder
 from fastjepa.data.loader import Batch, make_loader, running
 from fastjepa.data.processes import processors
 from fastjepa.data.source import open_videos
@@ -24,6 +27,7 @@ LISTED = 10_000  # videos of a list: more than the clips that are read, so that 
 STEPS = 100_000
 CLIPS = {"cuda": 24, "cpu": 4}  # of a batch: the published ones; on a CPU such a batch would take seconds
 LOADED = "340x256", 250  # size and group of pictures of the videos
+PREPARED = "340x256", 12  # much as `python -m fastjepa data PATH --prepare OUT` makes them
 WARM_UP = 3
 LEAST_CLIPS = 48  # of a block
 FIRST = 56  # the batch that a timed block begins with: what is decoded from there on is like all that a run decodes
@@ -47,11 +51,17 @@ def settings_of(video: Path, clips: int, *more: str) -> Settings:
 def batches_of(s: Settings, workers: int, device: torch.device, first: int = 0) -> Iterator[Iterator[Batch]]:
     """The batches of a training run with these settings, on the device, from the one of step `first` on.
 
-    Worker processes end with the block.
+    They come by the decoder that the run would take. Worker processes end with the block.
     """
     d = s.data
+    assert isinstance(d.path, str), "one list of one file"
+    videos = open_videos(d.path, s.optim.seed)
+    entry = entry_of(Path(videos.paths[0]))
+    decoder = choose_decoder(d.decoder, device, needs_frames(s), lambda: [entry] * len(videos.paths))
+    dataset = build_dataset(s, videos, decoder)
+    decoding = build_decoding(s, decoder, dataset, s.optim.global_batch, device, _refuse)
     loader = make_loader(
-        build_dataset(s, open_videos(d.path, s.optim.seed)),
+        dataset,
         build_masks(s),
         first_step=first,
         last_step=STEPS,
@@ -61,8 +71,17 @@ def batches_of(s: Settings, workers: int, device: torch.device, first: int = 0) 
         pin_memory=device.type == "cuda",
         tokens=d.frames // d.tubelet * (d.crop // d.patch) ** 2,
     )
-    with running(loader) as loaded, closing(uploaded(loaded, device)) as batches:
+    with (
+        running(loader) as loaded,
+        closing(decoding(loaded)) as ready,
+        closing(uploaded(ready, device)) as batches,
+    ):
         yield batches
+
+
+def _refuse(said: str) -> None:
+    """Errors: ValueError: what a decoder fails on is not what is measured."""
+    raise ValueError(said)
 
 
 class Stretch(NamedTuple):
@@ -119,14 +138,17 @@ def fresh(
 
 
 class Beside:
-    """A model that trains on the loader's batches; "steps with the loader" and each of the two alone, by name."""
+    """A model that trains on the loader's batches; "steps with the loader" and each of the two alone, by name.
 
-    def __init__(self, s: Settings, workers: int, device: torch.device) -> None:
-        self.settings, self.workers, self.device = s, workers, device
+    `decoders`: the loader decodes by each of them in turn.
+    """
+
+    def __init__(self, s: Settings, workers: int, device: torch.device, decoders: Sequence[str]) -> None:
+        self.settings, self.workers, self.device, self.decoders = s, workers, device, decoders
         self.runner = Runner(s, device)
         with batches_of(s, 0, device) as batches:
             self.held = [next(batches) for _ in range(2)]
-        self.waited: list[float] = []
+        self.waited: dict[str, list[float]] = {name: [] for name in decoders}
         stretch(cycle(self.held), self.step, WARM_UP, device)
 
     def step(self, batch: Batch) -> None:
@@ -139,19 +161,23 @@ class Beside:
         """Steps of a block."""
         return block_of(self.workers, self.settings.optim.global_batch)
 
-    def variants(self) -> dict[str, Callable[[], float]]:
-        """Each gives the milliseconds of one block; the first notes the share of them waited for data."""
+    def variants(self) -> dict[tuple[str, str], Callable[[], float]]:
+        """By (what, decoder): each gives the milliseconds of one block; the first note the share waited for data."""
 
-        def together() -> float:
-            found = fresh(self.settings, self.workers, self.device, self.step)
-            self.waited.append(found.waited)
+        def settings(decoder: str) -> Settings:
+            return self.settings.model_copy(update={"data": self.settings.data.model_copy(update={"decoder": decoder})})
+
+        def together(decoder: str) -> float:
+            found = fresh(settings(decoder), self.workers, self.device, self.step)
+            self.waited[decoder].append(found.waited)
             return found.ms
 
-        return {
-            "steps with the loader": together,
-            "steps alone": lambda: stretch(cycle(self.held), self.step, self.steps, self.device).ms,
-            "loader alone": lambda: fresh(self.settings, self.workers, self.device).ms,
-        }
+        variants: dict[tuple[str, str], Callable[[], float]] = {}
+        for name in self.decoders:
+            variants["steps with the loader", name] = lambda name=name: together(name)
+            variants["loader alone", name] = lambda name=name: fresh(settings(name), self.workers, self.device).ms
+        variants["steps alone", "-"] = lambda: stretch(cycle(self.held), self.step, self.steps, self.device).ms
+        return variants
 
 
 def own_clock(call: Call) -> float:

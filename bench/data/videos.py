@@ -4,7 +4,7 @@ Flat colours would cost next to no bits, and no time to decode. These come to ab
 the web; what they have is in the result file.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import av
@@ -15,6 +15,14 @@ SIZES = {"340x256": 300, "640x360": 300, "1280x720": 120}
 GOPS = (12, 250)  # frames from one key frame to the next: of a camera, and the most that x264 takes by default
 RATE = 30
 ENCODER = {"preset": "veryfast", "crf": "26", "sc_threshold": "0"}  # no further key frames
+# Other codecs, as files of one size and group of pictures: encoder, its options, pixels, the end of the file's name.
+CODECS = {
+    "hevc": ("libx265", {"preset": "veryfast", "x265-params": "log-level=error:scenecut=0"}, "yuv420p", "mp4"),
+    "vp9": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "36", "b": "0"}, "yuv420p", "webm"),
+    "av1": ("libsvtav1", {"preset": "12", "crf": "40"}, "yuv420p", "mkv"),
+    "mjpeg": ("mjpeg", {"qmin": "5", "qmax": "5"}, "yuvj420p", "avi"),
+}
+CODED_SIZE, CODED_GOP, CODED_FRAMES = "340x256", 12, 150
 OBJECTS = 3
 GRAIN, MARGIN = 1.5, 64  # grey levels; pixels by which one noise is moved from frame to frame
 
@@ -31,18 +39,35 @@ class Shelf:
             write([self._file(size, one) for one in GOPS], GOPS, pictures(size, SIZES[size]))
         return self._file(size, gop)
 
+    def coded(self, codec: str) -> Path:
+        """A file of this codec. Errors: ValueError where PyAV has no encoder for it."""
+        encoder, options, pixels, ending = CODECS[codec]
+        path = self.folder / f"{codec}.{ending}"
+        if not path.exists():
+            scratch = path.with_name(f"unfinished-{path.name}")
+            write([scratch], [CODED_GOP], pictures(CODED_SIZE, CODED_FRAMES), encoder, options, pixels)
+            scratch.rename(path)
+        return path
+
     def _file(self, size: str, gop: int) -> Path:
         return self.folder / f"{size}-gop{gop}.mp4"
 
 
-def write(paths: Sequence[Path], gops: Sequence[int], frames: Iterator[np.ndarray]) -> None:
-    """Encode the frames, uint8 [H, W, 3], as H.264: a file for each group of pictures, of the same pictures."""
+def write(
+    paths: Sequence[Path],
+    gops: Sequence[int],
+    frames: Iterator[np.ndarray],
+    encoder: str = "libx264",
+    options: Mapping[str, str] = ENCODER,
+    pixels: str = "yuv420p",
+) -> None:
+    """Encode the frames, uint8 [H, W, 3], as H.264 or otherwise: a file of all of them for each group of pictures."""
     first = next(frames)
     outs = [av.open(str(path), "w") for path in paths]
     streams = []
     for out, gop in zip(outs, gops):
-        stream = out.add_stream("libx264", rate=RATE, options=ENCODER)
-        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], "yuv420p"
+        stream = out.add_stream(encoder, rate=RATE, options=dict(options))
+        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], pixels
         stream.codec_context.thread_count, stream.codec_context.gop_size = 1, gop
         streams.append(stream)
     for picture in (first, *frames):

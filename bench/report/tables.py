@@ -119,7 +119,7 @@ def seen(rows: Sequence[Row]) -> list[Row]:
     return [
         row
         for row in rows
-        if row["unit"] in ("clips/s", "x", "%")
+        if row["unit"] in ("clips/s", "s", "x", "%")
         or (row["unit"] == "batches/s" and tuple(row["parameters"].items()) not in clips)
     ]
 

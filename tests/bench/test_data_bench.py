@@ -1,7 +1,9 @@
 """The data bench: its videos, what it compares before it times, and what its timed blocks hold."""
 
 import multiprocessing
+import os
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -13,9 +15,10 @@ import pytest
 import torch
 
 from bench import test_data, test_scaling
-from bench.data import decoders, loading
+from bench.data import batches, decoders, loading
 from bench.data import videos as made
 from fastjepa.data import decode
+from fastjepa.data.decoders import dali
 from fastjepa.data.loader import Batch
 from fastjepa.data.sampling import ClipPlan
 from tests.pedantic import Pedantic
@@ -66,18 +69,23 @@ def test_all_ways_read_the_same_frames(shelf, gop):
     clips = [draw.frames for draw in decoders.draws(info, 2)] + [np.array([5, 5, 79])]
     ways, _ = decoders.readers(info)
     assert list(ways)[:3] == ["fastjepa", "fastjepa, new video", decoders.PLAIN]
-    assert max(decoders.differences(ways, clips).values()) <= 1
+    right = decoders.differences(ways, clips)
+    assert max(one.levels for one in right.values()) <= 1
+    assert max(one.wrong for one in right.values()) == 0
     ways["late"] = lambda frames: ways["fastjepa"](np.minimum(frames + 1, 79))
-    with pytest.raises(ValueError, match=r"late: frames \[.*\] differ from fastjepa's by"):
+    assert decoders.differences(ways, clips)["late"].wrong > 0.9, "of the last frame there is no later one"
+    ways[decoders.NEW] = ways["late"]
+    with pytest.raises(ValueError, match=r"fastjepa, new video: frames \[.*\] differ from PyAV from the start by "):
         decoders.differences(ways, clips)
 
 
 def test_one_wrong_frame_of_a_clip_is_found(shelf):
     info = decode.probe(shelf.path(SMALL, 12))
-    ways = {"ours": lambda frames: decode.read_frames(info, frames)}
-    ways["slip"] = lambda frames: ways["ours"](np.where(frames == 40, 41, frames))
-    with pytest.raises(ValueError, match="slip"):
-        decoders.differences(ways, [np.arange(0, 64, 4)])
+    ways = {decoders.PLAIN: lambda frames: decode.read_frames(info, frames)}
+    ways["slip"] = lambda frames: ways[decoders.PLAIN](np.where(frames == 40, 41, frames))
+    found = decoders.differences(ways, [np.arange(0, 64, 4)])
+    assert found["slip"] == decoders.Apart(0.0, 1 / 16)
+    assert found[decoders.PLAIN] == decoders.Apart(0.0, 0.0)
 
 
 @pytest.mark.parametrize("gop", made.GOPS)
@@ -113,35 +121,25 @@ def test_torchcodec_is_read_in_both_modes(shelf, monkeypatch):
             return SimpleNamespace(data=torch.from_numpy(decoders.read_plainly(self.path, np.array(indices))))
 
     fake_torchcodec(monkeypatch, Decoder)
+    monkeypatch.setattr(decoders, "why_not", lambda: "")
+    monkeypatch.setattr(decoders, "read_with_torchcodec", decode.read_frames)
     info = decode.probe(shelf.path(SMALL, 12))
     ways, lacking = decoders.readers(info)
-    assert lacking == {}
+    assert lacking.keys() <= {"decord"}
     decoders.differences(ways, [np.array([3, 7])])
     assert opened == ["exact", "approximate"]
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (ImportError("no"), "torchcodec is not installed"),
-        (RuntimeError("Could not load libtorchcodec. Likely causes:\n 1."),
-         "torchcodec does not load: Could not load libtorchcodec. Likely causes:"),
-    ],
-)  # fmt: skip
-def test_torchcodec_that_cannot_run_is_skipped_with_its_reason(shelf, monkeypatch, rows, error, reason):
-    class Refusing(ModuleType):
-        def __getattr__(self, name):
-            raise error
-
-    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", Refusing("torchcodec.decoders"))
+def test_libraries_that_cannot_run_are_skipped_with_their_reasons(shelf, monkeypatch, rows):
+    monkeypatch.setattr(decoders, "why_not", lambda: "torchcodec is not installed")
+    monkeypatch.setitem(sys.modules, "decord", None)
     ways, lacking = decoders.readers(decode.probe(shelf.path(SMALL, 12)))
-    assert len(ways) == 3
-    assert lacking == {"torchcodec": reason, "torchcodec, approximate": reason}
+    assert list(ways) == [decoders.OURS, decoders.NEW, decoders.PLAIN]
+    assert lacking.keys() == {decoders.OURS_TORCHCODEC, *decoders.TORCHCODEC, decoders.DECORD}
     test_data.test_decode(Pedantic(), rows.extend, CPU, shelf, SMALL, 12)
-    assert [row["name"] for row in rows if row.get("skipped") == reason] == [
-        "decode, torchcodec", "decode, torchcodec, approximate",
-    ]  # fmt: skip
+    skipped = [(row["parameters"]["way"], row["skipped"]) for row in rows if "skipped" in row]
+    assert skipped[0] == (decoders.OURS_TORCHCODEC, f"{decoders.OURS_TORCHCODEC}: torchcodec is not installed")
+    assert skipped[-1][1].startswith("decord: decord does not load: import of decord halted")
 
 
 def test_rates_of_decoders_are_of_the_clips_and_frames_they_read(shelf, rows, monkeypatch):
@@ -150,17 +148,82 @@ def test_rates_of_decoders_are_of_the_clips_and_frames_they_read(shelf, rows, mo
     monkeypatch.setattr(decoders, "read_frames", lambda info, frames: read.append(len(frames)) or real(info, frames))
     monkeypatch.setattr(test_data, "processor_clock", lambda call: call() and 1000.0)
     test_data.test_decode(Pedantic(), rows.extend, CPU, shelf, SMALL, 250)
-    found = {row["name"]: row for row in rows if "value" in row}
-    assert found["decode, fastjepa"]["value"] == test_data.READ
-    assert found["decode, PyAV from the start"]["value"] == test_data.READ
+    found = {(row["name"], row["parameters"].get("way")): row for row in rows if "value" in row}
+    for way in (decoders.OURS, decoders.PLAIN):
+        assert found["decode", way]["value"] == test_data.READ
+        assert found["processor time of a clip", way]["value"] == 1 / test_data.READ
+        assert found["over PyAV from the start", way]["value"] == 1.0
+        assert found["wrong frames", way]["value"] == 0
+        assert {row["clock"] for (_, name), row in found.items() if name == way and row["unit"] in ("s", "x")} == {
+            "processor"
+        }, "no figure of a GPU beside it"
     info = decode.probe(shelf.path(SMALL, 250))
     last = sum(int(frames.max()) + 1 for frames in decoders.spaced(info, test_data.READ))
-    assert found["source frames, fastjepa"]["value"] == found["source frames, PyAV from the start"]["value"] == last
-    assert found["speed of fastjepa over PyAV from the start"]["value"] == 1.0
-    assert "speed of fastjepa, new video over PyAV from the start" in found
-    assert found["decode, fastjepa"]["clock"] == "processor", "no figure of a GPU beside it"
-    assert found["speed of fastjepa over PyAV from the start"]["clock"] == "processor"
+    assert found["source frames", decoders.OURS]["value"] == found["source frames", decoders.PLAIN]["value"] == last
+    assert ("decode", decoders.NEW) in found
     assert set(read) == {decoders.FRAMES}
+
+
+@pytest.fixture
+def batched(shelf, monkeypatch):
+    """Batches of a small video, by DALI's own decoders."""
+    if reason := dali.why_not(CPU):
+        pytest.skip(reason)
+    monkeypatch.setattr(made, "CODED_SIZE", SMALL)
+    monkeypatch.setattr(made, "CODED_FRAMES", 80)
+    monkeypatch.setattr(test_data, "BATCH_ROUNDS", 1)
+    monkeypatch.setitem(batches.SIZE, "cpu", 3)
+    return shelf
+
+
+def test_batches_have_a_row_for_each_way_and_number_of_threads(batched, rows):
+    test_data.test_batches(Pedantic(), rows.extend, CPU, batched, "mjpeg", SMALL, 12)
+    rates = [row for row in rows if row["name"] == "batches"]
+    found = [tuple(row["parameters"][key] for key in ("way", "threads", "prefetch")) for row in rates]
+    assert found == [("pyav", 1, 0), ("dali_cpu", 1, 2), *(("dali_cpu", 2, ahead) for ahead in (1, 2, 3))]
+    assert all(row["value"] > 0 and row["clock"] == "wall" for row in rates)
+    assert len([row for row in rows if row["name"] == "processor time of a clip"]) == 5
+    (bad,) = [row for row in rows if row["unit"] == "x"]
+    assert bad["name"] == "a batch with a bad file over one without"
+
+
+def test_codecs_that_dali_does_not_read_here_are_skipped_with_the_reason(batched, rows, monkeypatch):
+    with pytest.raises(pytest.skip.Exception):
+        test_data.test_batches(Pedantic(), rows.extend, CPU, batched, "h264", SMALL, 12)
+    assert [row["skipped"] for row in rows] == ["DALI reads no h264 on a cpu"]
+    monkeypatch.setattr(test_data.dali, "why_not", lambda device: "DALI is not installed")
+    assert test_data.batches_lack("mjpeg", CPU) == "DALI is not installed"
+    monkeypatch.setattr(test_data.dali, "why_not", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert test_data.batches_lack("av1", torch.device("cuda")) == "this GPU decodes no AV1"
+    assert test_data.batches_lack("hevc", torch.device("cuda")) == ""
+
+
+def test_batches_that_are_not_those_of_pyav_are_no_figure(batched):
+    source = batches.Source(batched.coded("mjpeg"), CPU)
+    pixels = next(batches.decoded(batches.decoder(CPU, 1, 1), source.batches[:1], 1))
+    batches.check(source, pixels)
+    with pytest.raises(ValueError, match="clips differ by"):
+        batches.check(source, pixels.flip(0))
+    broken = [replace(source.batches[0][0], encoded=batches.NOT_A_VIDEO)]
+    with pytest.raises(ValueError, match="DALI"):
+        list(batches.decoded(batches.decoder(CPU, 1, 1), [broken], 1))
+
+
+def test_the_use_of_the_video_engines_is_read_while_a_block_runs(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nwhile true; do echo 37; echo '[N/A]'; sleep 0.01; done\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with batches.engines_watched() as seen:
+        deadline = time.monotonic() + 30
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert set(seen) == {37.0}
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with batches.engines_watched() as seen:
+        pass
+    assert seen == []
 
 
 def test_transforms_and_masks_have_a_row_each(shelf, rows):
@@ -304,12 +367,14 @@ def test_steps_beside_the_loader_are_training_steps(shelf, rows, monkeypatch):
     monkeypatch.setattr(loading.Beside, "variants", lambda self: kept.append(self) or real(self))
     test_data.test_beside_a_step(Pedantic(), rows.extend, CPU, shelf)
     (beside,) = kept
-    assert [row["name"] for row in rows] == [
-        "steps with the loader", "steps alone", "loader alone", "data wait",
+    assert [(row["name"], row["parameters"]["decoder"]) for row in rows] == [
+        ("steps with the loader", "dali_gpu"), ("steps with the loader", "pyav"), ("loader alone", "pyav"),
+        ("steps alone", "-"), ("data wait", "pyav"),
     ]  # fmt: skip
+    assert rows[0]["skipped"] == "dali_gpu: there is no GPU to decode on"
     together = loading.WARM_UP + (1 + 2) + 2
     assert beside.runner.taken == together, "warm-up, a settling loader's and a block's steps, a block alone"
-    assert len(beside.waited) == 1
+    assert {name: len(shares) for name, shares in beside.waited.items()} == {"pyav": 1}
     assert 0 < rows[-1]["value"] < 100
     assert all(loss.isfinite() for loss in beside.runner.losses)
 

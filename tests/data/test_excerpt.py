@@ -14,7 +14,7 @@ import torch
 
 from fastjepa.data import excerpt as module
 from fastjepa.data import media
-from fastjepa.data.decode import VideoError, probe, read_frames
+from fastjepa.data.decode import VideoError, packets_of, probe, read_frames
 from fastjepa.data.decoders import dali
 from fastjepa.data.decoders.dali import DaliDecoder, EncodedClip
 from fastjepa.data.excerpt import excerpt
@@ -94,6 +94,7 @@ def test_the_frames_of_a_piece_are_those_of_the_video_bit_by_bit(made, more, nam
     for frames in draws(info):
         found = excerpt(info, frames)
         assert found is not None
+        assert opened(found[0])[0].pts is not None  # all frames have times of their own
         assert (found[0].dtype, found[1].dtype, found[1].shape) == (np.uint8, np.int64, frames.shape)
         assert is_right(info, frames, found), frames
 
@@ -115,6 +116,17 @@ def test_a_piece_has_no_more_than_the_groups_of_its_frames(made, name):
         assert first + 3 - key < opened(piece)[0].frames <= first + 4 - key + reordered
         assert numbers.tolist() == (frames - key).tolist()
         assert len(piece) < Path(info.path).stat().st_size
+
+
+@pytest.mark.parametrize("name", ["h264.mkv", "open_gop.mp4", "vp9.webm"])
+def test_packets_before_the_group_and_after_the_last_frame_are_not_even_read(made, name, monkeypatch):
+    info, seen = probe(made[name]), []
+    monkeypatch.setattr(module, "packets_of", lambda *a: (seen.append(packet) or packet for packet in packets_of(*a)))
+    excerpt(info, np.arange(26, 30))
+    assert len(seen) < 14
+    seen.clear()
+    assert excerpt(replace(info, keys=np.array([0, 20])), np.arange(21, 24)) is None  # there is no such key frame
+    assert len(seen) < 20
 
 
 def test_hidden_vp8_frames_come_along_and_are_not_counted(made, tmp_path, film):
@@ -281,7 +293,7 @@ def test_the_frames_of_a_piece_of_a_real_clip_are_those_of_the_clip(path):
 @pytest.mark.parametrize("name", ["flipped_bits_middle.mp4", "truncated_faststart_half.mp4", "wrong_ext_mkv_as.mp4"])
 def test_pieces_of_damaged_clips_are_read_like_the_clips(name):
     info = probe(CLIPS / "bad" / name)
-    for frames in draws(info):
+    for frames in [*draws(info), *(np.array([0, key]) for key in info.keys)]:
         piece, numbers = excerpt(info, frames)
         one, content = opened(piece)
         assert np.array_equal(read_frames(one, numbers, content), read_frames(info, frames))

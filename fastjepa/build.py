@@ -11,7 +11,7 @@ from fastjepa.config import Settings
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.decoders.choose import Decoder
 from fastjepa.data.decoders.dali import DaliDecoder
-from fastjepa.data.decoders.stage import AHEAD, Decoding
+from fastjepa.data.decoders.stage import AHEAD, Decoding, Failures
 from fastjepa.data.decoders.torchcodec import read_with_torchcodec
 from fastjepa.data.media import read_frames
 from fastjepa.data.order import VideoOrder
@@ -181,6 +181,7 @@ def build_decoding(
     batch_size: int,
     device: torch.device,
     say: Callable[[str], None],
+    failures: Failures | None = None,
 ) -> Decoding:
     """What decodes the clips that the loader leaves encoded, in batches of at most `batch_size` clips."""
     on_gpu = decoder.name == "dali_gpu"
@@ -196,7 +197,7 @@ def build_decoding(
             antialias=s.data.antialias,
         )
 
-    return Decoding(make, decoder.name, dataset, say)
+    return Decoding(make, decoder.name, dataset, say, failures)
 
 
 def build_schedule(s: Settings) -> Schedule:

@@ -103,8 +103,8 @@ class Data(Section):
 
     path: Annotated[str, Field(min_length=1)] | Weights = setting(
         "synthetic://moving-shapes",
-        "folder (searched recursively) of videos, shards (.tar), images or folders of frames; one of these; a list "
-        "file (path and optional label a line); or synthetic://moving-shapes?...; {PATH: WEIGHT, ...} mixes several",
+        "folder (searched recursively) of videos, shards (.tar), images or folders of frames; a single video, shard or "
+        "image; a list file (path and optional label a line); synthetic://moving-shapes?...; {PATH: WEIGHT, ...} mixes",
         "warn",
     )
     sampling: Literal["permutation", "replacement"] = setting(

@@ -15,6 +15,7 @@ from fastjepa.build import build_dataset, build_decoding, build_optimizer_pass
 from fastjepa.config import Settings
 from fastjepa.data.dataset import ClipDataset
 from fastjepa.data.decoders.choose import Decoder
+from fastjepa.data.decoders.stage import Failures
 from fastjepa.data.loader import Batch, EncodedBatch, make_loader, running
 from fastjepa.data.replaced import ReplacedFiles
 from fastjepa.data.source import Videos
@@ -143,7 +144,10 @@ class Trainer:
         log.status("training", first)
         log.start_progress(first)
         dataset = build_dataset(self.settings, self.videos, self.decoder)
-        decoding = build_decoding(self.settings, self.decoder, dataset, self.plan.batch_size, self.device, log.say)
+        failures = Failures(self.run.path / "decoder_failures.jsonl", first * self.settings.optim.global_batch)
+        decoding = build_decoding(
+            self.settings, self.decoder, dataset, self.plan.batch_size, self.device, log.say, failures
+        )
         with (
             running(self._loader(dataset, first, last)) as loaded,
             closing(decoding(loaded)) as decoded,

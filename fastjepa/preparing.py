@@ -10,7 +10,7 @@ from fastjepa.data.index import Index
 from fastjepa.data.indexfile import Entry
 from fastjepa.data.pace import Pace, measure_pace
 from fastjepa.data.prepare import LEDGER, LIST, Ledger, Prepared, check_place, prepare
-from fastjepa.data.reencode import Recipe, size_of
+from fastjepa.data.reencode import UNKNOWN_RATE, Recipe, size_of
 from fastjepa.data.source import Videos
 from fastjepa.data.summary import byte_size, shown
 from fastjepa.exits import Exit
@@ -28,17 +28,20 @@ class Preparation:
     ledger: Ledger
 
 
-def open_preparation(out: Path, recipe: Recipe, workers: int) -> Preparation:
-    """Refuses a folder that holds something else before the collection is looked at. Errors: ValueError."""
+def open_preparation(out: Path, path: str, recipe: Recipe, workers: int) -> Preparation:
+    """Refuses a folder that cannot be taken before the collection `path` is looked at. Errors: ValueError."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--prepare: expected a folder, given {out}, which is a file")
+    check_place(out, os.path.expanduser(path))
+    there = next(one for one in (out, *out.absolute().parents) if one.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--prepare: expected a folder that can be written, given {out}: no permission for {there}")
     return Preparation(out, workers, Ledger(out, recipe))
 
 
 def run_preparation(
     asked: Preparation,
     path: str,
-    videos: Videos,
     index: Index,
     data: Data,
     say: Callable[[str], None],
@@ -48,6 +51,8 @@ def run_preparation(
     entries = {entry.path: entry for entry in index.entries}
     check_place(asked.out, os.path.expanduser(path), entries)
     good = [entry for entry in index.entries if entry.reason is None and not entry.still]
+    if not good:
+        raise ValueError(f"--prepare: {path} holds no video to encode among {len(entries):,} files")
     recipe = asked.ledger.recipe
     say(
         f"prepare    {len(good):,} videos as H.264 in {shown(str(asked.out))}: short side at most {recipe.short_side}, "
@@ -57,12 +62,15 @@ def run_preparation(
         f"expected   {_expected(good, recipe, data.frames * data.stride):.2g} times the clips/s of one process, an "
         "estimate by the pixels and frames that are decoded for a clip"
     )
-    result = prepare(videos, entries, _root(path, videos), asked.out, asked.ledger, asked.workers, progress)
+    unknown = sum(entry.rate is None for entry in good)
+    if unknown:
+        say(f"rate       {unknown:,} videos and folders of frames do not say it and get {UNKNOWN_RATE} frames/s")
+    result = prepare(index.videos, entries, _root(path, index.videos), asked.out, asked.ledger, asked.workers, progress)
     made = [one for one in good if one.path in result.done and result.done[one.path].reason is None]
     before, after = sum(one.size for one in made), sum(result.done[one.path].made for one in made)
     say(
         f"prepared   {len(made):,} of {len(good):,} videos, {len(result.new):,} of them now: {byte_size(before)} -> "
-        f"{byte_size(after)}; train with data.path={shown(str(asked.out / LIST))}"
+        f"{byte_size(after)}" + (f"; train with data.path={shown(str(asked.out / LIST))}" if made else "")
     )
     for line in _left(result, index, asked.out):
         say(line)
@@ -100,8 +108,8 @@ def _left(result: Prepared, index: Index, out: Path) -> list[str]:
         lines.append(f"left out   {bad:,} unreadable files, {stills:,} single images")
     if result.gone:
         lines.append(
-            f"gone       {len(result.gone):,} sources are no longer in the collection: what was made of them stays in "
-            f"the folder and is not in the list, {shown(result.gone[0])} among them"
+            f"gone       from the collection: {len(result.gone):,}, {shown(result.gone[0])} among them; what was made "
+            "of it stays in the folder and is not in the list"
         )
     return lines
 

@@ -34,6 +34,7 @@ from fastjepa.signals import Interrupts
 
 DRAWING = "drawing and encoding synthetic videos, once"
 INDEXING = "opening videos that are new, to know what decodes them"
+COME_AND_GONE = "it came or went while the run began"
 
 
 def start(settings: Settings, name: str) -> Exit:
@@ -147,7 +148,9 @@ def _indexed(settings: Settings, videos: Videos) -> list[Entry]:
             one, None, processors(), progress=_progress(INDEXING), say=lambda text: say(text, markup=False)
         )
         known |= {entry.path: entry for entry in index.entries}
-    return [known[absolute(name)] for name in videos.paths]
+        if index.unsaved:
+            say(f"warning: {index.unsaved}", markup=False)
+    return [known.get(absolute(name)) or Entry(name, 0, 0, COME_AND_GONE) for name in videos.paths]
 
 
 def _progress(what: str) -> Callable[[int, int], None]:

@@ -20,7 +20,6 @@ from fastjepa.data.pace import measure_pace
 from fastjepa.data.processes import processors
 from fastjepa.data.reencode import Recipe
 from fastjepa.data.search import kind_of
-from fastjepa.data.source import open_videos
 from fastjepa.data.summary import shown, summarise
 from fastjepa.exits import Exit
 from fastjepa.forecast import expected_rate
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         given = _parse(arguments)
-        preparation = given.prepare and open_preparation(given.prepare, given.recipe, given.workers)
+        preparation = given.prepare and open_preparation(given.prepare, given.path, given.recipe, given.workers)
         gpu, reason = (gpus.named(given.gpu), "named by --gpu") if given.gpu is not None else gpus.of_this_machine()
         with _progress(console) as progress:
             index = update_index(given.path, given.out, given.workers, progress=progress, say=complain)
@@ -89,12 +88,16 @@ def _prepare(
 ) -> Exit:
     try:
         with _progress(console) as progress:
-            return run_preparation(preparation, path, open_videos(path, 0), index, settings.data, _say, progress)
+            return run_preparation(preparation, path, index, settings.data, _say, progress)
     except ValueError as error:
         complain(str(error))
         return Exit.WRONG_INPUT
     except OSError as error:
-        complain(f"{error.strerror}: {error.filename}; what was made is kept, and the same command goes on")
+        where = f": {error.filename}" if error.filename else ""
+        complain(f"{error.strerror or error}{where}; what was made is kept, and the same command goes on")
+        return Exit.FAILED
+    except RuntimeError as error:
+        complain(f"{error}; what was made is kept, and the same command goes on")
         return Exit.FAILED
     except KeyboardInterrupt:
         complain("interrupted; what was made is kept, and the same command goes on")
@@ -124,6 +127,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"--workers: expected a whole number (at least 1), given {given.workers!r}")
     given.workers = int(given.workers)
     given.recipe = _recipe(given)
+    if given.gpu is not None and given.prepare is not None:
+        raise ValueError(f"--gpu: expected without --prepare, which measures this machine, given {given.gpu!r}")
     if given.out is not None and not _may_hold_an_index(given.out, given.path):
         raise ValueError(f"--out: expected a file for the index, such as videos.jsonl, given {str(given.out)!r}")
     return given

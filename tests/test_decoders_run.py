@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastjepa import checkpoint
+from fastjepa import checkpoint, start
 from fastjepa.data.decoders import dali, torchcodec
 from fastjepa.exits import Exit
 from tests.data.conftest import picture, video, write
@@ -93,6 +93,52 @@ def test_mixtures_and_frames_per_second_train_and_resume(run, folder):
     run(*mixed, *more, "data.max_bad_fraction=0.5", "runtime.stop_at=3", folder="parts")
     _, parts = run(*mixed, *more, "data.max_bad_fraction=0.5", "data.workers=2", folder="parts")
     assert losses(parts) == losses(whole)
+
+
+def test_a_mixture_is_decoded_by_dali_too(run, folder, tmp_path, capsys):
+    if reason := WHY_NOT["dali_cpu"]():
+        pytest.skip(reason)
+    other = tmp_path / "other"
+    other.mkdir()
+    video(other / "more.mkv", frames=9, codec="mjpeg", pixels="yuvj420p")
+    more = ("data.decoder=dali_cpu", "data.max_bad_fraction=0.5")
+    code, _ = run(f"data.path={{{folder}: 1, {other}: 1}}", *more)
+    out = capsys.readouterr().out
+    assert code == Exit.DONE
+    assert "dali_cpu 6 videos, pyav 1, unreadable 1" in out
+
+
+def test_resizing_with_a_filter_is_for_clips_that_dali_decodes_too(run, folder):
+    if reason := WHY_NOT["dali_cpu"]():
+        pytest.skip(reason)
+    runs = {}
+    for decoder in ("pyav", "dali_cpu"):
+        for antialias in ("false", "true"):
+            more = (f"data.antialias={antialias}", "data.crop=16", "runtime.stop_at=1", "optim.lr=0")
+            _, made = run(*settings(folder, decoder), *more, folder=f"{decoder}{antialias}")
+            runs[decoder, antialias] = losses(made)[0]
+    apart = abs(runs["pyav", "true"] - runs["pyav", "false"])
+    assert abs(runs["dali_cpu", "true"] - runs["pyav", "true"]) < apart / 2
+    assert abs(runs["dali_cpu", "false"] - runs["pyav", "false"]) < apart / 2
+
+
+def test_a_video_that_comes_while_a_run_begins_is_none_of_it(run, folder, tmp_path, capsys, monkeypatch):
+    if reason := WHY_NOT["dali_cpu"]():
+        pytest.skip(reason)
+    own = tmp_path / "own"
+    own.mkdir()
+    for number in range(3):
+        video(own / f"{number}.mkv", frames=9, codec="mjpeg", pixels="yuvj420p")
+    real = start.update_index
+
+    def late(path, *more, **named):
+        (own / "0.mkv").unlink(missing_ok=True)
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(start, "update_index", late)
+    code, _ = run(f"data.path={own}", "data.decoder=dali_cpu")
+    assert code == Exit.DONE
+    assert f"bad file   {own / '0.mkv'}: it came or went while the run began" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -99,15 +99,16 @@ def test_the_target_encoder_is_probed_beside_the_weights_that_the_run_began_with
     assert content["results"][0]["trained"] == 0.9
 
 
-def test_the_probe_cuts_clips_of_the_duration_of_the_run(videos, run_log, monkeypatch):
+@pytest.mark.parametrize("rule", [{"duration": 0.5}, {"fps": 6.0}], ids=str)
+def test_the_probe_cuts_clips_by_the_rule_of_the_run(videos, run_log, monkeypatch, rule):
     s = settings()
-    s = s.model_copy(update={"data": s.data.model_copy(update={"stride": 4, "duration": 0.5})})
+    s = s.model_copy(update={"data": s.data.model_copy(update={"stride": 4, **rule})})
     calls = []
     monkeypatch.setattr(probe, "probe", lambda a, b, c, reader, cut_out, d: calls.append((reader, cut_out)) or RESULTS)
     run_probe(s, build_jepa(s), videos, run_log, 30, lambda: False)
     ((reader, cut_out),) = calls
-    assert cut_out == probe.Cut(4, 4, 32, duration=0.5)
-    assert reader.needs_rate == "data.duration"
+    assert cut_out == probe.Cut(4, 4, 32, **rule)
+    assert reader.needs_rate == f"data.{next(iter(rule))}"
 
 
 def test_a_probe_of_a_real_model_changes_nothing_in_it(videos, run_log, monkeypatch):

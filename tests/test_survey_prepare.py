@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastjepa import preparing
 from fastjepa.__main__ import main
+from fastjepa.data.media import probe, read_frames
 from fastjepa.data.pace import Pace
 from fastjepa.data.source import open_videos
-from tests.data.conftest import video
+from tests.data.conftest import number_of, picture, video
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +76,7 @@ def test_a_second_start_has_nothing_to_do(folder, tmp_path, capsys):
         (["--prepare", "full"], "--prepare: expected a new folder or one prepared before, given full, which holds"),
         (["--prepare", "{folder}/new"], "--prepare: expected a folder outside of the collection {folder}, given"),
         (["--prepare"], "argument --prepare: expected one argument"),
+        (["--prepare", "new", "--gpu", "h200"], "--gpu: expected without --prepare, which measures this machine"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence_and_writes_nothing(
@@ -89,6 +92,33 @@ def test_what_cannot_be_is_refused_in_one_sentence_and_writes_nothing(
     assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
     assert not (folder / "new").exists()
+
+
+def test_a_collection_of_images_alone_is_refused(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / "cat.png")
+    assert go(tmp_path / "pictures", tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"--prepare: {tmp_path / 'pictures'} holds no video to encode among 1 files\n"
+
+
+def test_what_stands_in_folders_of_frames_has_a_rate_that_is_said(tmp_path, capsys):
+    (tmp_path / "frames" / "walk").mkdir(parents=True)
+    for number in range(70):
+        Image.fromarray(picture(number)).save(tmp_path / "frames" / "walk" / f"{number}.png")
+    assert go(tmp_path / "frames", tmp_path / "out") == 0
+    assert "rate       1 videos and folders of frames do not say it and get 25 frames/s" in capsys.readouterr().out
+    (path,) = open_videos(str(tmp_path / "out" / "videos.csv"), 0).paths
+    assert [number_of(one) for one in read_frames(probe(path), [0, 63, 64, 69])] == [0, 63, 64, 69]
+
+
+def test_processes_that_cannot_start_end_it_with_a_sentence(folder, tmp_path, capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a process ended before it began")
+
+    monkeypatch.setattr(preparing, "prepare", broken)
+    assert go(folder, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert error == "a process ended before it began; what was made is kept, and the same command goes on\n"
 
 
 def test_one_that_is_killed_goes_on_where_it_was(tmp_path):
@@ -119,4 +149,4 @@ def test_one_that_is_killed_goes_on_where_it_was(tmp_path):
     made_again = [name for name, time in before.items() if after[name] != time]
     assert len(made_again) <= 1, "what was done between the rename and its line"
     assert len(open_videos(str(out / "videos.csv"), 0).paths) == 16
-    assert not list(out.rglob(".tmp-*"))
+    assert not (out / ".unfinished").exists()

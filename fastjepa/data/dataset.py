@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastjepa.data.decode import VideoError, VideoInfo
-from fastjepa.data.decoders.dali import EncodedClip
+from fastjepa.data.decoders.encoded import EncodedClip
 from fastjepa.data.excerpt import excerpt
 from fastjepa.data.indexfile import Entry
 from fastjepa.data.media import probe, read_frames, status
@@ -183,7 +183,13 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
         raise TooManyBadFiles(self._nothing_left(bad, short))
 
     def _decoded(self, video: int, slot: int) -> list[Tensor]:
-        draws = self._draws(self.reader.info(video), slot)
+        info = self.reader.info(video)
+        draws = self._draws(info, slot)
+        if info.still and not self.floats and all(draw.end_box is None for draw in draws):
+            # One picture is cut once and stands for all frames.
+            (picture,) = self.reader.read(video, np.zeros(1, np.int64))[:1]
+            pictures = [transform(picture[None], draw, self.crop, antialias=self.antialias) for draw in draws]
+            return [one.repeat(1, len(draws[0].frames), 1, 1) for one in pictures]
         # One read for all clips: a video is decoded once.
         frames = self.reader.read(video, np.concatenate([draw.frames for draw in draws]))
         parts = np.split(frames, len(draws))
@@ -208,7 +214,7 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
     def _draws(self, info: VideoInfo, slot: int) -> list[ClipDraw]:
         """What to cut out of this video. Errors: _TooShort."""
         times = None if self.plan.fps is None else info.times
-        if self.filter_short and (reason := self.plan.too_short(info.frames, info.rate, times)):
+        if self.filter_short and not info.still and (reason := self.plan.too_short(info.frames, info.rate, times)):
             raise _TooShort(reason)
         clips = self.plan.clips_per_video
         return [

@@ -12,7 +12,7 @@ from fastjepa.data.decode import NO_PERMISSION, NOT_OPENED, NOT_REACHED, VideoEr
 from fastjepa.data.indexfile import Entry, NotAnIndex, default_file, read_index, write_index
 from fastjepa.data.media import absolute, probe, status
 from fastjepa.data.processes import Lost, each_apart
-from fastjepa.data.source import open_videos
+from fastjepa.data.source import Videos, open_videos
 
 # A file has this long to be read, whatever its size, and its bytes at the pace of a slow network disk on top.
 LEAST_SECONDS, LEAST_PACE = 60.0, 5e6
@@ -39,7 +39,7 @@ class Index:
     """
 
     file: Path
-    description: str
+    videos: Videos
     entries: list[Entry]
     opened: int = 0
     unsaved: str | None = None
@@ -91,7 +91,7 @@ def update_index(
         else:
             jobs.append((name, *now))
 
-    index = Index(file, videos.description, [], len(jobs), folders=folders)
+    index = Index(file, videos, [], len(jobs), folders=folders)
 
     def save() -> None:
         try:

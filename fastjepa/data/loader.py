@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastjepa.data.dataset import ClipDataset, Sample
-from fastjepa.data.decoders.dali import EncodedClip
+from fastjepa.data.decoders.encoded import EncodedClip
 from fastjepa.masks import GeneratorCollator, TargetUnion, TokenSet, repeat_clips, target_union
 
 # How often a worker that got SIGTERM looks whether its parent is still finishing its step and saving.

@@ -12,6 +12,8 @@ from av.video.frame import VideoFrame
 from fastjepa.data import decode, images, shards, tables
 from fastjepa.data.decode import VideoError, VideoInfo
 
+AT_ONCE = 64  # frames of a folder that are in memory together: each call lists the folder
+
 
 def probe(name: str | os.PathLike[str]) -> VideoInfo:
     """Find out what a name holds, and decode a frame of it.
@@ -49,8 +51,10 @@ def frames_in_order(info: VideoInfo) -> Generator[VideoFrame, None, None]:
     """All frames of a video as they are decoded, one for each number from 0 on. Errors: as `decode.frames_in_order`."""
     _, member = shards.split_name(info.path)
     if info.still or os.path.isdir(info.path):
-        for number in range(info.frames):
-            yield VideoFrame.from_ndarray(read_frames(info, [number])[0], format="rgb24")
+        read = images.read_image if info.still else images.read_frame_files
+        for first in range(0, info.frames, AT_ONCE):
+            for picture in read(info, range(first, min(first + AT_ONCE, info.frames))):
+                yield VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     elif member:
         with shards.opened_member(info.path) as content:
             yield from decode.frames_in_order(info, content)

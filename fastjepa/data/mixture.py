@@ -25,8 +25,9 @@ def open_collections(
 def mix(parts: list[tuple[Videos, float]]) -> Videos:
     """One list of the videos of all parts. Weights are those of `Collection`; they change which run this is.
 
-    Labels are kept where parts have the same tasks as the first labelled one, and classes are one by their names;
-    videos of other parts are in no split.
+    Labels are kept where parts have the same tasks as the first labelled one. Classes are one by their names; where
+    these are numbers, which mean something else in each list, those of the first labelled part are kept alone. Videos
+    of other parts are in no split.
     """
     if len(parts) == 1:
         return parts[0][0]
@@ -48,7 +49,9 @@ def mix(parts: list[tuple[Videos, float]]) -> Videos:
     labelled = next((videos for videos, _ in parts if videos.tasks), None)
     if labelled is None:
         return mixed
-    same = [videos.tasks.keys() == labelled.tasks.keys() for videos, _ in parts]
+    named = not any(label.lstrip("-").isdecimal() for task in labelled.tasks.values() for label in task.classes)
+    same = [videos is labelled or (named and videos.tasks.keys() == labelled.tasks.keys()) for videos, _ in parts]
+    mixed = replace(mixed, description=f"{mixed.description} (labels of {sum(same)} of them)")
     with_labels = [(videos, int(start)) for (videos, _), start, taken in zip(parts, starts, same) if taken]
     tasks = {name: _task(name, with_labels, len(mixed.paths)) for name in labelled.tasks}
     splits = {

@@ -11,12 +11,15 @@ interrupted preparation goes on, and a later one takes only what is new.
 """
 
 import errno
+import fcntl
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable
-from contextlib import closing
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 import av
@@ -26,16 +29,18 @@ from fastjepa.data.decode import VideoError
 from fastjepa.data.indexfile import Entry
 from fastjepa.data.media import absolute
 from fastjepa.data.processes import Lost, each_apart
-from fastjepa.data.reencode import TEMPORARY, Made, Recipe, reencode
+from fastjepa.data.reencode import UNFINISHED, Made, Recipe, reencode
 from fastjepa.data.source import Videos
 
 FORMAT, VERSION = "fastjepa prepared videos", 1
-LEDGER, LIST = "prepared.jsonl", "videos.csv"
+LEDGER, LIST, SCRATCH = "prepared.jsonl", "videos.csv", ".unfinished"
 # Nothing that another file would not meet too: it is of no use to go on.
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 OUTSIDE = "outside"  # what a list names that is not under its folder
 # A process has this long for a file, and its pixels at a pace far below that of any processor on top.
 LEAST_SECONDS, LEAST_PIXELS_A_SECOND = 120.0, 1e6
+
+Job = tuple[Entry, str, Recipe, str]  # a video, its target, how, and the folder of unfinished files
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Ledger:
         self.done: dict[str, Done] = {}
         if self.path.exists():
             self._read()
-        elif out.exists() and any(out.iterdir()):
+        elif out.exists() and any(one.name != SCRATCH for one in out.iterdir()):
             raise ValueError(f"--prepare: expected a new folder or one prepared before, given {out}, which holds files")
 
     def _read(self) -> None:
@@ -117,7 +122,7 @@ class Ledger:
             out.write(f"{json.dumps(asdict(one))}\n")
 
 
-def check_place(out: Path, path: str, sources: Iterable[str]) -> None:
+def check_place(out: Path, path: str, sources: Iterable[str] = ()) -> None:
     """Errors: ValueError where `out` and the collection lie in each other: it would become a part of itself."""
     place = os.path.realpath(out)
     own = [os.path.realpath(shards.split_name(source)[0]) for source in sources]
@@ -132,6 +137,24 @@ def check_place(out: Path, path: str, sources: Iterable[str]) -> None:
         )
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[Path]:
+    """A folder for unfinished files, of this process alone; it is cleared before and after. Errors: ValueError."""
+    scratch = out / SCRATCH
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--prepare: {out} is being prepared by another process") from None
+        try:
+            for left in scratch.glob(f"*.{UNFINISHED}"):
+                left.unlink(missing_ok=True)
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)  # what stays is cleared the next time
+
+
 def prepare(
     videos: Videos,
     entries: dict[str, Entry],
@@ -144,38 +167,38 @@ def prepare(
     """Re-encode all readable videos of a collection whose names begin at `root`, in so many processes.
 
     `entries`: those of the index, by absolute name. A file on which a process crashes or hangs costs only itself.
-    Errors: OSError where `out` cannot be written; what is done by then is kept, also where an interrupt ends it.
+    Errors: ValueError where another process is at it; OSError where `out` cannot be written. What is done by then is
+    kept, also where an interrupt ends it.
     """
-    for left in out.rglob(f"{TEMPORARY}*"):
-        left.unlink(missing_ok=True)
-    names = list(dict.fromkeys(map(absolute, videos.paths)))
-    good = [entries[name] for name in names if entries[name].reason is None and not entries[name].still]
-    result = Prepared(ledger.done, gone=[source for source in ledger.done if source not in entries])
-    ledger.begin()
-    targets = _targets(good, ledger.done, root)
-    jobs = [
-        (entry, str(out / targets[entry.path]), ledger.recipe) for entry in good if not _is_done(entry, ledger, out)
-    ]
-    with closing(each_apart(_one, jobs, workers, _limit)) as answers:
-        for count, (number, answer) in enumerate(answers, start=1):
-            entry = jobs[number][0]
-            where = (entry.path, entry.size, entry.mtime_ns, targets[entry.path])
-            if isinstance(answer, OSError):
-                raise answer
-            if isinstance(answer, Lost):
-                ledger.add(Done(*where, reason=answer.reason))
-            else:
-                ledger.add(Done(*where, answer.frames, answer.size))
-            result.new.append(entry.path)
-            progress(count, len(jobs))
-    _replace(out / LIST, _listed(videos, ledger.done))
+    good = [one for one in entries.values() if one.reason is None and not one.still]
+    with alone(out) as scratch:
+        # A file that failed and is gone is nobody's concern any more.
+        ledger.done = {name: one for name, one in ledger.done.items() if name in entries or one.reason is None}
+        result = Prepared(ledger.done, gone=[source for source in ledger.done if source not in entries])
+        ledger.begin()
+        targets = _targets(good, ledger.done, root)
+        todo = [entry for entry in good if not _is_done(entry, ledger, out)]
+        jobs = [(entry, str(out / targets[entry.path]), ledger.recipe, str(scratch)) for entry in todo]
+        with closing(each_apart(_one, jobs, workers, _limit)) as answers:
+            for number_done, (number, answer) in enumerate(answers, start=1):
+                entry = todo[number]
+                where = (entry.path, entry.size, entry.mtime_ns, targets[entry.path])
+                if isinstance(answer, OSError):
+                    raise answer
+                if isinstance(answer, Lost):
+                    ledger.add(Done(*where, reason=answer.reason))
+                else:
+                    ledger.add(Done(*where, answer.frames, answer.size))
+                result.new.append(entry.path)
+                progress(number_done, len(jobs))
+        _replace(out / LIST, _listed(videos, ledger.done))
     return result
 
 
-def _one(job: tuple[Entry, str, Recipe]) -> Made | Lost | OSError:
-    entry, target, recipe = job
+def _one(job: Job) -> Made | Lost | OSError:
+    entry, target, recipe, scratch = job
     try:
-        return reencode(entry.path, target, recipe)
+        return reencode(entry.path, target, recipe, scratch)
     except VideoError as error:
         return Lost(str(error))
     except (OSError, av.FFmpegError) as error:
@@ -184,7 +207,7 @@ def _one(job: tuple[Entry, str, Recipe]) -> Made | Lost | OSError:
         return Lost(f"it cannot be encoded: {error.strerror}")
 
 
-def _limit(job: tuple[Entry, str, Recipe]) -> float:
+def _limit(job: Job) -> float:
     entry = job[0]
     return LEAST_SECONDS + entry.frames * entry.width * entry.height / LEAST_PIXELS_A_SECOND
 
@@ -198,16 +221,29 @@ def _is_done(entry: Entry, ledger: Ledger, out: Path) -> bool:
 def _targets(good: list[Entry], done: dict[str, Done], root: str) -> dict[str, str]:
     """The new file of each source, relative to the folder: as before where it had one, else a free name."""
     targets = {source: one.target for source, one in done.items()}
-    taken = {target.casefold() for target in targets.values()} | {LEDGER, LIST}
+    files = {target.casefold() for target in targets.values()} | {LEDGER, LIST, SCRATCH}
+    folders = {folder for file in files for folder in _folders(file)}
     for entry in good:
         if entry.path not in targets:
             name = _relative(entry.path, root)
             stem = os.path.splitext(name)[0]
             # Of a.mp4 and a.avi in one folder the second becomes a.avi.mp4.
-            names = (f"{stem}.mp4", f"{name}.mp4", *(f"{name}-{number}.mp4" for number in range(2, len(good) + 3)))
-            targets[entry.path] = next(one for one in names if one.casefold() not in taken)
-            taken.add(targets[entry.path].casefold())
+            names = chain((f"{stem}.mp4", f"{name}.mp4"), (f"another-{number}/{name}.mp4" for number in count(2)))
+            # A file cannot be a folder too.
+            targets[entry.path] = target = next(one for one in names if _is_free(one, files, folders))
+            files.add(target.casefold())
+            folders |= _folders(target)
     return targets
+
+
+def _is_free(target: str, files: set[str], folders: set[str]) -> bool:
+    name = target.casefold()
+    return name not in files and name not in folders and not _folders(target) & files
+
+
+def _folders(target: str) -> set[str]:
+    parts = target.casefold().split(os.sep)
+    return {os.sep.join(parts[:n]) for n in range(1, len(parts))}
 
 
 def _relative(source: str, root: str) -> str:
@@ -226,16 +262,26 @@ def _relative(source: str, root: str) -> str:
 def _listed(videos: Videos, done: dict[str, Done]) -> str:
     """Lines of the list file, in the order of the source; a video without a new file has none."""
     task = videos.tasks.get("label")
+    labels = [] if task is None else _writable(task.classes)
     lines = []
     for number, name in enumerate(map(absolute, videos.paths)):
         one = done.get(name)
         if one is not None and one.reason is None:
-            lines.append(f'"{one.target}"' + (f",{task.classes[task.labels[number]]}" if task else ""))
+            lines.append(f'"{one.target}"' + (f",{labels[task.labels[number]]}" if task else ""))
     return "".join(f"{line}\n" for line in lines)
 
 
+def _writable(classes: Sequence[str]) -> list[str]:
+    """The classes in characters that a list file can hold: commas, tabs and line ends part its columns and lines."""
+    plain = ["".join(" " if c == "," or not c.isprintable() else c for c in name) for name in classes]
+    plain = [" ".join(name.split()) for name in plain]
+    if len(set(plain)) == len(plain) and all(plain):
+        return plain
+    return [f"{number} {name}".strip() for number, name in enumerate(plain)]
+
+
 def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+    scratch = path.with_name(f"{secrets.token_hex(6)}.{UNFINISHED}")
     try:
         with scratch.open("w", encoding="utf-8") as out:
             out.write(text)

@@ -23,7 +23,7 @@ from fastjepa.data.decode import VideoError, VideoInfo
 CLOCK = 90_000  # ticks a second in which times are kept, as in most containers
 TICK = Fraction(1, CLOCK)
 UNKNOWN_RATE = 25  # frames/s of a video that does not say it
-TEMPORARY = ".tmp-"
+UNFINISHED = "part"  # the end of a name that nothing takes for a video
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,16 @@ class Made:
     size: int
 
 
-def reencode(source: str, target: str, recipe: Recipe) -> Made:
+def reencode(source: str, target: str, recipe: Recipe, scratch_folder: str | None = None) -> Made:
     """Write the video once more, by rename. Frames keep their number, order and times; sound goes.
 
-    Errors: VideoError where the source cannot be read or the new file does not hold all of its frames; OSError.
+    `scratch_folder`: where it lies until it is whole, on the same disk; that of the target by default. Errors:
+    VideoError where the source cannot be read or the new file does not hold all of its frames; OSError.
     """
     info = media.probe(source)
-    folder, name = os.path.split(target)
+    folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
-    scratch = os.path.join(folder, f"{TEMPORARY}{secrets.token_hex(4)}-{name}")
+    scratch = os.path.join(scratch_folder or folder, f"{secrets.token_hex(6)}.{UNFINISHED}")
     try:
         _encode(info, scratch, recipe)
         found = media.probe(scratch)

@@ -112,7 +112,8 @@ class ClipPlan:
             lasts, spans = length * frame_seconds(known_times(length, times)), self.frames / self.fps
             return f"it lasts {lasts:.3g} s, less than the {spans:.3g} s that a clip spans" * (lasts < spans)
         window = self.frames * clip_stride(self.frames, self.stride, self.duration, rate)
-        return f"it has {length} frames, fewer than the {window} that a clip spans" * (length < window)
+        count = "1 frame" if length == 1 else f"{length} frames"
+        return f"it has {count}, fewer than the {window} that a clip spans" * (length < window)
 
     def clip(
         self,

@@ -1,7 +1,8 @@
 """What a collection holds: the videos of a folder, a list or shards, in a fixed order, and what of it is left out.
 
 Images are data where there is no video at all: beside videos they are thumbnails far more often. Then single images and
-folders of frames are left out of what was searched; whoever wants both names them in a list.
+folders of frames are left out of what was searched, and so are shards beside loose videos, which are mostly what these
+were unpacked from; whoever wants both names them in a list.
 """
 
 import os
@@ -126,6 +127,12 @@ def gather(named: Sequence[Named], *, listed: bool) -> Found:
                 damaged.append((path, content.reason))
             elif not members:
                 left[f"{SHARD} without videos"] += 1
+    shards = {item.shard for item in items if item.member or item.kind == SHARD}
+    if shards and not listed and any(item.kind == VIDEO and not item.member for item in items):
+        # The archives that loose videos came in, far more often than others.
+        left[SHARD] += len(shards)
+        items = [item for item in items if item.shard not in shards]
+        damaged = []
     if any(item.kind == VIDEO for item in items):
         beside = [item for item in items if item.kind in (IMAGE, FRAMES) and (item.member or not listed)]
         left.update(item.kind for item in beside)
@@ -143,7 +150,7 @@ def _table(shard: str) -> Table:
 
 def _notes(left: Counter[str], damaged: list[tuple[str, str]], unsaved: str | None) -> list[str]:
     notes = []
-    if beside := [_count(left[kind], kind) for kind in (FRAMES, IMAGE) if left[kind]]:
+    if beside := [_count(left[kind], kind) for kind in (SHARD, FRAMES, IMAGE) if left[kind]]:
         notes.append(f"left out beside videos: {', '.join(beside)}")
     if packed := left[PACKED]:
         notes.append(f"left out as only a plain .tar can be read at a place: {_count(packed, PACKED)}")

@@ -175,7 +175,7 @@ def _collected(named: list[Named], root: Path, where: str, *, listed: bool) -> V
         description,
         tasks,
         _split(order[readable[order]]) if tasks else {},
-        shards if any(one.kind == SHARD for one in named) else None,
+        shards if any(item.member or item.kind == SHARD for item in found.items) else None,
     )
 
 

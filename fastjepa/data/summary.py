@@ -18,7 +18,7 @@ def summarise(index: Index, frames: int, stride: int) -> list[str]:
     moving = [entry for entry in good if not entry.still]
     opened, total = index.opened, len(index.entries)
     lines = [
-        f"videos     {shown(index.description)}: {len(good):,} readable, {len(bad):,} not; "
+        f"videos     {shown(index.videos.description)}: {len(good):,} readable, {len(bad):,} not; "
         f"{byte_size(sum(entry.size for entry in index.entries))}",
         f"index      {shown(str(index.file))}; {opened:,} opened for it, {total - opened:,} known or not there to open",
     ]

@@ -94,6 +94,18 @@ def test_otherwise_auto_is_pyav_with_the_reason(dali, device, needs, dali_says, 
     assert (decoder.name, decoder.reason, decoder.encoded) == ("pyav", f"not dali_gpu: {reason}", None)
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/cache"), RuntimeError("no process")])
+def test_without_an_index_auto_is_pyav_and_a_name_is_refused(dali, error):
+    def entries():
+        raise error
+
+    decoder = choose_decoder("auto", CUDA, "", entries)
+    assert (decoder.name, decoder.encoded) == ("pyav", None)
+    assert decoder.reason == f"not dali_gpu: the index of the videos cannot be made: {error}"
+    with pytest.raises(ValueError, match=r"^data\.decoder: dali_gpu cannot be used here: the index of the video"):
+        choose_decoder("dali_gpu", CUDA, "", entries)
+
+
 def test_what_was_asked_for_and_cannot_run_is_refused_in_a_sentence(dali, monkeypatch):
     dali("libnvcuvid.so.1 cannot be loaded")
     with pytest.raises(ValueError, match=r"^data\.decoder: dali_gpu cannot be used here: libnvcuvid\.so\.1 cannot be "):

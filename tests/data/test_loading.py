@@ -280,6 +280,21 @@ def test_a_file_that_breaks_after_its_probe_is_replaced_too(film, good, tmp_path
     assert all(report == [(str(path), "the file does not exist")] for report in reports if report)
 
 
+def test_a_file_that_was_replaced_by_another_is_looked_at_anew(film, tmp_path):
+    path = film.video(tmp_path / "changing.mp4", frames=30)
+    reader = Reader([str(path)], 2)
+    reader.info(0)
+    path.write_text("no video any more")
+    with pytest.raises(VideoError):
+        reader.read(0, np.array([3]))
+    film.video(path, frames=12)
+    assert reader.info(0).frames == 12
+
+
+def test_a_given_frame_rate_is_for_what_does_not_say_its_own(good):
+    assert Reader(good, 2, frame_rate=7.0).info(0).rate == 24
+
+
 def test_one_good_file_among_many_is_found(good, bad):
     paths = [*(f"{next(iter(bad))}.{n}" for n in range(300)), good[0]]
     sample = make_dataset(paths)[0]

@@ -70,6 +70,16 @@ def test_classes_of_the_same_name_are_one_and_unlabelled_videos_are_in_no_split(
     # A probe of a part of them takes some of each collection.
     few = members_of(videos, 4)
     assert {number >= 9 for number in np.concatenate(list(few.values()))} == {True, False}
+    assert sum(map(len, members_of(videos, 9).values())) == 9, "all that have labels, though others have none"
+
+
+def test_numbers_mean_something_else_in_each_list_and_those_of_the_first_count(folders):
+    (folders / "x.csv").write_text("".join(f"a/{n}.mp4,{n % 2}\n" for n in range(6)))
+    (folders / "y.csv").write_text("b/0.mp4,0\nb/1.mp4,1\nb/2.mp4,2\n")
+    videos = open_collections({str(folders / "b"): 1, str(folders / "x.csv"): 1, str(folders / "y.csv"): 1}, 0)
+    assert videos.tasks["label"].classes == ("0", "1")
+    assert sorted(np.concatenate(list(videos.splits.values())).tolist()) == list(range(3, 9))
+    assert videos.description.endswith("(labels of 1 of them)")
 
 
 def test_collections_that_know_other_things_keep_their_labels_out(folders, tmp_path, monkeypatch):

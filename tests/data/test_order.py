@@ -72,6 +72,14 @@ def test_a_block_has_as_many_slots_as_it_says_however_small_a_weight_is():
     assert order.shares.tolist() == [BLOCK - 2, 1, 1]
 
 
+def test_equal_collections_have_orders_of_their_own():
+    order = VideoOrder(1, [collection(0, 30), collection(100, 30)])
+    drawn_in_turn = drawn(order, range(200))
+    first, second = ([v % 100 for v in drawn_in_turn if (v >= 100) == later][:30] for later in (False, True))
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert first != second
+
+
 def test_with_replacement_videos_come_by_chance():
     order = VideoOrder(1, [collection(0, 100)], replacement=True)
     seen = Counter(drawn(order, range(1000)))

@@ -9,7 +9,7 @@ import pytest
 from fastjepa.data import prepare as prepare_module
 from fastjepa.data.index import update_index
 from fastjepa.data.media import probe
-from fastjepa.data.prepare import Ledger, check_place, prepare
+from fastjepa.data.prepare import Ledger, alone, check_place, prepare
 from fastjepa.data.processes import Lost
 from fastjepa.data.reencode import Recipe
 from fastjepa.data.source import open_videos
@@ -105,13 +105,14 @@ def test_only_what_is_new_changed_failed_or_lost_is_made_again(go, folder, film,
     assert go(folder)[2] == []
     film.video(folder / "b.mp4", frames=30)
     film.video(folder / "new.mp4", frames=8)
+    os.utime(folder / "a.avi", ns=(1, 1))  # of the same size, and still another file
     (tmp_path / "out" / "a.mkv.mp4").unlink()
     ledger = tmp_path / "out" / "prepared.jsonl"
     failed = json.loads(ledger.read_text().splitlines()[-1]) | {"reason": "the decoder crashed"}
     with ledger.open("a") as out:
         out.write(json.dumps(failed) + "\n")
     _, made, new = go(folder)
-    assert set(new) == {"a.mkv", "b.mp4", "new.mp4", os.path.relpath(failed["source"], folder)}
+    assert set(new) == {"a.avi", "a.mkv", "b.mp4", "new.mp4", os.path.relpath(failed["source"], folder)}
     assert [probe(path).frames for path in made.paths] == [11, 12, 30, 8, 13]
     assert go(folder)[2] == []
 
@@ -119,12 +120,14 @@ def test_only_what_is_new_changed_failed_or_lost_is_made_again(go, folder, film,
 def test_what_a_killed_run_left_is_cleared_and_the_rest_is_kept(go, folder, tmp_path):
     go(folder)
     out = tmp_path / "out"
-    (out / "deep" / ".tmp-1234-c d.mp4").write_bytes(b"half")
+    (out / ".unfinished").mkdir()
+    (out / ".unfinished" / "1234.part").write_bytes(b"half")
+    assert len(open_videos(str(out), 0).paths) == 4, "what is unfinished is no video"
     (out / "prepared.jsonl").write_text((out / "prepared.jsonl").read_text()[:-20])
     _, made, new = go(folder)
     assert len(new) == 1, "the line that was torn"
     assert len(made.paths) == 4
-    assert not list(out.rglob(".tmp-*"))
+    assert not (out / ".unfinished").exists()
 
 
 def test_a_source_that_is_gone_leaves_the_list_and_its_file_stays(go, folder, tmp_path):
@@ -173,11 +176,53 @@ def test_errors_of_the_disk_are_told_from_those_of_a_file(monkeypatch, code, tmp
             raise error
 
         monkeypatch.setattr(prepare_module, "reencode", reencode)
-        return prepare_module._one((type("E", (), {"path": "a.mp4"}), "b.mp4", Recipe()))
+        return prepare_module._one((type("E", (), {"path": "a.mp4"}), "b.mp4", RECIPE, "."))
 
     assert fail(OSError(code, os.strerror(code))).errno == code
     assert fail(prepare_module.av.error.ExternalError(errno.EINVAL, "odd")).reason == "it cannot be encoded: odd"
     assert fail(prepare_module.VideoError("it has no video stream")).reason == "it has no video stream"
+
+
+def test_labels_that_a_list_cannot_hold_are_written_so_that_it_can(go, film, tmp_path):
+    film.video(tmp_path / "v.mp4", frames=6)
+    content = (tmp_path / "v.mp4").read_bytes()
+    for name, labels, wanted in (
+        ("a", ["brushing teeth, adult", "run\nfast", "a\tb"], ["brushing teeth adult", "run fast", "a b"]),
+        ("b", ["a, b", "a b"], ["0 a b", "1 a b"]),
+    ):
+        members = {f"{n}.{end}": data for n, label in enumerate(labels)
+                   for end, data in (("mp4", content), ("json", json.dumps({"label": label}).encode()))}  # fmt: skip
+        pack(tmp_path / f"{name}.tar", members.items())
+        _, made, _ = go(tmp_path / f"{name}.tar", out=name)
+        task = made.tasks["label"]
+        found = [task.classes[number] for number in task.labels]
+        assert sorted(found) == sorted(wanted)
+        assert len(made.paths) == len(labels)
+
+
+def test_names_like_those_of_unfinished_files_and_folders_like_files_are_no_trouble(go, film, tmp_path):
+    for name in (".tmp-old/x.mp4", "y.part.mp4", "a.avi", "a.mp4/b.avi", f"{'n' * 245}.mp4"):
+        (tmp_path / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        film.video(tmp_path / "videos" / name, frames=6)
+    for again in (5, 0):
+        result, made, new = go(tmp_path / "videos")
+        assert (len(new), result.failed, len(made.paths)) == (again, [], 5)
+
+
+def test_two_at_a_time_in_one_folder_are_refused(go, folder, tmp_path):
+    with alone(tmp_path / "out"), pytest.raises(ValueError, match="is being prepared by another process"):
+        go(folder)
+    assert len(go(folder)[2]) == 4
+
+
+def test_a_failure_of_what_is_gone_is_forgotten(go, folder, tmp_path):
+    go(folder)
+    ledger = tmp_path / "out" / "prepared.jsonl"
+    failed = json.loads(ledger.read_text().splitlines()[-1]) | {"source": "/gone.mp4", "reason": "it crashed"}
+    with ledger.open("a") as out:
+        out.write(json.dumps(failed) + "\n")
+    result, _, _ = go(folder)
+    assert (result.failed, result.gone) == ([], [])
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def test_a_rotated_video_is_stored_upright(film, tmp_path, rotation):
         {"codec": "mjpeg", "pixels": "yuvj420p"},
         {"codec": "libx264", "pixels": "yuv420p10le"},
         {"codec": "libx264", "pixels": "yuv420p", "x264_params": "fullrange=on"},
+        {"codec": "libx264", "pixels": "yuv420p10le", "x264_params": "fullrange=on"},
         {"codec": "libx264", "pixels": "yuv444p"},
         {"codec": "libx264rgb", "pixels": "rgb24"},
         {"codec": "libx264", "pixels": "gray"},

@@ -56,9 +56,14 @@ def test_a_shard_without_videos_is_left_out(tmp_path, clips):
 def test_shards_and_files_of_a_folder_are_one_collection_in_order(tmp_path, clips):
     pack(tmp_path / "b.tar", [("z.mp4", clips[0]), ("a.mp4", clips[1]), ("._z.mp4", b"of a Mac"), ("in.tar", b"x")])
     pack(tmp_path / "deep/c.tar", [("a.mp4", clips[2])])
+    alone = open_videos(str(tmp_path), 0)
+    assert [os.path.relpath(path, tmp_path) for path in alone.paths] == [
+        "b.tar::z.mp4", "b.tar::a.mp4", "deep/c.tar::a.mp4",
+    ]  # fmt: skip
     for name in ("a.mp4", "c.mp4"):
         (tmp_path / name).write_bytes(clips[3])
-    videos = open_videos(str(tmp_path), 0)
+    (tmp_path / "list.txt").write_text("a.mp4\nb.tar\nc.mp4\ndeep/c.tar\n")
+    videos = open_videos(str(tmp_path / "list.txt"), 0)
     assert [os.path.relpath(path, tmp_path) for path in videos.paths] == [
         "a.mp4",
         "b.tar::z.mp4",
@@ -68,10 +73,18 @@ def test_shards_and_files_of_a_folder_are_one_collection_in_order(tmp_path, clip
     ]
     assert videos.shards.tolist() == [0, 1, 1, 2, 3]
     assert videos.shards.dtype == np.int64
-    assert videos.description == f"2 videos, 3 videos in 2 shards under {tmp_path}"
-    (tmp_path / "b.tar").unlink()
-    (tmp_path / "deep/c.tar").unlink()
-    assert open_videos(str(tmp_path), 0).shards is None
+    assert videos.description == f"2 videos, 3 videos in 2 shards listed in {tmp_path / 'list.txt'}"
+
+
+def test_shards_beside_loose_videos_are_what_these_came_in_and_are_left_out(tmp_path, clips):
+    for name in ("a.mp4", "c.mp4"):
+        (tmp_path / name).write_bytes(clips[3])
+    before = open_videos(str(tmp_path), 0)
+    pack(tmp_path / "b.tar", [("z.mp4", clips[0]), ("a.mp4", clips[1])])
+    (tmp_path / "broken.tar").write_bytes(b"no archive" * 99)
+    after = open_videos(str(tmp_path), 0)
+    assert (after.paths, after.fingerprint, after.shards) == (before.paths, before.fingerprint, None)
+    assert after.description == f"2 videos under {tmp_path}; left out beside videos: 2 shards"
 
 
 def test_a_moved_shard_is_the_same_data_and_other_members_are_not(tmp_path, clips):

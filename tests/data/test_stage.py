@@ -1,7 +1,9 @@
 """Clips that are decoded between loader and step: their order, what fails, and who takes its place."""
 
 import io
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ import torch
 from fastjepa.data import excerpt as pieces
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.decode import probe, read_frames
-from fastjepa.data.decoders.dali import EncodedClip
-from fastjepa.data.decoders.stage import AHEAD, Decoding
+from fastjepa.data.decoders.encoded import EncodedClip
+from fastjepa.data.decoders.stage import AHEAD, Decoding, Failures
 from fastjepa.data.excerpt import excerpt
 from fastjepa.data.index import examine
 from fastjepa.data.loader import make_loader, running
@@ -26,10 +28,12 @@ class Pixels:
 
     def __init__(self, fails=()):
         self.fails, self.begun, self.most, self.closed, self.asked = set(fails), [], 0, False, []
+        self.batches = []
 
     def begin(self, clips):
         self.begun.append(clips)
         self.asked += [clip.path for clip in clips]
+        self.batches.append([clip.path for clip in clips])
         self.most = max(self.most, len(self.begun))
 
     def finish(self):
@@ -212,3 +216,54 @@ def test_an_encoded_clip_is_what_the_plan_says(paths):
         assert clip.encoded.tobytes() == piece.tobytes()
         assert clip.frames.tolist() == numbers.tolist()
         assert (clip.box, clip.flip) == (draw.box, draw.flip)
+
+
+@pytest.fixture
+def uneven(film, tmp_path):
+    """A video whose second half is shown at a third of the rate."""
+    path = tmp_path / "uneven.mkv"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = film.WIDTH, film.HEIGHT, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(40):
+            frame = av.VideoFrame.from_ndarray(film.picture(number), format="rgb24")
+            frame.pts, frame.time_base = 40 * number + 80 * max(0, number - 20), Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return str(path)
+
+
+def test_true_times_count_for_clips_that_are_decoded_elsewhere(uneven):
+    wanted, _ = load(make_dataset([uneven], fps=5.0), steps=(0, 6))
+    got, _ = load(make_dataset([uneven], [uneven], fps=5.0), Pixels(), steps=(0, 6))
+    assert_same(got, wanted)
+
+
+def test_which_decoder_reads_a_clip_is_the_same_for_a_run_that_goes_on(paths, tmp_path):
+    """What has failed is written down with its place: a later start knows what the run knew there, and no more."""
+
+    def run(first, last, listed):
+        decoder, said = Pixels(fails=[paths[3]]), []
+        dataset = make_dataset(paths, paths)
+        sets = [{"num_blocks": 2, "spatial_scale": (0.3, 0.3), "temporal_scale": (0.5, 0.5), "aspect_ratio": (1, 1)}]
+        loader = make_loader(
+            dataset, MaskCollator(sets, CROP, FRAMES, 4, 2, seed=0, truncation="random", group=4), first_step=first,
+            last_step=last, global_batch=4, batch_size=4, workers=0, pin_memory=False, tokens=32,
+        )  # fmt: skip
+        with running(loader) as loaded:
+            stage = Decoding(lambda: decoder, "dali_gpu", dataset, said.append, Failures(listed, 4 * first))
+            assert all(batch.clips.shape[0] == 4 for batch in stage(loaded))
+        return decoder.batches, said
+
+    whole, said = run(0, 16, tmp_path / "whole.jsonl")
+    assert len(said) == 1
+    tries = [number for number, clips in enumerate(whole) if paths[3] in clips]
+    assert len(tries) >= 2
+    for stop in range(1, 12):
+        listed = tmp_path / f"{stop}.jsonl"
+        # The first part runs on for a while after the checkpoint that the second begins with.
+        run(0, stop + 2, listed)
+        rest, said = run(stop, 16, listed)
+        assert rest == whole[stop:], stop
+        assert len(said) == (not any(number < stop for number in tries))

@@ -48,8 +48,13 @@ def choose_decoder(
     if not reason and name == "dali_gpu" and device.type != "cuda":
         reason = "there is no GPU to decode on"
     reason = reason or dali.why_not(torch.device("cpu") if name == "dali_cpu" else device)
+    found: Sequence[Entry] = ()
     if not reason:
-        found = entries()
+        try:
+            found = entries()
+        except (OSError, RuntimeError) as error:
+            reason = f"the index of the videos cannot be made: {error}"
+    if not reason:
         av1 = name != "dali_gpu" or decodes_av1(torch.cuda.get_device_capability(device))
         encoded = np.array([name in one.decoders and (av1 or one.codec != "av1") for one in found], dtype=bool)
         if encoded.any():

@@ -1,15 +1,17 @@
 """Between the loader and the step: clips that a batch decoder takes are decoded here, some batches ahead."""
 
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+import json
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastjepa.data.dataset import CHANCES, ClipDataset
-from fastjepa.data.decoders.dali import EncodedClip
+from fastjepa.data.decoders.encoded import EncodedClip
 from fastjepa.data.loader import Batch, EncodedBatch
 
 # One batch is decoded while the one before waits to be used: more would only take memory.
@@ -29,6 +31,38 @@ class BatchDecoder(Protocol):
         """End its threads."""
 
 
+class Failures:
+    """What a decoder failed on, by file: the numbers of the batches, and whether it is tried again.
+
+    Kept in `listed`, a line each (path, reason, slot), so that a run that goes on from batch `first` knows what it knew
+    then: which decoder reads a clip decides its last bits. For the same reason a failure counts for batches that are
+    begun after it is known in any case, not for those that were begun already.
+    """
+
+    def __init__(self, listed: Path | None, first_slot: int) -> None:
+        self.listed, self.first_slot = listed, first_slot
+        self.slots: dict[str, list[int]] = {}
+        if listed is not None and listed.is_file():
+            for line in listed.read_bytes().split(b"\n")[:-1]:
+                one = json.loads(line)
+                if one["slot"] < first_slot:
+                    self.slots.setdefault(one["path"], []).append(one["slot"])
+
+    def quarantined(self, path: str, slots: Sequence[int]) -> bool:
+        """Whether this file is not tried any more in the batch of these slots."""
+        known = slots[0] - (AHEAD - 1) * len(slots)  # the first slot of which nothing may be known yet
+        return len({slot for slot in self.slots.get(path, ()) if slot < known}) >= CHANCES
+
+    def add(self, path: str, reason: str, slot: int) -> bool:
+        """Write it down; whether it is the first failure of this file."""
+        first = path not in self.slots
+        self.slots.setdefault(path, []).append(slot)
+        if self.listed is not None:
+            with self.listed.open("a", encoding="ascii") as out:
+                out.write(json.dumps({"path": path, "reason": reason, "slot": slot}) + "\n")
+        return first
+
+
 class Decoding:
     """Decodes the clips of batches, and what has failed once more with PyAV, which reads past damaged places.
 
@@ -36,47 +70,54 @@ class Decoding:
     its threads must not be copied into the loader's processes. `say` is called once for each file that it fails on.
     """
 
-    def __init__(self, make: Callable[[], BatchDecoder], name: str, dataset: ClipDataset, say: Callable[[str], None]):
+    def __init__(
+        self,
+        make: Callable[[], BatchDecoder],
+        name: str,
+        dataset: ClipDataset,
+        say: Callable[[str], None],
+        failures: Failures | None = None,
+    ) -> None:
         self.make, self.name, self.dataset, self.say = make, name, dataset, say
-        self.failures: Counter[str] = Counter()
+        self.failures = failures or Failures(None, 0)
 
     def __call__(self, batches: Iterator[Batch | EncodedBatch]) -> Generator[Batch, None, None]:
         """The same batches in order, all of their clips decoded."""
-        waiting: deque[tuple[Batch | EncodedBatch, list[int]]] = deque()
+        waiting: deque[tuple[Batch | EncodedBatch, dict[int, EncodedClip]]] = deque()
         with closing(_Lazy(self.make)) as decoder:
             for batch in batches:
                 if isinstance(batch, Batch) and not waiting:
                     yield batch
                     continue
-                begun = []
-                if isinstance(batch, EncodedBatch):
-                    begun = [n for n, c in enumerate(batch.clips) if isinstance(c, EncodedClip) and self._tries(c.path)]
+                begun = {} if isinstance(batch, Batch) else self._tried(batch)
                 if begun:
-                    decoder.begin([batch.clips[n] for n in begun])  # type: ignore[misc]
+                    decoder.begin(list(begun.values()))
                 waiting.append((batch, begun))
                 if len(waiting) == AHEAD:
                     yield self._finished(decoder, *waiting.popleft())
             while waiting:
                 yield self._finished(decoder, *waiting.popleft())
 
-    def _tries(self, path: str) -> bool:
-        return self.failures[path] < CHANCES
+    def _tried(self, batch: EncodedBatch) -> dict[int, EncodedClip]:
+        """The clips that the decoder is asked for, by their place in the batch."""
+        return {
+            place: clip
+            for place, clip in enumerate(batch.clips)
+            if isinstance(clip, EncodedClip) and not self.failures.quarantined(clip.path, batch.batch.slots)
+        }
 
-    def _finished(self, decoder: "_Lazy", batch: Batch | EncodedBatch, begun: list[int]) -> Batch:
+    def _finished(self, decoder: "_Lazy", batch: Batch | EncodedBatch, begun: dict[int, EncodedClip]) -> Batch:
         if isinstance(batch, Batch):
             return batch
         pixels, failed = decoder.finish() if begun else (torch.empty(0, dtype=torch.uint8), {})
         if len(begun) == len(batch.clips) and not failed:
             return batch.batch._replace(clips=pixels)
         clips: list[Tensor | EncodedClip] = list(batch.clips)
-        for place, number in enumerate(begun):
-            if place not in failed:
-                clips[number] = pixels[place]
-                continue
-            path = batch.clips[number].path  # type: ignore[union-attr]
-            if not self.failures[path]:
-                self.say(f"decoder    {path}: {self.name} fails ({failed[place]}), so pyav reads it")
-            self.failures[path] += 1
+        for number, (place, clip) in enumerate(begun.items()):
+            if number not in failed:
+                clips[place] = pixels[number]
+            elif self.failures.add(clip.path, failed[number], batch.batch.slots[place]):
+                self.say(f"decoder    {clip.path}: {self.name} fails ({failed[number]}), so pyav reads it")
         return self._completed(batch.batch, clips, pixels.device)
 
     def _completed(self, batch: Batch, clips: list[Tensor | EncodedClip], device: torch.device) -> Batch:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastjepa.data.decode import VideoInfo
-from fastjepa.data.media import read_frames
+from fastjepa.data.media import encoded, read_frames
 
 INTRA_ONLY = ("mjpeg",)
 
@@ -29,11 +29,11 @@ def read_with_torchcodec(info: VideoInfo, indices: Sequence[int] | np.ndarray) -
     """Frames with these numbers, in this order: uint8 [F, H, W, 3], RGB, as displayed.
 
     Where torchcodec counts other frames than `probe` did, has no times to go by (AVI with B-frames is off by one or
-    two), or fails on a damaged place, PyAV reads instead: the same frames come out for every file. So are members of
-    shards read, and images are by Pillow. Errors: those of `read_frames`.
+    two), or fails on a damaged place, PyAV reads instead: the same frames come out for every file. Images are read by
+    Pillow. Errors: those of `read_frames`.
     """
     in_turn = info.codec in INTRA_ONLY  # nothing is reordered, so that no times are needed
-    possible = (info.pts is not None or in_turn) and not info.still and os.path.isfile(info.path)
+    possible = (info.pts is not None or in_turn) and not info.still and not os.path.isdir(info.path)
     frames = _read(info, np.asarray(indices)) if possible else None
     return read_frames(info, indices) if frames is None else frames
 
@@ -42,7 +42,8 @@ def _read(info: VideoInfo, indices: np.ndarray) -> np.ndarray | None:
     from torchcodec.decoders import VideoDecoder
 
     try:
-        decoder = VideoDecoder(info.path, dimension_order="NHWC", num_ffmpeg_threads=1)
+        source = info.path if os.path.isfile(info.path) else encoded(info.path).tobytes()  # a member of a shard
+        decoder = VideoDecoder(source, dimension_order="NHWC", num_ffmpeg_threads=1)
         found = decoder.metadata
         if len(decoder) != info.frames or (found.height, found.width) != (info.height, info.width):
             return None

@@ -115,7 +115,7 @@ def test_batches(benchmark, results, device, videos, codec, size, gop):
         pytest.skip(reason)
     source = batches.Source(videos.path(size, gop) if codec == "h264" else videos.coded(codec), device)
     threads = [n for n in batches.THREADS[device.type] if n <= 2 * processors()]
-    ways = sorted({(n, 2) for n in threads} | {(threads[-1], ahead) for ahead in batches.PREFETCH})
+    ways = sorted({(n, 2) for n in threads} | {(threads[-1], ahead) for ahead in batches.PREFETCH[device.type]})
     decoders = {way: batches.decoder(device, *way) for way in ways}
 
     def through(way):

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fastjepa.config import Data
 from fastjepa.data.index import Index
 from fastjepa.data.indexfile import Entry
-from fastjepa.data.pace import Pace, measure_pace
+from fastjepa.data.pace import MOST_VIDEOS, Pace, measure_pace
 from fastjepa.data.prepare import LEDGER, LIST, Ledger, Prepared, check_place, prepare
 from fastjepa.data.reencode import UNKNOWN_RATE, Recipe, size_of
 from fastjepa.data.source import Videos
@@ -50,6 +52,11 @@ def run_preparation(
     """Re-encode, and say what comes of it. Errors: ValueError for a folder that overlaps the collection; OSError."""
     entries = {entry.path: entry for entry in index.entries}
     check_place(asked.out, os.path.expanduser(path), entries)
+    if asked.ledger.done and not asked.ledger.done.keys() & entries.keys():
+        raise ValueError(
+            f"--prepare: expected the collection that {asked.out} was made of, such as "
+            f"{next(iter(asked.ledger.done))}, given {path}"
+        )
     good = [entry for entry in index.entries if entry.reason is None and not entry.still]
     if not good:
         raise ValueError(f"--prepare: {path} holds no video to encode among {len(entries):,} files")
@@ -119,13 +126,16 @@ def _gain(made: list[Entry], result: Prepared, out: Path, data: Data) -> str:
     long = [one for one in made if one.frames >= data.tubelet]
     if not long:
         return f"not measured: no video has a tubelet of {data.tubelet} frames"
-    places = ([one.path for one in long], [str(out / result.done[one.path].target) for one in long])
-    paces = [measure_pace(paths, data.frames, data.stride, data.crop, PACE_SECONDS) for paths in places]
+    sample = [long[n] for n in np.unique(np.linspace(0, len(long) - 1, MOST_VIDEOS).astype(int))]
+    shape = (data.frames, data.stride, data.crop, PACE_SECONDS)
+    paces = [measure_pace([one.path for one in sample], *shape)]
+    if isinstance(paces[0], Pace):  # of the new files as many as there was time for of the old ones: the same
+        sample = sample[: paces[0].videos]
+        paces.append(measure_pace([str(out / result.done[one.path].target) for one in sample], *shape))
     lost = [pace for pace in paces if not isinstance(pace, Pace)]
     if lost:
         return f"not measured: {shown(lost[0])}"
     old, new = (pace.rate for pace in paces if isinstance(pace, Pace))
     return (
-        f"{old:.3g} -> {new:.3g} clips/s in one process with PyAV ({new / old:.2g} x), measured on "
-        f"{min(pace.videos for pace in paces if isinstance(pace, Pace))} videos"
+        f"{old:.3g} -> {new:.3g} clips/s in one process with PyAV ({new / old:.2g} x), measured on {len(sample)} videos"
     )

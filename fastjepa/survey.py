@@ -33,7 +33,7 @@ PACE_SECONDS = 2.0  # of decoding
 RECIPE = {
     "--short-side": ("pixels of the shorter side, never more than the source has", Recipe.short_side, 16, 4096),
     "--gop": ("frames from one key frame to the next", Recipe.gop, 1, 600),
-    "--quality": ("x264's constant rate factor: less is better and larger", Recipe.quality, 0, 51),
+    "--quality": ("x264's constant rate factor: less is better and larger", Recipe.quality, 1, 51),
 }
 SAY_SECONDS = 10.0  # between two lines where there is no terminal
 

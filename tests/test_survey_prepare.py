@@ -70,7 +70,8 @@ def test_a_second_start_has_nothing_to_do(folder, tmp_path, capsys):
     [
         (["--gop", "5"], "--gop: expected beside --prepare FOLDER only, given '5' without it"),
         (["--prepare", "new", "--gop", "0"], "--gop: expected a whole number from 1 to 600, given '0'"),
-        (["--prepare", "new", "--quality", "x"], "--quality: expected a whole number from 0 to 51, given 'x'"),
+        (["--prepare", "new", "--quality", "x"], "--quality: expected a whole number from 1 to 51, given 'x'"),
+        (["--prepare", "new", "--quality", "0"], "--quality: expected a whole number from 1 to 51, given '0'"),
         (["--prepare", "new", "--short-side", "5"], "--short-side: expected a whole number from 16 to 4096, given '5'"),
         (["--prepare", "file"], "--prepare: expected a folder, given file, which is a file"),
         (["--prepare", "full"], "--prepare: expected a new folder or one prepared before, given full, which holds"),
@@ -92,6 +93,18 @@ def test_what_cannot_be_is_refused_in_one_sentence_and_writes_nothing(
     assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
     assert not (folder / "new").exists()
+
+
+def test_another_collection_does_not_take_the_place_of_the_one_before(folder, tmp_path, capsys):
+    go(folder, tmp_path / "out")
+    other = tmp_path / "other"
+    other.mkdir()
+    video(other / "0.mp4", frames=20)
+    before = (tmp_path / "out" / "videos.csv").read_text()
+    capsys.readouterr()
+    assert go(other, tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith(f"--prepare: expected the collection that {tmp_path / 'out'} was made of")
+    assert (tmp_path / "out" / "videos.csv").read_text() == before
 
 
 def test_a_collection_of_images_alone_is_refused(tmp_path, capsys):

@@ -20,8 +20,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from fastjepa.data import media
 from fastjepa.data.decode import VideoError, VideoInfo
 
-CLOCK = 90_000  # ticks a second in which times are kept, as in most containers
-TICK = Fraction(1, CLOCK)
+CLOCK = 90_000  # ticks a second in which uneven times are kept, as in most containers
+ROUNDING = 0.1  # of the time of a frame: by less than this the times of a constant rate are off
 UNKNOWN_RATE = 25  # frames/s of a video that does not say it
 UNFINISHED = "part"  # the end of a name that nothing takes for a video
 
@@ -29,7 +29,7 @@ UNFINISHED = "part"  # the end of a name that nothing takes for a video
 @dataclass(frozen=True)
 class Recipe:
     """How videos are encoded. short_side: pixels, never more than the source has; gop: frames from one key frame to the
-    next; quality: x264's constant rate factor, 0 (lossless) to 51."""
+    next; quality: x264's constant rate factor, 1 to 51 (0 is lossless, which no GPU decodes)."""
 
     short_side: int = 256
     gop: int = 16
@@ -76,9 +76,11 @@ def size_of(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 
 def _encode(info: VideoInfo, path: str, recipe: Recipe) -> None:
-    # One thread: the bytes are the same each time, and files are what is done in parallel.
+    # One thread: files are what is done in parallel. Without entropy coding by arithmetic and without a filter at the
+    # edges of blocks (fastdecode) a processor decodes far faster, for some more bytes.
     options = {
         "preset": "veryfast",
+        "tune": "fastdecode",
         "crf": str(recipe.quality),
         "threads": "1",
         "x264-params": f"keyint={recipe.gop}:min-keyint={recipe.gop}:scenecut=0:open-gop=0:bframes=0",
@@ -90,24 +92,35 @@ def _encode(info: VideoInfo, path: str, recipe: Recipe) -> None:
         closing(media.frames_in_order(info)) as frames,
         av.open(f"file:{path}", "w", format="mp4", container_options=container) as out,
     ):
-        stream = out.add_stream("libx264", rate=info.rate or UNKNOWN_RATE, options=options)
+        rate = info.rate or Fraction(UNKNOWN_RATE)
+        tick = _tick(info, rate)
+        stream = out.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.time_base = TICK
+        stream.codec_context.time_base = tick
         stream.codec_context.color_range = ColorRange.MPEG
-        for number, (frame, time) in enumerate(zip(frames, _ticks(info))):
+        for number, (frame, time) in enumerate(zip(frames, _ticks(info, tick))):
             picture = draw(frame)
             if number == 0:  # the tag goes on as it was: what goes by it and what does not see the same as before
                 stream.codec_context.colorspace = picture.colorspace
-            picture.pts, picture.time_base = time, TICK
+            picture.pts, picture.time_base = time, tick
             picture.pict_type = PictureType.NONE  # a key frame of the source would become one here
             out.mux(stream.encode(picture))
         out.mux(stream.encode(None))
 
 
-def _ticks(info: VideoInfo) -> list[int]:
+def _tick(info: VideoInfo, rate: Fraction) -> Fraction:
+    """The clock of the new file, in s: of a constant rate that of the frames, so that it stays exactly what it is.
+
+    Constant is what a rounded clock (milliseconds in Matroska) makes of it, too.
+    """
+    even = info.times is None or np.abs(info.times * float(rate) - np.arange(info.frames)).max() < ROUNDING
+    return 1 / rate if even else Fraction(1, CLOCK)
+
+
+def _ticks(info: VideoInfo, tick: Fraction) -> list[int]:
     """When each frame is shown, ascending, in ticks of the new file from the first one on."""
-    times = np.arange(info.frames) / UNKNOWN_RATE if info.times is None else info.times
-    ticks = np.round(times * CLOCK).astype(np.int64)
+    times = np.arange(info.frames) * float(tick) if info.times is None else info.times
+    ticks = np.round(times / float(tick)).astype(np.int64)
     # Of frames that are shown at the same tick the later ones come a tick later: strictly ascending, as a file needs.
     places = np.arange(info.frames)
     return (np.maximum.accumulate(ticks - places) + places).tolist()

@@ -51,7 +51,7 @@ def test_every_container_gives_the_same_frames_at_the_same_times(made, kind, fil
     assert result == Made(50, target.stat().st_size)
     assert [film.number_of(frame) for frame in read_frames(after, np.arange(50))] == list(range(50))
     assert (after.codec, after.pixel_format, after.rotation, after.pts is None) == ("h264", "yuv420p", 0, False)
-    assert np.abs(before.times - after.times).max() < 1.2e-5
+    assert np.abs(before.times - after.times).max() < 6e-4, "a clock of milliseconds"
     assert np.diff(after.keys).tolist() == [16] * 3
     assert compare(made[kind], target)[0] < 4
     assert list(tmp_path.glob("new/*")) == [target]
@@ -135,6 +135,14 @@ def test_a_variable_frame_rate_stays(film, tmp_path):
     assert np.allclose(probe(tmp_path / "b.mp4").times, times / 1000, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["b_frames.mp4", "h264.mkv", "vp9.webm", "stream.ts", "mpeg4.avi"])
+def test_a_constant_rate_stays_exactly_what_it_is(made, name, tmp_path):
+    reencode(str(made[name]), str(tmp_path / "b.mp4"), Recipe())
+    info = probe(tmp_path / "b.mp4")
+    assert info.rate == 24
+    assert np.allclose(info.times, np.arange(50) / 24, atol=1e-9)
+
+
 def test_damaged_places_are_filled_as_they_are_read(film, tmp_path):
     source = film.spoil(film.video(tmp_path / "a.mp4", frames=40), range(20, 26))
     reencode(str(source), str(tmp_path / "b.mp4"), Recipe())
@@ -152,7 +160,8 @@ def test_folders_of_frames_become_videos(film, tmp_path):
 
 
 def test_the_same_source_gives_the_same_bytes(film, tmp_path):
-    source = film.video(tmp_path / "a.mkv", frames=30)
+    # x264 itself is not so exact in pictures of under 64 pixels.
+    source = film.write(tmp_path / "a.mkv", [film.picture(number, 128, 192) for number in range(30)])
     for name in "bc":
         reencode(str(source), str(tmp_path / f"{name}.mp4"), Recipe())
     assert (tmp_path / "b.mp4").read_bytes() == (tmp_path / "c.mp4").read_bytes()
@@ -163,7 +172,7 @@ def test_what_cannot_be_read_leaves_nothing_behind(tmp_path, film, monkeypatch):
     with pytest.raises(VideoError):
         reencode(str(tmp_path / "text.mp4"), str(tmp_path / "new" / "b.mp4"), Recipe())
     source = film.video(tmp_path / "a.mp4", frames=9)
-    monkeypatch.setattr("fastjepa.data.reencode._ticks", lambda info: [0, 3000, 6000])
+    monkeypatch.setattr("fastjepa.data.reencode._ticks", lambda info, tick: [0, 1, 2])
     with pytest.raises(VideoError, match=r"^the new file has 3 frames of 9$"):
         reencode(str(source), str(tmp_path / "new" / "b.mp4"), Recipe())
     assert not (tmp_path / "new").exists() or list((tmp_path / "new").iterdir()) == []
@@ -176,5 +185,5 @@ def test_real_clips_keep_their_frames_times_and_pictures(path, tmp_path):
     apart, after = compare(path, tmp_path / "b.mp4")
     assert apart < 5
     before = probe(path)
-    assert before.times is None or np.abs(before.times - after.times).max() < 2e-5
+    assert before.times is None or np.abs(before.times - after.times).max() < 2e-3
     assert min(after.width, after.height) <= 256

@@ -271,7 +271,7 @@ class LengthsOnly:
         self.lengths, self.paths, self.read_videos = lengths, [f"{n}.mp4" for n in range(len(lengths))], []
 
     def info(self, video):
-        return SimpleNamespace(frames=self.lengths[video], height=CROP, width=CROP, rate=None)
+        return SimpleNamespace(still=False, frames=self.lengths[video], height=CROP, width=CROP, rate=None)
 
     def read(self, video, frames):
         self.read_videos.append(video)

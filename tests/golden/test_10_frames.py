@@ -90,7 +90,7 @@ class Blank:
         self.length = length
 
     def info(self, video):
-        return SimpleNamespace(frames=self.length, height=8, width=8, rate=None)
+        return SimpleNamespace(still=False, frames=self.length, height=8, width=8, rate=None)
 
     def read(self, video, frames):
         return np.zeros((len(frames), 8, 8, 3), dtype=np.uint8)

@@ -44,9 +44,9 @@ def choose_decoder(
             raise ValueError(f"data.decoder: torchcodec cannot run here: {reason}")
         return Decoder("torchcodec", "asked for")
     name = "dali_gpu" if wanted == "auto" else wanted
-    reason = needs_frames and f"{needs_frames} works on frames in the loader processes"
-    if not reason and name == "dali_gpu" and device.type != "cuda":
-        reason = "there is no GPU to decode on"
+    reason = "there is no GPU to decode on" if name == "dali_gpu" and device.type != "cuda" else ""
+    if not reason and needs_frames:
+        reason = f"{needs_frames} works on frames in the loader processes"
     reason = reason or dali.why_not(torch.device("cpu") if name == "dali_cpu" else device)
     found: Sequence[Entry] = ()
     if not reason:

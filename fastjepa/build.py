@@ -18,6 +18,7 @@ from fastjepa.data.order import VideoOrder
 from fastjepa.data.processes import processors
 from fastjepa.data.sampling import Augmentation, ClipPlan
 from fastjepa.data.source import Videos
+from fastjepa.exchange import Exchange
 from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, MaskCollator, RandomTubeMaskCollator
 from fastjepa.models import build_vit, vit_predictor
@@ -79,14 +80,15 @@ class Step(NamedTuple):
     lines: list[str]
 
 
-def build_step(s: Settings, device: torch.device) -> Step:
-    """The JEPA, set up to run as the settings say.
+def build_step(s: Settings, device: torch.device, *, move: bool = True) -> Step:
+    """The JEPA, set up to run as the settings say; on the device where it may `move` there, else on the CPU.
 
     Errors: ValueError where something that was asked for cannot run on this machine.
     """
+    place = device if move else torch.device("cpu")
     compiled = compiles(s.runtime, device)
     if s.runtime.execution == "reference":
-        jepa = build_jepa(s).to(device)
+        jepa = build_jepa(s).to(place)
         lines = ["kernels    torch's own functions: the reference execution takes no others"]
     else:
         # Without truncation every clip has a length of its own.
@@ -100,7 +102,7 @@ def build_step(s: Settings, device: torch.device) -> Step:
             flat=own_lengths and (compiled or device.type == "cuda"),
             group=group if compiled else None,
         )
-        jepa = build_jepa(s, operations).to(device)
+        jepa = build_jepa(s, operations).to(place)
         like = torch.empty(0, device=device, dtype=DTYPES[s.optim.dtype])
         sizes = [next(_attentions(network)) for network in (jepa.encoder, jepa.predictor)]
         lines.append(explain_attention(operations, sizes, like))
@@ -208,13 +210,19 @@ def build_schedule(s: Settings) -> Schedule:
 
 
 def build_optimizer_pass(
-    s: Settings, jepa: JEPA, scaler: torch.amp.GradScaler | None, *, accumulation: int = 1
+    s: Settings,
+    jepa: JEPA,
+    scaler: torch.amp.GradScaler | None,
+    *,
+    accumulation: int = 1,
+    exchange: Exchange | None = None,
 ) -> OptimizerPass:
     """AdamW over the online networks, with the moving average of the target encoder.
 
-    The packed step in bfloat16 computes with copies of the matrices; the reference one leaves casts to autocast, as the
-    public code does.
+    The packed step in bfloat16 computes with copies of the matrices, unless it is sharded, which rounds what it
+    gathers; the reference one leaves casts to autocast, as the public code does.
     """
+    sharded = exchange is not None and exchange.shards
     packed = s.runtime.execution == "packed"
     device = next(jepa.parameters()).device
     return OptimizerPass(
@@ -227,7 +235,8 @@ def build_optimizer_pass(
         clip_per_network=s.compat.clip_per_network,
         ema_positions=s.compat.ema_positions,
         scaler=scaler,
-        copies=torch.bfloat16 if packed and s.optim.dtype == "bfloat16" else None,
+        copies=torch.bfloat16 if packed and s.optim.dtype == "bfloat16" and not sharded else None,
         accumulation=accumulation,
         kernels=update_kernels(s.runtime.kernels, device) if packed else None,
+        exchange=exchange,
     )

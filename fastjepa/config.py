@@ -237,6 +237,12 @@ class Runtime(Section):
         "free",
         ge=0,
     )
+    parallel: Literal["auto", "ddp", "fsdp2"] = setting(
+        "auto",
+        "how several processes share the work: ddp gives each all weights, fsdp2 a part of each weight (packed "
+        "execution); auto is ddp where the weights fit on a device",
+        "free",
+    )
     threads: Count | None = setting(None, "CPU threads of the training process; null leaves it to torch", "free")
     deterministic: bool = setting(False, "deterministic kernels: bitwise repeatable on a GPU, slower", "free")
 

@@ -65,6 +65,16 @@ def _execution(s: Settings) -> Iterator[Mistake]:
                     f"runtime.{key}: expected {expected} with runtime.execution reference, which runs like the public "
                     f"code, given {given}",
                 )
+    if r.parallel == "fsdp2":
+        for key, expected, given in (
+            ("runtime.execution", "packed", r.execution),
+            ("optim.dtype", "bfloat16 or float32", s.optim.dtype),
+        ):
+            if given not in expected:
+                yield (
+                    (key, "runtime.parallel"),
+                    f"{key}: expected {expected} with runtime.parallel fsdp2, given {given}",
+                )
     for piece, name in named.items():
         if name == "fused" and piece not in WITH_PRODUCT:
             yield (

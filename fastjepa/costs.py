@@ -48,7 +48,8 @@ class StepShape:
     `batch` clips a forward pass, `parts` of them accumulated; `runs` stretches of clips with equally many tokens in a
     pass; `union` the tokens that are a target of some set. `packed` against the public code's way; `fused` kernels
     against torch's own functions, which may be `compiled`; `masters`: bf16 weights beside float32 masters, against
-    float32 under autocast. The first `recomputed` blocks of a network run forward twice.
+    float32 under autocast. The first `recomputed` blocks of a network run forward twice. Of `processes` each does this
+    with its own clips, and holds one of the `shards` of every weight.
     """
 
     encoder: Network
@@ -71,6 +72,8 @@ class StepShape:
     noised: bool
     clipped: bool
     regularised: bool
+    processes: int = 1
+    shards: int = 1
 
     @property
     def autocast(self) -> bool:

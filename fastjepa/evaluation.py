@@ -1,16 +1,18 @@
 """Once in a while, and at the end: probe the features and draw the pictures."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from math import ceil
 
 import torch
+from torch import Tensor
 
 from fastjepa import probe, viz
 from fastjepa.build import build_dataset, build_jepa, build_masks, build_reader
 from fastjepa.config import Settings
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
-from fastjepa.log import RunLog, read_metrics
+from fastjepa.log import Log, read_metrics
 from fastjepa.models import VisionTransformer
 
 CLIPS_SHOWN = 4
@@ -29,8 +31,20 @@ def should_probe(s: Settings, videos: Videos) -> tuple[bool, str]:
     return True, ""
 
 
-def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, stopped: Callable[[], bool]) -> None:
-    """Probe the target encoder beside an untrained one; console, probe/ and metrics of this step."""
+def run_probe(
+    s: Settings,
+    jepa: JEPA,
+    videos: Videos,
+    log: Log,
+    step: int,
+    stopped: Callable[[], bool],
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Probe the target encoder beside an untrained one; console, probe/ and metrics of this step.
+
+    `state` are the weights of the target encoder where the networks of this process hold a part of them only.
+    `stopped` is asked often.
+    """
     log.say(f"probing the features of step {step} ...")
     device = next(jepa.parameters()).device
     training = jepa.training
@@ -42,6 +56,9 @@ def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, s
     kind = "attentive" if s.eval.probe == "attentive" else "linear"
     too_few = "too few of the labelled videos can be read"
     trained = jepa.target_encoder.eval()
+    if state is not None:
+        trained = deepcopy(untrained)
+        trained.load_state_dict(state)
     try:
         if kind == "attentive":
             assert isinstance(trained, VisionTransformer)
@@ -65,7 +82,7 @@ def run_probe(s: Settings, jepa: JEPA, videos: Videos, log: RunLog, step: int, s
         log.say(line)
 
 
-def draw_pictures(s: Settings, videos: Videos, log: RunLog) -> None:
+def draw_pictures(s: Settings, videos: Videos, log: Log) -> None:
     """viz/loss.png, viz/clips.png and viz/masks.png: the curves so far, and the first clips with the first masks."""
     rows = read_metrics(log.folder)
     if rows:

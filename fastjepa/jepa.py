@@ -76,7 +76,12 @@ class JEPA(nn.Module):
 
         `clips` as for `forward`.
         """
-        return Targets(self.target_encoder(self._floats(clips))).every()
+        if self.execution == "reference":
+            return Targets(self.target_encoder(self._floats(clips))).every()
+        encoder = self.target_encoder
+        assert isinstance(encoder, VisionTransformer)
+        patches = self.operations.cut(encoder, clips)
+        return self.operations.targets(packing.encode_all(encoder, patches, self.operations)).every()
 
     def forward(
         self,

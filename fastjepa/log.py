@@ -1,26 +1,76 @@
-"""What a run says: console, train.log, metrics.jsonl, status.json, and on request TensorBoard and Weights & Biases."""
+"""What a run says: console, train.log, metrics.jsonl, status.json, and on request TensorBoard and Weights & Biases.
+
+Of several processes the first one writes (`RunLog`); the others have a `Log` that says nothing but how they failed.
+"""
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastjepa.config import Log
+from fastjepa import config
 from fastjepa.runfolder import write_atomically
 
 
-class RunLog:
+class Log:
+    """That of a process which leaves speaking to the first one. `who` names it: "process 3 of 8"."""
+
+    def __init__(self, folder: Path, who: str = "") -> None:
+        self.folder, self.who = folder, who
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End what was begun."""
+
+    def say(self, text: str) -> None:
+        """One line on the console and in train.log."""
+
+    def fail(self, text: str, details: str = "") -> None:
+        """Say how this process failed, whichever it is; `details` go into train.log only."""
+        sys.stderr.write(f"{self.who}: {text}\n")
+        try:
+            with (self.folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as out:
+                out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.who}: {text}\n{details}")
+        except OSError as error:
+            sys.stderr.write(f"{self.who}: the log in {self.folder} cannot be written: {error}\n")
+
+    def start_progress(self, step: int) -> None:
+        """Show the bar, where the console is a terminal."""
+
+    def stop_progress(self) -> None:
+        """Take the bar away."""
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+
+    def rewind(self, step: int) -> None:
+        """Drop rows of metrics.jsonl after this step: a resumed run logs them again, each step once."""
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """One row of metrics.jsonl; numbers that are not finite are written as null."""
+
+    def status(self, state: str, step: int, **more: Any) -> None:
+        """Replace status.json: state, step, time of the heartbeat."""
+
+
+class RunLog(Log):
     """Writes to the console and into a run folder. A progress bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, folder: Path, settings: Log, name: str, last_step: int) -> None:
-        self.folder, self.last_step = folder, last_step
+    def __init__(self, folder: Path, settings: config.Log, name: str, last_step: int) -> None:
+        super().__init__(folder)
+        self.last_step = last_step
         self.console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._text = (folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace")
         self._metrics = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
@@ -28,9 +78,6 @@ class RunLog:
         self._task: Any = None
         self._board = _tensorboard(folder) if settings.tensorboard else None
         self._wandb = _wandb(folder, name) if settings.wandb else None
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -52,11 +99,13 @@ class RunLog:
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
             self._text.flush()
 
-    def note(self, text: str) -> None:
-        """Into train.log only."""
-        with self._full_disk_is_said():
-            self._text.write(f"{text}\n")
-            self._text.flush()
+    def fail(self, text: str, details: str = "") -> None:
+        """As `Log`, on the console like everything else."""
+        if details:
+            with self._full_disk_is_said():
+                self._text.write(f"{details}\n")
+                self._text.flush()
+        self.say(text)
 
     def start_progress(self, step: int) -> None:
         """Show the bar, where the console is a terminal."""

@@ -23,7 +23,7 @@ def held_bytes(s: StepShape) -> dict[str, float]:
     gradients = (2 + (4 if s.parts > 1 else 0)) if s.masters else 4
     state = (4 * trained + 4 * frozen, (2 if half else 0) * trained, gradients * trained, 8 * trained, target)
     return {
-        **dict(zip(STATE, map(float, state))),
+        **{name: value / s.shards for name, value in zip(STATE, state)},
         "activations": s.batch * max(_kept_for_backward(s), _alive_in_target_pass(s)),
         # This batch and the next one, which is on its way.
         "input clips": 2.0 * s.batch * s.tokens * s.patch_values * s.pixel_bytes,

@@ -9,6 +9,7 @@ from math import cos, pi
 import torch
 from torch import Tensor
 
+from fastjepa.exchange import Exchange
 from fastjepa.jepa import JEPA
 from fastjepa.masters import Masters
 from fastjepa.updates import KernelUpdate, Weight, grad, norm_of, slots_of, weights_of, widen
@@ -93,7 +94,8 @@ class OptimizerPass:
     With `copies` (bfloat16) the pass owns float32 masters of the matrices, and the modules hold copies of them (see
     `Masters`); the gradients of `accumulation` micro-batches are then summed in float32. `kernels` names an
     implementation of `fastjepa_kernels.adamw_ema_`, which does all that follows the norms in one pass over memory;
-    None takes torch's functions, with the same numbers to rounding and the same state.
+    None takes torch's functions, with the same numbers to rounding and the same state. `exchange` says what other
+    processes hold and give; None is a process that trains alone.
     """
 
     def __init__(
@@ -111,13 +113,15 @@ class OptimizerPass:
         copies: torch.dtype | None = None,
         accumulation: int = 1,
         kernels: Impl | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.jepa, self.schedule = jepa, schedule
+        self.exchange = exchange or Exchange(jepa)
         self.clip_grad, self.clip_from_step, self.clip_per_network = clip_grad, clip_from_step, clip_per_network
         self.ema_positions, self.scaler, self.accumulation = ema_positions, scaler, accumulation
         self.masters = Masters(jepa, copies)
         groups = parameter_groups(jepa)
-        self.weights = weights_of(jepa, self.masters, groups)
+        self.weights = weights_of(jepa, self.masters, groups, self.exchange.local)
         masters = {id(weight.parameter): weight.master for weight in self.weights}
         for group in groups:
             group["params"] = [masters[id(parameter)] for parameter in group["params"]]
@@ -128,12 +132,15 @@ class OptimizerPass:
         device = next(jepa.encoder.parameters()).device
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
+        self.exchange.ready(self.weights)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch; `loss` is already divided by the number of micro-batches."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Accumulate the gradients of one micro-batch; `loss` is already divided by the number of micro-batches.
+
+        `last` for the last one of the step.
+        """
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if self.accumulation > 1:
-            widen(self.weights)
+        self.exchange.collect(self.weights, last, self.accumulation)
 
     def drop_gradients(self) -> None:
         """Forget what micro-batches have accumulated."""
@@ -169,11 +176,14 @@ class OptimizerPass:
         return norms
 
     def _norms(self) -> StepNorms:
-        norms = [
-            norm_of([w.gradient for w in self.weights if w.of_encoder is network and w.gradient is not None])
-            for network in (True, False)
-        ]
-        return StepNorms(norms[0], norms[1], torch.linalg.vector_norm(torch.stack(norms)))
+        norms = torch.stack(
+            [
+                norm_of([w.gradient for w in self.weights if w.of_encoder is network and w.gradient is not None])
+                for network in (True, False)
+            ]
+        )
+        norms = self.exchange.norms(norms)
+        return StepNorms(norms[0], norms[1], torch.linalg.vector_norm(norms))
 
     def _scales(self, norms: StepNorms) -> tuple[Tensor, Tensor]:
         """What the gradients of encoder and predictor are multiplied by: 1 where the norm is below the limit."""
@@ -203,7 +213,8 @@ class OptimizerPass:
         pairs = [(weight.target, weight.master.data) for weight in left if weight.target is not None]
         if self.ema_positions:
             frozen = zip(self.jepa.target_encoder.parameters(), self.jepa.encoder.parameters())
-            pairs += [(target.data, online.data) for target, online in frozen if not online.requires_grad]
+            local = self.exchange.local
+            pairs += [(local(target.data), local(online.data)) for target, online in frozen if not online.requires_grad]
         if pairs:
             stay = momentum + bad.double() * (1.0 - momentum)
             self.jepa.operations.move_([target for target, _ in pairs], [online for _, online in pairs], stay)
@@ -229,5 +240,6 @@ class OptimizerPass:
         state = {"optim.skipped": self.skipped, "optim.skipped_in_a_row": self.skipped_in_a_row}
         for weight in self.weights:
             slots = slots_of(self.optimizer, weight.master)
-            state |= {f"optim.{key}.{weight.name}": value for key, value in slots.items()}
+            whole = self.exchange.whole
+            state |= {f"optim.{key}.{weight.name}": whole(value, weight.parameter) for key, value in slots.items()}
         return state

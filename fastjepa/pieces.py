@@ -15,7 +15,7 @@ from fastjepa.attending import Dispatched, Indexed
 from fastjepa.config import Piece
 from fastjepa.fused import Fused
 from fastjepa.models.layers import MLP, Attention, Block
-from fastjepa.models.operations import LIBRARY, Operations
+from fastjepa.models.operations import LIBRARY, Operations, Wanted
 
 PIECES: tuple[Piece, ...] = get_args(Piece)
 
@@ -44,12 +44,17 @@ class Composite(Operations):
         self.recomputed = 0
         self._block: Callable[..., tuple[Tensor, Tensor]] = super().block
         self._finish: Callable[..., Tensor] = super().finish
+        self._within: Callable[..., Any] = lambda block, run, *rows: run(*rows)
 
     def run_blocks_by(self, compile: Callable[[Callable], Callable] | None, recomputed: int) -> None:
         """Compile blocks with this function, and compute the first `recomputed` of a network again in backward."""
         self.recomputed = recomputed
         if compile is not None:
             self._block, self._finish = compile(super().block), compile(super().finish)
+
+    def run_within(self, within: Callable[..., Any]) -> None:
+        """Run every block inside `within(block, run, *rows)`, which returns `run(*rows)`."""
+        self._within = within
 
     def check(self, network: nn.Module) -> None:
         """What every piece has to say of a network."""
@@ -65,11 +70,22 @@ class Composite(Operations):
         self, number: int, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, kept: bool
     ) -> tuple[Tensor, Tensor]:
         """Compiled where that was asked for; recomputed where gradients are wanted."""
-        run = partial(self._block, 0, block, after)
-        if number < self.recomputed and torch.is_grad_enabled():
-            # No random numbers are drawn in a block.
-            return checkpoint(run, normed, x, layout, kept, use_reentrant=False, preserve_rng_state=False)
-        return run(normed, x, layout, kept)
+
+        def run(normed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            rows = partial(self._block, 0, block, after)
+            if number < self.recomputed and torch.is_grad_enabled():
+                # No random numbers are drawn in a block.
+                return checkpoint(rows, normed, x, layout, kept, use_reentrant=False, preserve_rng_state=False)
+            return rows(normed, x, layout, kept)
+
+        return self._within(block, run, normed, x)
+
+    def last_block(
+        self, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, wanted: Wanted, kept: bool
+    ) -> Tensor:
+        """As in `Operations`."""
+        last = super().last_block
+        return self._within(block, lambda n, y: last(block, after, n, y, layout, wanted, kept), normed, x)
 
     def finish(self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool) -> Tensor:
         """Compiled where that was asked for."""

@@ -71,17 +71,20 @@ def make_plan(
     before: int | None = None,
     *,
     compiled: bool = False,
+    processes: int = 1,
+    shards: int = 1,
 ) -> Plan:
     """Work out the derived numbers, and the batch size where it is `auto`.
 
     `usable` are the bytes that the run may hold (`fastjepa.memory.usable_memory`), `compiled` whether its blocks are.
     `before` is what `auto` came to when the run began: another size would round differently and end the bitwise resume.
+    `processes` share a step, and hold a part of `shards` of every weight each.
     """
-    shape = _shape(s, jepa, masks, compiled)
+    shape = replace(_shape(s, jepa, masks, compiled), processes=processes, shards=shards)
     batch = s.data.batch_size
     if batch == "auto":
-        kept = before and s.optim.global_batch % before == 0 and before % s.data.clips_per_video == 0
-        fitting = [b for b in batch_sizes(s) if b <= max(MOST_AUTOMATIC, s.data.clips_per_video)]
+        kept = before in batch_sizes(s, processes)
+        fitting = [b for b in batch_sizes(s, processes) if b <= max(MOST_AUTOMATIC, s.data.clips_per_video)]
         largest = largest_fitting(s, shape, usable, fitting) or fitting[0]
         batch = before if before is not None and kept else largest
     shape = at_batch(s, shape, batch)
@@ -89,10 +92,10 @@ def make_plan(
     return Plan(shape, sum(item.flop for item in step_work(minimal)), held_bytes(shape))
 
 
-def batch_sizes(s: Settings) -> list[int]:
-    """Every possible batch, ascending: divisors of the global batch, in whole videos."""
-    clips = s.data.clips_per_video
-    return [clips * videos for videos in range(1, s.videos_per_step + 1) if s.videos_per_step % videos == 0]
+def batch_sizes(s: Settings, processes: int = 1) -> list[int]:
+    """Every possible batch, ascending: divisors of what a process has of the global batch, in whole videos."""
+    clips, own = s.data.clips_per_video, s.videos_per_step // processes
+    return [clips * videos for videos in range(1, own + 1) if own % videos == 0]
 
 
 def largest_fitting(s: Settings, shape: StepShape, usable: float, sizes: Sequence[int]) -> int | None:
@@ -106,7 +109,7 @@ def at_batch(s: Settings, shape: StepShape, batch: int) -> StepShape:
     videos = batch // s.data.clips_per_video
     group = {"tube": videos, "multiblock": 1 if s.mask.truncation == "none" else s.group}[s.mask.kind]
     runs = ceil(videos / group)  # with one length each: tubes all have the same
-    return replace(shape, batch=batch, parts=s.optim.global_batch // batch, runs=runs)
+    return replace(shape, batch=batch, parts=s.optim.global_batch // (batch * shape.processes), runs=runs)
 
 
 def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
@@ -127,7 +130,8 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
         f"targets: {s.model.targets}{noise}",
         f"tokens     {plan.tokens} a clip; {sets}; {_rule(s)}",
         f"clips      {_clips(s)}",
-        f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated, "
+        f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated"
+        f"{'' if plan.shape.processes == 1 else f' x {plan.shape.processes} processes'}, "
         f"{s.optim.dtype}, execution {s.runtime.execution}",
         f"work       {plan.flop_per_clip / 1e12:.3g} TFLOP a clip; memory by the model: "
         f"{_gigabytes(state)} state + {_gigabytes(kept)} activations",

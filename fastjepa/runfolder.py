@@ -55,7 +55,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another process work here."""
-        self.lock.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def open_run(settings: Settings, name: str, data: str) -> RunFolder:

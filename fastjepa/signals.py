@@ -13,9 +13,13 @@ WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupts:
-    """A context in which signals are noted instead of ending the process. `received` is the first one's name."""
+    """A context in which signals are noted instead of ending the process. `received` is the first one's name.
 
-    def __init__(self) -> None:
+    Of several processes that get the same signal one is `loud`.
+    """
+
+    def __init__(self, *, loud: bool = True) -> None:
+        self.loud = loud
         self.received: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -36,4 +40,5 @@ class Interrupts:
             os._exit(Exit.SECOND_INTERRUPT)
         self.received = signal.Signals(number).name
         # Unbuffered: a handler may run in the middle of a print.
-        os.write(2, f"{self.received}: saving and leaving; once more leaves at once\n".encode())
+        if self.loud:
+            os.write(2, f"{self.received}: saving and leaving; once more leaves at once\n".encode())

@@ -1,105 +1,186 @@
 """From settings to a running loop: everything that can be refused is refused here, before any work."""
 
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fastjepa import config, parallel
-from fastjepa.build import build_masks, build_step
+from fastjepa.build import Step, build_masks, build_step
 from fastjepa.checkpoint import CheckpointError
 from fastjepa.config import Settings
 from fastjepa.configchecks import needs_frames
-from fastjepa.data.decoders.choose import choose_decoder
+from fastjepa.data.decoders.choose import Decoder, choose_decoder
 from fastjepa.data.index import update_index
 from fastjepa.data.indexfile import Entry
 from fastjepa.data.media import absolute
 from fastjepa.data.mixture import open_collections
 from fastjepa.data.processes import processors
-from fastjepa.data.replaced import ReplacedFiles, TooManyBadFiles
+from fastjepa.data.replaced import TooManyBadFiles
 from fastjepa.data.source import Videos
 from fastjepa.evaluation import should_probe
+from fastjepa.exchange import Exchange
 from fastjepa.exits import Exit
 from fastjepa.interop import WeightsRefused, load_weights, read_weights
 from fastjepa.jepa import JEPA
-from fastjepa.log import RunLog
+from fastjepa.log import Log, RunLog
 from fastjepa.loop import Trainer
+from fastjepa.masks import GeneratorCollator
 from fastjepa.memory import usable_memory
+from fastjepa.parallel import World
 from fastjepa.plan import describe, make_plan
-from fastjepa.runfolder import open_run
+from fastjepa.runfolder import RunFolder, open_run
 from fastjepa.signals import Interrupts
+from fastjepa.spreading import build_exchange, check_processes, choose_exchange
 
 DRAWING = "drawing and encoding synthetic videos, once"
 INDEXING = "opening videos that are new, to know what decodes them"
+# Longer than one process may keep the others waiting: compilation in the first step, a disk that is slow for once.
+MINUTES_OF_AN_EXCHANGE = 30.0
 COME_AND_GONE = "it came or went while the run began"
 
 
 def start(settings: Settings, name: str) -> Exit:
-    """Train, and turn every foreseen failure into one sentence and its exit code."""
+    """Train, and turn every foreseen failure into one sentence and its exit code.
+
+    Of several processes each calls this; all but the first leave speaking to that one.
+    """
+    world = parallel.ALONE
     try:
-        device, reason = parallel.set_up(settings.runtime)
-        masks = build_masks(settings)
-        step = build_step(settings, device)
-        jepa = step.jepa
-        videos = open_collections(settings.data.path, settings.optim.seed, _progress(DRAWING))
-        decoder = choose_decoder(
-            settings.data.decoder, device, needs_frames(settings), lambda: _indexed(settings, videos)
-        )
-        should_probe(settings, videos)
-        weights = _initial_weights(settings, name, videos.fingerprint, jepa)
-        run = open_run(settings, name, videos.fingerprint)
-        log = RunLog(run.path, settings.log, run.path.name, settings.last_step)
+        found = parallel.launch(os.environ)
+        device, reason = parallel.set_up(settings.runtime, found)
+        world = parallel.join(found, device, MINUTES_OF_AN_EXCHANGE)
+        ready = _get_ready(settings, name, device, world)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)  # noqa: T201
-        return Exit.WRONG_INPUT
-    with log, Interrupts() as interrupts:
-        workers = _workers(settings)
-        usable = usable_memory(device)
-        plan = make_plan(settings, jepa, masks, usable, run.batch_size(), compiled=step.compiled)
-        run.remember_batch_size(plan.batch_size)
+        if world.first:
+            print(error, file=sys.stderr)  # noqa: T201
+        return world.leave(Exit.WRONG_INPUT)
+    with ready.log, Interrupts(loud=world.first) as interrupts:
+        code = _train(settings, ready, world, device, reason, interrupts)
+    return world.leave(code)
+
+
+@dataclass
+class _Ready:
+    """What stands before the run begins; everything that could be refused was not."""
+
+    step: Step
+    masks: GeneratorCollator
+    videos: Videos
+    decoder: Decoder
+    exchange: Exchange
+    run: RunFolder
+    log: Log
+    lines: list[str]
+
+
+def _get_ready(settings: Settings, name: str, device: torch.device, world: World) -> _Ready:
+    """Errors: ValueError and OSError, in all processes alike, where the run cannot begin."""
+    check_processes(settings, world.size)
+    masks = world.together(lambda: build_masks(settings))
+    step = world.together(lambda: build_step(settings, device, move=False))
+    kind, line = world.first_does(lambda: choose_exchange(settings, device, world.size, masks, world.by))
+    videos = world.one_by_one(
+        lambda: open_collections(settings.data.path, settings.optim.seed, _progress(DRAWING, world.first))
+    )
+    _alike(world, videos.fingerprint, "data.path: the processes do not see the same videos")
+    decoder = world.one_by_one(
+        lambda: choose_decoder(
+            settings.data.decoder, device, needs_frames(settings), lambda: _indexed(settings, videos, world.first)
+        )
+    )
+    _alike(world, decoder.name, "data.decoder: the processes would not decode alike, name one of them")
+    world.together(lambda: should_probe(settings, videos))
+    weights = world.together(lambda: _initial_weights(settings, name, videos.fingerprint, step.jepa))
+    exchange = world.together(lambda: build_exchange(kind, step.jepa, device, settings.optim.dtype))
+    opened: list[RunFolder] = []
+
+    def open_first() -> tuple[Path, list[str]]:
+        opened.append(open_run(settings, name, videos.fingerprint))
+        return opened[0].path, opened[0].notes
+
+    path, notes = world.first_does(open_first)
+    run = opened[0] if opened else RunFolder(path, notes)
+    log = world.together(
+        lambda: (
+            RunLog(path, settings.log, path.name, settings.last_step)
+            if world.first
+            else Log(path, f"process {world.rank} of {world.size}")
+        )
+    )
+    return _Ready(step, masks, videos, decoder, exchange, run, log, [*notes, *weights, *([line] if line else [])])
+
+
+def _alike(world: World, value: str, problem: str) -> None:
+    """Errors: ValueError where the processes do not have the same value."""
+    values = world.gather(value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(f"{problem}: {values[0]} in process 0, {other} in process {rank}")
+
+
+def _train(
+    settings: Settings, ready: _Ready, world: World, device: torch.device, reason: str, interrupts: Interrupts
+) -> Exit:
+    run, log, step, videos, decoder = ready.run, ready.log, ready.step, ready.videos, ready.decoder
+    workers = _workers(settings, world.sharing)
+    try:
+        # Of what a machine has each of its processes gets its part, and all take the batch that fits everywhere.
+        usable = min(world.gather(usable_memory(device) / (1 if device.type == "cuda" else world.sharing)))
+        plan = make_plan(
+            settings,
+            step.jepa,
+            ready.masks,
+            usable,
+            world.first_does(run.batch_size),
+            compiled=step.compiled,
+            processes=world.size,
+            shards=world.size if ready.exchange.shards else 1,
+        )
+        if world.first:
+            run.remember_batch_size(plan.batch_size)
         for line in (
             f"run        {run.path}",
-            *run.notes,
-            *weights,
+            *ready.lines,
             f"data       {videos.description}; {len(videos.train)} for pretraining",
             f"decoder    {decoder.name} ({decoder.reason})",
             *decoder.lines,
             f"device     {device} ({reason}); {workers} loader workers",
             *step.lines,
-            *describe(settings, plan, jepa),
+            *describe(settings, plan, step.jepa),
         ):
             log.say(line)
-        try:
-            listed = run.path / "bad_files.jsonl"
-            # Whatever decodes, it is PyAV that opens files and gets the last try.
-            bad_files = ReplacedFiles(
-                listed, len(videos.paths), settings.data.max_bad_fraction, log.say, decoder="pyav"
-            )
-            trainer = Trainer(
-                settings, run, log, device, jepa, masks, videos, decoder, plan, bad_files, interrupts, workers
-            )
-            return trainer.train()
-        except TooManyBadFiles as error:
-            log.say(f"stopped    {error}")
-            log.status("failed", 0, reason=str(error))
-            return Exit.TOO_MANY_BAD_FILES
-        except CheckpointError as error:
-            log.say(f"stopped    {error}")
-            log.status("failed", 0, reason=str(error))
-            return Exit.WRONG_INPUT
-        except (OSError, RuntimeError, MemoryError) as error:
-            # A loader process that died, memory that is used up, a disk that is gone: one sentence for the person at
-            # the console, and where it came from in train.log.
-            log.note(traceback.format_exc())
-            first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-            log.say(f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues")
-            log.status("failed", 0, reason=first_line)
-            return Exit.FAILED
-        finally:
-            run.close()
+        trainer = Trainer(
+            settings, run, log, device, world, step.jepa, ready.exchange, ready.masks, videos, decoder, plan,
+            interrupts, workers,
+        )  # fmt: skip
+        return trainer.train()
+    except TooManyBadFiles as error:
+        log.fail(f"stopped    {error}")
+        log.status("failed", 0, reason=str(error))
+        return Exit.TOO_MANY_BAD_FILES
+    except CheckpointError as error:
+        log.fail(f"stopped    {error}")
+        log.status("failed", 0, reason=str(error))
+        return Exit.WRONG_INPUT
+    except (OSError, RuntimeError, MemoryError) as error:
+        # A loader process that died, memory that is used up, a disk that is gone, another process that is: one
+        # sentence for the person at the console, and where it came from in train.log.
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        log.fail(
+            f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues",
+            traceback.format_exc(),
+        )
+        log.status("failed", 0, reason=first_line)
+        return Exit.FAILED
+    finally:
+        run.close()
 
 
 def _initial_weights(settings: Settings, name: str, data: str, jepa: JEPA) -> list[str]:
@@ -129,23 +210,26 @@ def _has_checkpoints(settings: Settings, name: str, data: str) -> bool:
     return folder.is_dir() and any(kept.fullmatch(path.name) for path in folder.iterdir())
 
 
-def _workers(settings: Settings) -> int:
-    return auto_workers() if settings.data.workers == "auto" else settings.data.workers
+def _workers(settings: Settings, sharing: int) -> int:
+    return auto_workers(sharing) if settings.data.workers == "auto" else settings.data.workers
 
 
-def auto_workers() -> int:
-    """Loader processes of `data.workers=auto`: the training process keeps a processor for itself."""
-    return max(1, min(8, processors() - 1))
+def auto_workers(sharing: int = 1) -> int:
+    """Loader processes of `data.workers=auto`: the training process keeps a processor for itself.
+
+    `sharing` training processes have the same processors.
+    """
+    return max(1, min(8, processors() // sharing - 1))
 
 
-def _indexed(settings: Settings, videos: Videos) -> list[Entry]:
+def _indexed(settings: Settings, videos: Videos, speaks: bool) -> list[Entry]:
     """What the indexes of the collections say of every video, after they were brought up to date."""
     path = settings.data.path
-    say = Console(highlight=False, soft_wrap=True, emoji=False).print
+    say = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not speaks).print
     known: dict[str, Entry] = {}
     for one in [path] if isinstance(path, str) else path:
         index = update_index(
-            one, None, processors(), progress=_progress(INDEXING), say=lambda text: say(text, markup=False)
+            one, None, processors(), progress=_progress(INDEXING, speaks), say=lambda text: say(text, markup=False)
         )
         known |= {entry.path: entry for entry in index.entries}
         if index.unsaved:
@@ -153,9 +237,9 @@ def _indexed(settings: Settings, videos: Videos) -> list[Entry]:
     return [known.get(absolute(name)) or Entry(name, 0, 0, COME_AND_GONE) for name in videos.paths]
 
 
-def _progress(what: str) -> Callable[[int, int], None]:
+def _progress(what: str, speaks: bool) -> Callable[[int, int], None]:
     """Says every tenth how far something is that takes a while the first time only."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=not speaks)
     said = -1
 
     def progress(done: int, total: int) -> None:

@@ -1,6 +1,6 @@
 """What an optimizer step does to a list of weights: torch's functions, a pass each, or a kernel in one pass."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from fastjepa_kernels import Impl, adamw_ema_
 class Weight:
     """A trained parameter: as its module has it, as the optimizer moves it (float32), and what follows it.
 
-    `master` is `parameter` itself where there is no copy. `target` (float32) averages the master, `target_copy` is what
-    the target encoder computes with.
+    `master` is `parameter` itself where there is no copy of it (`rounded`) and no shard. `target` (float32) averages
+    the master, `target_copy` is what the target encoder computes with.
     """
 
     name: str
@@ -26,11 +26,7 @@ class Weight:
     target_copy: Tensor | None
     decayed: bool
     of_encoder: bool
-
-    @property
-    def rounded(self) -> bool:
-        """Whether the module holds a copy of the master."""
-        return self.master is not self.parameter
+    rounded: bool
 
     @property
     def gradient(self) -> Tensor | None:
@@ -38,10 +34,15 @@ class Weight:
         return self.parameter.grad if self.master.grad is None else self.master.grad
 
 
-def weights_of(jepa: JEPA, masters: Masters, groups: Iterable[dict]) -> list[Weight]:
-    """Every trained parameter, in the order of the groups (see `parameter_groups`)."""
+def weights_of(
+    jepa: JEPA, masters: Masters, groups: Iterable[dict], local: Callable[[Tensor], Tensor] = lambda whole: whole
+) -> list[Weight]:
+    """Every trained parameter, in the order of the groups (see `parameter_groups`).
+
+    `local` gives the part of a weight that this process trains, in the same memory.
+    """
     names = {id(parameter): name for name, parameter in jepa.named_parameters()}
-    targets = {f"target_encoder.{name}": p.data for name, p in jepa.target_encoder.named_parameters()}
+    targets = {f"target_encoder.{name}": local(p.data) for name, p in jepa.target_encoder.named_parameters()}
     held = masters.tensors()
     weights = []
     for group in groups:
@@ -49,15 +50,18 @@ def weights_of(jepa: JEPA, masters: Masters, groups: Iterable[dict]) -> list[Wei
             name = names[id(parameter)]
             follower = "target_" + name if name.startswith("encoder.") else None
             copied = follower in held
+            values = parameter.data
+            own = held[name] if name in held else local(values)
             weights.append(
                 Weight(
                     name,
                     parameter,
-                    nn.Parameter(held[name]) if name in held else parameter,
+                    parameter if own is values else nn.Parameter(own),
                     None if follower is None else held[follower] if copied else targets[follower],
                     targets[follower] if copied and follower is not None else None,
                     group["decayed"],
                     follower is not None,
+                    name in held,
                 )
             )
     return weights

@@ -159,20 +159,6 @@ def test_the_cpu_can_be_asked_for_beside_a_gpu(two_gpus):
     assert two_gpus == []
 
 
-@pytest.mark.parametrize("world", ["2", "64"])
-def test_several_processes_are_refused_before_anything_is_set(monkeypatch, world):
-    monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(ValueError, match="one process, but WORLD_SIZE is set to more"):
-        parallel.set_up(Runtime(device="cpu", threads=2, deterministic=True))
-    assert torch.get_num_threads() == 1
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_one_process_of_a_launcher_is_fine(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert parallel.set_up(Runtime(device="cpu"))[0] == torch.device("cpu")
-
-
 def test_threads_are_those_asked_for_and_else_left_alone():
     parallel.set_up(Runtime(device="cpu", threads=2))
     assert torch.get_num_threads() == 2

@@ -20,7 +20,8 @@ class ReplacedFiles:
     """The unreadable files of a run, or those that are too short, listed in `path`: a line each with path and reason.
 
     `decoder`: what could not read them, listed too. `total` is the number of files that there are; `max_fraction` of
-    them may be listed. None sets no quota: files that are only passed over may be many.
+    them may be listed. None sets no quota: files that are only passed over may be many. Of several processes one
+    `writes` the list, the others know what it says.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class ReplacedFiles:
         say: Callable[[str], None] = warnings.warn,
         *,
         decoder: str = "",
+        writes: bool = True,
     ) -> None:
         self.path = path
+        self.writes = writes
         self.total = total
         self.say = say
         self.more = {"decoder": decoder} if decoder else {}
@@ -41,8 +44,9 @@ class ReplacedFiles:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             if lines and not lines[-1].endswith("\n"):  # half written where the process was killed
-                path.write_text("".join(lines[:-1]), encoding="utf-8")
                 lines.pop()
+                if writes:
+                    path.write_text("".join(lines), encoding="utf-8")
             for number, line in enumerate(lines, start=1):
                 try:
                     entry = json.loads(line)
@@ -54,7 +58,7 @@ class ReplacedFiles:
         """Write down (path, reason) pairs not seen before and return them. Errors: TooManyBadFiles beyond the quota."""
         new = list({path: (path, reason) for path, reason in found if path not in self.reasons}.values())
         self.reasons.update(new)
-        if new:
+        if new and self.writes:
             lines = "".join(json.dumps({"path": path, "reason": reason} | self.more) + "\n" for path, reason in new)
             try:
                 with self.path.open("a", encoding="utf-8") as out:

@@ -197,6 +197,16 @@ class Operations:
         key_value = F.linear(normed, weight[width:], None if bias is None else bias[width:])
         return self.cross(attention, query, key_value, wanted.layout, layout)
 
+    def last_block(
+        self, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, wanted: Wanted, kept: bool
+    ) -> Tensor:
+        """The last block of a network, which finishes the wanted rows alone, and the norm `after` it: [R wanted, D].
+
+        The other arguments as for `block`.
+        """
+        mixed = self.attend_wanted(block.attn, normed, layout, wanted)
+        return self.finish(block, after, mixed, self.take(x, wanted.place), kept)
+
     def take(self, rows: Tensor, place: Tensor) -> Tensor:
         """Some rows, each at most once: [R, D] and int64 [K] -> [K, D]."""
         return rows.index_select(0, place)

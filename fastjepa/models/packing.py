@@ -39,9 +39,7 @@ def encode_all(
     assert isinstance(last, Block)
     normed, x = _run_blocks(operations, blocks, last.norm1, x, layout)
     wanted = Wanted(flat_rows(index, len(x) // clips), operations.layout([Stretch(*index.shape)], x.device))
-    mixed = operations.attend_wanted(last.attn, normed, layout, wanted)
-    rows = operations.take(x, wanted.place)
-    return operations.finish(last, encoder.norm, mixed, rows, kept=True).unflatten(0, (clips, -1))
+    return operations.last_block(last, encoder.norm, normed, x, layout, wanted, True).unflatten(0, (clips, -1))
 
 
 def encode_sets(
@@ -81,8 +79,7 @@ def predict_sets(
     normed, x = _run_blocks(operations, blocks, last.norm1, x, layout)
     place = _places_of_tails(stretches, targets, x.device)
     wanted = Wanted(place, operations.layout([Stretch(*t) for _, t in runs], x.device))
-    mixed = operations.attend_wanted(last.attn, normed, layout, wanted)
-    y = operations.finish(last, predictor.predictor_norm, mixed, operations.take(x, place), kept=False)
+    y = operations.last_block(last, predictor.predictor_norm, normed, x, layout, wanted, False)
     return _unpack(predictor.predictor_proj(y), masks_target)
 
 

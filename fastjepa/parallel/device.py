@@ -1,4 +1,4 @@
-"""Where a run executes: device, threads, precision, determinism. The networks know nothing of this."""
+"""The device of a process: threads, precision, determinism. The networks know nothing of this."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -6,20 +6,19 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from fastjepa.config import Runtime
+from fastjepa.parallel.launch import BY_HAND, Launch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def set_up(runtime: Runtime) -> tuple[torch.device, str]:
+def set_up(runtime: Runtime, found: Launch = BY_HAND) -> tuple[torch.device, str]:
     """(device, why it was chosen); sets threads and determinism of the process.
 
-    Errors: ValueError where the device does not exist or several processes were started.
+    Of several processes on a machine each takes the GPU of its number. Errors: ValueError where there is none.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("this version trains in one process, but WORLD_SIZE is set to more: start it without torchrun")
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    device, reason = _device(runtime.device)
+    device, reason = _device(runtime.device) if found.size == 1 else _device_of(runtime.device, found)
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -44,6 +43,21 @@ def _device(name: str) -> tuple[torch.device, str]:
         device = torch.device("cuda", device.index or 0)
         return device, f"asked for: {torch.cuda.get_device_name(device)}"
     return device, f"asked for: {torch.get_num_threads()} threads"
+
+
+def _device_of(name: str, found: Launch) -> tuple[torch.device, str]:
+    """The device of one process among several."""
+    if name.startswith("cuda:"):
+        raise ValueError(f"runtime.device: expected auto, cuda or cpu with {found.size} processes, given {name}")
+    if name == "cpu" or not torch.cuda.is_available():
+        return _device(name)
+    count = torch.cuda.device_count()
+    # srun may show each process the one GPU that is its own.
+    number = 0 if count == 1 and found.by == "srun" else found.local_rank
+    if number >= count:
+        raise ValueError(f"this machine has {count} GPUs, too few for process {number} on it: start {count} a machine")
+    device = torch.device("cuda", number)
+    return device, f"one for each process: {torch.cuda.get_device_name(device)}"
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:

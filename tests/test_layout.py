@@ -67,7 +67,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.roofline", {"costs", "gpus"}),
         ("fastjepa.memory", {"costs", "gpus"}),
         ("fastjepa.parallel", {"config"}),
-        ("fastjepa.checkpoint", set()),
+        ("fastjepa.checkpoint", {"checkpoint"}),
         ("fastjepa.signals", {"exits"}),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastjepa import checkpoint
-from fastjepa.checkpoint import SaveFailed, load, newest, save
+from fastjepa.checkpoint import SaveFailed, files, load, newest, save, write
 
 OLD, NEW, NEXT = 2, 3, 4
 TRAINER = {"samples_seen": 40, "settings": {"optim.lr": 1e-3}, "scaler": None}
@@ -56,7 +56,7 @@ def quiet(text: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _several_files(monkeypatch):
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 1500)
+    monkeypatch.setattr(write, "FILE_BYTES", 1500)
 
 
 @pytest.fixture
@@ -115,10 +115,10 @@ def test_a_saved_checkpoint_does_not_follow_later_changes(root):
 
 @pytest.mark.parametrize("limit", [1, 700, 10**9])
 def test_no_file_is_larger_than_the_limit_unless_one_tensor_is(root, monkeypatch, limit):
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", limit)
+    monkeypatch.setattr(write, "FILE_BYTES", limit)
     folder = save(root, 1, tensors(1), {}, 3, quiet)
     sizes = {name: tensor.nbytes for name, tensor in tensors(1).items()}
-    number = checkpoint._files(tensors(1))
+    number = write._files(tensors(1))
     assert len(list(folder.glob("*.safetensors"))) == len(set(number.values()))
     for file in set(number.values()):
         members = [sizes[name] for name in sizes if number[name] == file]
@@ -161,7 +161,7 @@ def test_the_one_just_written_is_never_pruned(root):
 def test_an_old_one_that_cannot_be_removed_is_a_warning(root, monkeypatch):
     said = []
     save(root, 1, tensors(1), {}, 1, quiet)
-    monkeypatch.setattr(checkpoint, "_tidy", lambda root: None)
+    monkeypatch.setattr(files, "tidy", lambda root: None)
     monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(OSError("busy")))
     save(root, 2, tensors(2), {}, 1, said.append)
     assert len(said) == 1

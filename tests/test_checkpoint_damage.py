@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastjepa import checkpoint
-from fastjepa.checkpoint import CheckpointError, load, newest, save, verify
+from fastjepa.checkpoint import CheckpointError, load, newest, save, verify, write
 
 INTACT, DAMAGED = 1, 2
 NAME = f"step-{DAMAGED:07d}"
@@ -52,14 +52,14 @@ def sign(folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _several_files(monkeypatch):
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 520)
+    monkeypatch.setattr(write, "FILE_BYTES", 520)
 
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
     root = tmp_path_factory.mktemp("two") / "checkpoints"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "FILE_BYTES", 520)
+        patch.setattr(write, "FILE_BYTES", 520)
         for step in (INTACT, DAMAGED):
             save(root, step, tensors(step), {}, 2, print)
     assert len(shards(root / NAME)) == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastjepa import checkpoint
+from fastjepa.checkpoint import files
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(root, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_crc32", broken)
+    monkeypatch.setattr(files, "crc32", broken)
     with pytest.raises(checkpoint.NotDamaged, match="cannot be read"):
         checkpoint.newest(root, pytest.fail)
     assert (root / "step-0000002").is_dir()

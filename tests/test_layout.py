@@ -72,7 +72,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.findings", {"data", "log", "parallel"}),
         ("fastjepa.keeping", {"checkpoint", "config", "log", "optim", "parallel", "runfolder"}),
         ("fastjepa.reporting", {"gpus", "health", "log", "optim"}),
-        ("fastjepa.checkpoint", set()),
+        ("fastjepa.checkpoint", {"checkpoint"}),
         ("fastjepa.signals", {"exits"}),
     ],
 )

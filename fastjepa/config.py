@@ -310,6 +310,9 @@ class Settings(Section):
     resume: str = setting(
         "auto", "auto continues this run if it exists, never starts a new one, PATH continues that run", "free"
     )
+    accept_changes: bool = setting(
+        False, "with resume=PATH: go on although settings that change results are not those of the run", "free"
+    )
 
     @property
     def group(self) -> int:

@@ -16,6 +16,12 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
     yield from _schedule(s)
     yield from _ranges(s)
     yield from _execution(s)
+    if s.accept_changes and s.resume in ("auto", "never"):
+        yield (
+            ("accept_changes", "resume"),
+            f"accept_changes: expected false unless resume names the run to go on with, given true with resume "
+            f"{s.resume}",
+        )
 
 
 # Heads of the named encoders, which the predictor shares unless it is given its own.

@@ -218,10 +218,12 @@ def _validate(values: dict[str, Any], places: dict[str, str], file: str) -> tupl
             valid[head], found = _validate_section(head, content, places, where, broken)
             mistakes += found
         elif head in Settings.model_fields:
-            if not isinstance(content, str):
-                mistakes.append(f"{where}: {head}: expected text, given {_given(content)}")
-            else:
+            field = Settings.model_fields[head]
+            assert isinstance(field.annotation, type), "a setting outside of groups is text, or true or false"
+            if isinstance(content, field.annotation):
                 valid[head] = content
+            else:
+                mistakes.append(f"{where}: {head}: expected {expectation(field)}, given {_given(content)}")
         else:
             mistakes.append(f"{where}: unknown key {head}{_nearest(str(head), [*SECTIONS, *keys])}")
     settings = Settings(**valid)

@@ -46,8 +46,9 @@ class Keeper:
             return 0
         checkpoint.load(found, self.update.tensors())
         self.update.restored()
-        if self.scaler is not None:
-            self.scaler.load_state_dict(found.trainer["scaler"])
+        scaler = found.trainer.get("scaler")
+        if self.scaler is not None and scaler is not None:  # a run that went on in float16 has none yet
+            self.scaler.load_state_dict(scaler)
         self.saved_step = found.step
         self.log.rewind(found.step)
         self.log.say(f"resumed    from {found.folder}, step {found.step}")

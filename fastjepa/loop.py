@@ -80,6 +80,7 @@ class Trainer:
         """Train to the last step, or until something ends the run; returns how it ended."""
         log, last = self.log, self.settings.last_step
         first = self.keeper.restore()
+        self.run.describe()
         if first >= last and self.run.status().get("state") == "done":
             log.say(f"done       this run has its {last} steps: {self.run.path}")
             return Exit.DONE

@@ -33,6 +33,8 @@ class RunFolder:
     path: Path
     notes: list[str]
     lock: Any = None
+    # What it is described by once its weights turn out to fit the settings.
+    accepted: tuple[Settings, str] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -52,6 +54,12 @@ class RunFolder:
         """Keep it for a resume."""
         path = self.path / "env.json"
         write_atomically(path, json.dumps({**_json(path), "batch_size": size}, indent=2))
+
+    def describe(self) -> None:
+        """Make the settings that `accept_changes` has brought those of this run: to be called when its weights fit."""
+        if self.accepted is not None:
+            _describe(self.path, *self.accepted)
+            self.accepted = None
 
     def close(self) -> None:
         """Let another process work here."""
@@ -75,7 +83,10 @@ def open_run(settings: Settings, name: str, data: str) -> RunFolder:
     if settings.resume == "auto" and (folder / "config.yaml").is_file():
         # Fatal settings are the same, or the name were another; unless a default has changed since.
         run.notes += _differences(folder, settings, data)
-    _describe(folder, settings, data)
+    if settings.accept_changes:
+        run.accepted = settings, data
+    else:
+        _describe(folder, settings, data)
     return run
 
 
@@ -112,10 +123,15 @@ def _differences(folder: Path, settings: Settings, data: str) -> list[str]:
     """What has changed since this run began, as warnings. Errors: RunRefused where it changes results."""
     old, new = _stored(folder), config.flat(settings)
     differences = config.changed(old, new, "fatal")
-    if differences:
+    if differences and not settings.accept_changes:
         lines = "\n".join(f"  {line}" for line in differences)
-        raise RunRefused(f"resume: {folder} was made with other settings that change results:\n{lines}")
-    notes = [f"warning: changed since this run began: {line}" for line in config.changed(old, new, "warn")]
+        raise RunRefused(
+            f"resume: {folder} was made with other settings that change results:\n{lines}\n"
+            "accept_changes=true goes on with the new ones; "
+            f"init.from={shlex.quote(str(folder))} without resume starts a new run from its weights"
+        )
+    notes = [f"warning: accepted, and it changes results from here on: {line}" for line in differences]
+    notes += [f"warning: changed since this run began: {line}" for line in config.changed(old, new, "warn")]
     if _fingerprint(folder) not in (None, data):
         notes.append("warning: the list of videos is not the one that this run began with")
     return notes

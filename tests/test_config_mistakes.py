@@ -61,6 +61,8 @@ LARGE = {
 }
 LARGE |= {"data.fps", "data.frame_rate"}
 LARGE |= {"model.qk_scale", "data.cache_gb", "data.duration", "loss.exponent", "loss.reg_coeff", "compat.ipe_scale"}
+# What a setting is of use with only.
+BESIDE = {"accept_changes": ("resume=runs/one",)}
 BOOL = {key for key, field in config.fields() if isinstance(field.default, bool) or bool in get_args(field.annotation)}
 VALUES = {
     "null": NULL,
@@ -83,8 +85,9 @@ VALUES = {
 def test_any_value_of_a_setting_is_taken_if_valid_and_refused_by_name_if_not(read, refuse, key):
     for value, valid_for in VALUES.items():
         if key in valid_for:
-            read(yaml_of(key, value))
-            read("", f"{key}={value}")
+            beside = BESIDE.get(key, ())
+            read(yaml_of(key, value), *beside)
+            read("", f"{key}={value}", *beside)
             continue
         for mistakes, place in (
             (refuse(yaml_of(key, value)), "run.yaml"),

@@ -160,15 +160,33 @@ def test_a_path_refuses_every_setting_that_changes_results(opened):
     before = (first / "config.yaml").read_text()
     with pytest.raises(RunRefused) as caught:
         opened(f"resume={first}", "optim.lr=1e-3", "model.name=vit_tiny", "data.crop=208", "log.every=3")
-    head, *lines = str(caught.value).splitlines()
+    head, *lines, hint = str(caught.value).splitlines()
     assert head == f"resume: {first} was made with other settings that change results:"
     assert [line.strip() for line in lines] == [
         "model.name: vit_large -> vit_tiny",
         "data.crop: 224 -> 208",
         "optim.lr: 0.000625 -> 0.001",
     ]
+    assert hint == (
+        f"accept_changes=true goes on with the new ones; init.from={first} without resume starts a new run from its "
+        "weights"
+    )
     assert (first / "config.yaml").read_text() == before
     assert len((first / "command.txt").read_text().splitlines()) == 1
+
+
+def test_changes_can_be_accepted_and_are_told_and_kept_once_the_weights_fit(opened):
+    first = opened().path
+    before = (first / "config.yaml").read_text()
+    changed = (f"resume={first}", "optim.lr=1e-3", "accept_changes=true")
+    run = opened(*changed)
+    assert run.path == first
+    assert run.notes == ["warning: accepted, and it changes results from here on: optim.lr: 0.000625 -> 0.001"]
+    assert (first / "config.yaml").read_text() == before
+    run.describe()
+    assert "lr: 0.001" in (first / "config.yaml").read_text()
+    assert opened(*changed).notes == []
+    assert opened(f"resume={first}", "optim.lr=1e-3").notes == []
 
 
 def test_a_path_warns_of_a_changed_source_of_videos(opened):

@@ -262,6 +262,9 @@ class Checkpoint(Section):
 
     every: Count = setting(1000, "steps between two checkpoints", "free")
     keep: Annotated[int, Field(ge=2)] = setting(3, "newest checkpoints that are kept", "free")
+    keep_every: int = setting(
+        0, "checkpoints of steps that are a multiple of this are kept for ever beside them; 0 keeps none", "free", ge=0
+    )
 
 
 class Eval(Section):

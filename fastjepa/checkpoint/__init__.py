@@ -14,6 +14,7 @@ executes no code: the tensors are safetensors, the rest is JSON.
 
 from fastjepa.checkpoint.errors import UNREADABLE, CheckpointError, NotDamaged, SaveFailed
 from fastjepa.checkpoint.read import Found, load, newest, verify
+from fastjepa.checkpoint.saver import Outcome, Saver
 from fastjepa.checkpoint.write import save
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "CheckpointError",
     "Found",
     "NotDamaged",
+    "Outcome",
     "SaveFailed",
+    "Saver",
     "load",
     "newest",
     "save",

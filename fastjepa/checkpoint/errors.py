@@ -5,6 +5,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 # What parsing a damaged or a hostile file can raise; a RecursionError for brackets in brackets without end.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, SafetensorError)
+# What writing can raise on a disk that is full or gone. torch's own derives from BaseException.
+UNWRITABLE = (OSError, SafetensorError, CheckpointException)
 
 
 class CheckpointError(RuntimeError):
@@ -20,8 +22,13 @@ class SaveFailed(OSError):
 
 
 def cause(error: BaseException) -> str:
-    """What went wrong, without the frame that torch puts around it."""
+    """What went wrong, on one line and without the frame that torch puts around it."""
     if isinstance(error, CheckpointException):
         inner = next(iter(error.failures.values()), None)
-        return str(inner[0] if isinstance(inner, tuple) else inner)
-    return str(error)
+        return one_line(inner[0] if isinstance(inner, tuple) else inner)
+    return one_line(error)
+
+
+def one_line(what: object) -> str:
+    """The text of something, without line breaks."""
+    return " ".join(str(what).split())

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,17 @@ def folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     names = [p for p in root.iterdir() if re.fullmatch(r"step-[0-9]+", p.name)]
-    return sorted(names, key=lambda p: int(p.name[5:]), reverse=True)
+    return sorted(names, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def facts(path: Path) -> dict[str, int]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
 
 
 def put_back(root: Path) -> None:
@@ -61,3 +72,11 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def expect_one_process() -> None:
+    """torch warns at every save and load that no process group exists; with one process that is what is meant.
+
+    For good: filters cannot be put back safely in a thread.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

@@ -1,5 +1,6 @@
 """What a run keeps for a resume, and how it goes on from there."""
 
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ SAVES_THAT_MAY_FAIL = 3
 class Keeper:
     """Saves and restores weights, moments and counters; `data` is the fingerprint of the videos.
 
-    `saved_step` is that of the newest checkpoint that is known to be good, -1 before there is one.
+    A save goes on in a thread while the run does; as a context a keeper waits for the last one. Every method is called
+    by all processes of the run. `saved_step` is that of the newest checkpoint that is known to be whole, -1 before
+    there is one.
     """
 
     def __init__(
@@ -30,21 +33,35 @@ class Keeper:
         scaler: torch.amp.GradScaler | None,
         data: str,
     ) -> None:
-        self.settings, self.run, self.log, self.world = settings, run, log, world
+        self.settings, self.log, self.world = settings, log, world
         self.update, self.scaler, self.data = update, scaler, data
+        self.root = run.checkpoints
+        kept = settings.checkpoint
+        self.saver = checkpoint.Saver(
+            self.root, keep=kept.keep, keep_every=kept.keep_every, say=log.say, group=world.saving
+        )
         self.saved_step = -1
         self.failed = 0
+        self._begun = -1
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._take(self.saver.wait())
 
     def restore(self) -> int:
         """Continue from the newest intact checkpoint; returns the step to start with.
 
         Errors: CheckpointError.
         """
-        found = checkpoint.newest(self.run.checkpoints, self.log.say)
+        found = checkpoint.newest(self.root, self.log.say, self.world.saving)
         if found is None:
             self.log.rewind(0)
             return 0
-        checkpoint.load(found, self.update.tensors())
+        checkpoint.load(found, self.update.tensors(), self.world.saving)
         self.update.restored()
         scaler = found.trainer.get("scaler")
         if self.scaler is not None and scaler is not None:  # a run that went on in float16 has none yet
@@ -55,28 +72,37 @@ class Keeper:
         return found.step
 
     def save(self, step: int, *, wait: bool = False) -> None:
-        """Keep the state of this step, unless it is kept already.
+        """Begin to keep the state of this step, unless that was done; `wait` until it is on the disk.
 
         A failure is said and tried again at the next interval.
         """
-        if step == self.saved_step:
+        if step not in (self.saved_step, self._begun):
+            trainer: dict[str, Any] = {
+                "samples_seen": step * self.settings.optim.global_batch,
+                "processes": self.world.size,
+                "settings": config.flat(self.settings),
+                "data": self.data,
+                "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            }
+            self._take(self.saver.begin(step, self.update.tensors(), trainer))
+            self._begun = step
+        if wait:
+            self._take(self.saver.wait())
+
+    def look(self) -> None:
+        """Say of a save that has failed meanwhile. Several processes learn of it at the next save, all at once."""
+        if self.world.size == 1:
+            self._take(self.saver.finished())
+
+    def _take(self, outcome: checkpoint.Outcome | None) -> None:
+        if outcome is None:
             return
-        trainer: dict[str, Any] = {
-            "samples_seen": step * self.settings.optim.global_batch,
-            "processes": self.world.size,
-            "settings": config.flat(self.settings),
-            "data": self.data,
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-        }
-        try:
-            checkpoint.save(
-                self.run.checkpoints, step, self.update.tensors(), trainer, self.settings.checkpoint.keep, self.log.say
-            )
-        except checkpoint.SaveFailed as error:
-            self.failed += 1
-            self.log.say(f"warning: {error}; failed saves in a row: {self.failed}")
+        self._begun = -1
+        if outcome.error is None:
+            self.failed, self.saved_step = 0, outcome.step
             return
-        self.failed, self.saved_step = 0, step
+        self.failed += 1
+        self.log.say(f"warning: {outcome.error}; failed saves in a row: {self.failed}")
 
     @property
     def hopeless(self) -> bool:

@@ -96,6 +96,7 @@ class Trainer:
             self.settings, self.decoder, dataset, self.plan.batch_size, self.device, log.say, failures
         )
         with (
+            self.keeper,
             running(self._loader(dataset, first, last)) as loaded,
             closing(decoding(loaded)) as decoded,
             closing(uploaded(decoded, self.device)) as batches,
@@ -121,10 +122,12 @@ class Trainer:
                         return self._fail(step + 1, Exit.NON_FINITE, "loss or gradients are not finite again and again")
             count = step if done is None else step + 1
             stopping = self._stopping()
-            if count % s.checkpoint.every == 0 or count == last or stopping:
-                keeper.save(count)
-                if keeper.hopeless or (keeper.saved_step != count and (stopping or count == last)):
-                    return self._fail(count, Exit.FAILED, "checkpoints cannot be written")
+            ending = count == last or stopping
+            keeper.look()
+            if count % s.checkpoint.every == 0 or ending:
+                keeper.save(count, wait=ending)
+            if keeper.hopeless or (ending and keeper.saved_step != count):
+                return self._fail(count, Exit.FAILED, "checkpoints cannot be written")
             if stopping:
                 return self._leave(count)
             if s.eval.every and count % s.eval.every == 0 and count < last:

@@ -289,10 +289,10 @@ def test_impossible_masks_are_refused_before_any_work(run, capsys):
 
 
 def test_checkpoints_that_cannot_be_written_end_the_run_loudly(run, monkeypatch, capsys):
-    def full(*_):
+    def full(*_, **more):
         raise checkpoint.SaveFailed("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr("fastjepa.checkpoint.saver.write", full)
     code, _ = run("checkpoint.every=1")
     assert code == Exit.FAILED
     assert capsys.readouterr().out.count("no space left on device") == 3

@@ -13,9 +13,11 @@ from torch import Tensor
 from fastjepa import checkpoint, config, health, parallel
 from fastjepa.build import build_dataset, build_decoding, build_optimizer_pass
 from fastjepa.config import Settings
+from fastjepa.data.crashes import LISTED, Crashes
 from fastjepa.data.dataset import ClipDataset
 from fastjepa.data.decoders.choose import Decoder
 from fastjepa.data.decoders.stage import Failures
+from fastjepa.data.guard import Guard
 from fastjepa.data.loader import Batch, EncodedBatch, make_loader, running
 from fastjepa.data.replaced import ReplacedFiles
 from fastjepa.data.source import Videos
@@ -215,6 +217,7 @@ class Trainer:
 
     def _loader(self, dataset: ClipDataset, first: int, last: int) -> Iterable[Batch | EncodedBatch]:
         s = self.settings
+        crashes = Crashes(self.videos.paths, self.run.path / LISTED, self.log.say)
         return make_loader(
             dataset,
             self.masks,
@@ -225,6 +228,7 @@ class Trainer:
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
             tokens=self.plan.tokens,
+            guard=Guard(crashes, s.data.decode_seconds, self.log.say, self.log.note),
         )
 
     def _next(self, batches: Iterator[Batch]) -> Batch:

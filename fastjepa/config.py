@@ -145,7 +145,15 @@ class Data(Section):
     auto_augment: bool = setting(False, "RandAugment (m7-n4-mstd0.5-inc1) on the decoded frames: colours and geometry")
     batch_size: Literal["auto"] | Count = setting("auto", "clips of one forward pass; auto fits the memory", "free")
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = setting(
-        "auto", "loader processes; 0 decodes in the training process", "free"
+        "auto",
+        "loader processes; 0 decodes in the training process, which a decoder that crashes or hangs then takes with it",
+        "free",
+    )
+    decode_seconds: float = setting(
+        120.0,
+        "longest time that one video may take in a loader process; it is tried once more, then counts as unreadable",
+        "free",
+        gt=0,
     )
     decoder: Literal["auto", "pyav", "torchcodec", "dali_gpu", "dali_cpu"] = setting(
         "auto",

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastjepa import probe, viz
 from fastjepa.build import build_dataset, build_jepa, build_masks, build_reader
 from fastjepa.config import Settings
+from fastjepa.data.crashes import LISTED, Crashes
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
 from fastjepa.log import Log, read_metrics
@@ -52,6 +53,7 @@ def run_probe(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         untrained = build_jepa(s).target_encoder.to(device).eval()
     reader = build_reader(s, videos)  # without a cache: every video is read once
+    Crashes(videos.paths, log.folder / LISTED, log.say).keep_from(reader)
     shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop, s.data.duration, s.data.fps)
     kind = "attentive" if s.eval.probe == "attentive" else "linear"
     too_few = "too few of the labelled videos can be read"
@@ -88,6 +90,7 @@ def draw_pictures(s: Settings, videos: Videos, log: Log) -> None:
     if rows:
         viz.loss_curve(rows, log.folder / "viz" / "loss.png")
     dataset = build_dataset(s, videos)
+    Crashes(videos.paths, log.folder / LISTED, log.say).keep_from(dataset.reader)
     shown = min(CLIPS_SHOWN, s.optim.global_batch)
     clips = [clip for slot in range(ceil(shown / s.data.clips_per_video)) for clip in dataset.decoded(slot).clips][
         :shown

@@ -77,6 +77,9 @@ class Keeper:
         A failure is said and tried again at the next interval.
         """
         if step not in (self.saved_step, self._begun):
+            self._take(self.saver.wait())
+            if self.hopeless:
+                return
             trainer: dict[str, Any] = {
                 "samples_seen": step * self.settings.optim.global_batch,
                 "processes": self.world.size,
@@ -84,7 +87,7 @@ class Keeper:
                 "data": self.data,
                 "scaler": None if self.scaler is None else self.scaler.state_dict(),
             }
-            self._take(self.saver.begin(step, self.update.tensors(), trainer))
+            self.saver.begin(step, self.update.tensors(), trainer)
             self._begun = step
         if wait:
             self._take(self.saver.wait())

@@ -37,14 +37,18 @@ class Log:
     def say(self, text: str) -> None:
         """One line on the console and in train.log."""
 
-    def fail(self, text: str, details: str = "") -> None:
-        """Say how this process failed, whichever it is; `details` go into train.log only."""
-        sys.stderr.write(f"{self.who}: {text}\n")
+    def note(self, text: str) -> None:
+        """Into train.log only, whichever process it is."""
         try:
             with (self.folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as out:
-                out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.who}: {text}\n{details}")
+                out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.who}: {text}\n")
         except OSError as error:
             sys.stderr.write(f"{self.who}: the log in {self.folder} cannot be written: {error}\n")
+
+    def fail(self, text: str) -> None:
+        """Say how this process failed, whichever it is."""
+        sys.stderr.write(f"{self.who}: {text}\n")
+        self.note(text)
 
     def start_progress(self, step: int) -> None:
         """Show the bar, where the console is a terminal."""
@@ -99,12 +103,14 @@ class RunLog(Log):
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
             self._text.flush()
 
-    def fail(self, text: str, details: str = "") -> None:
+    def note(self, text: str) -> None:
+        """Into train.log only."""
+        with self._full_disk_is_said():
+            self._text.write(f"{text}\n")
+            self._text.flush()
+
+    def fail(self, text: str) -> None:
         """As `Log`, on the console like everything else."""
-        if details:
-            with self._full_disk_is_said():
-                self._text.write(f"{details}\n")
-                self._text.flush()
         self.say(text)
 
     def start_progress(self, step: int) -> None:

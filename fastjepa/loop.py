@@ -4,15 +4,18 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fastjepa import health, parallel
 from fastjepa.build import build_dataset, build_decoding, build_optimizer_pass
 from fastjepa.config import Settings
+from fastjepa.data.crashes import LISTED, Crashes
 from fastjepa.data.dataset import ClipDataset
 from fastjepa.data.decoders.choose import Decoder
 from fastjepa.data.decoders.stage import Failures
+from fastjepa.data.guard import Guard
 from fastjepa.data.loader import Batch, EncodedBatch, make_loader, running
 from fastjepa.data.source import Videos
 from fastjepa.data.upload import uploaded
@@ -90,8 +93,7 @@ class Trainer:
         log.status("training", first)
         log.start_progress(first)
         dataset = build_dataset(self.settings, self.videos, self.decoder)
-        own = "" if self.world.first else f"-{self.world.rank}"
-        failures = Failures(self.run.path / f"decoder_failures{own}.jsonl", first * self.settings.optim.global_batch)
+        failures = Failures(self._own("decoder_failures.jsonl"), first * self.settings.optim.global_batch)
         decoding = build_decoding(
             self.settings, self.decoder, dataset, self.plan.batch_size, self.device, log.say, failures
         )
@@ -174,6 +176,7 @@ class Trainer:
 
     def _loader(self, dataset: ClipDataset, first: int, last: int) -> Iterable[Batch | EncodedBatch]:
         s = self.settings
+        crashes = Crashes(self.videos.paths, self._own(LISTED), self.log.say)
         return make_loader(
             dataset,
             self.masks,
@@ -186,7 +189,13 @@ class Trainer:
             tokens=self.plan.tokens,
             rank=self.world.rank,
             world=self.world.size,
+            guard=Guard(crashes, s.data.decode_seconds, self.log.say, self.log.note),
         )
+
+    def _own(self, name: str) -> Path:
+        """A file of the run folder that each process has one of: the first one under this name."""
+        path = self.run.path / name
+        return path if self.world.first else path.with_stem(f"{path.stem}-{self.world.rank}")
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch on the device; the time until the loader gives what is asked of it counts as waited."""

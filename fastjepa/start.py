@@ -173,10 +173,8 @@ def _train(
         # A loader process that died, memory that is used up, a disk that is gone, another process that is: one
         # sentence for the person at the console, and where it came from in train.log.
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-        log.fail(
-            f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues",
-            traceback.format_exc(),
-        )
+        log.note(traceback.format_exc())
+        log.fail(f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues")
         log.status("failed", 0, reason=first_line)
         return Exit.FAILED
     finally:

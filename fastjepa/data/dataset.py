@@ -2,6 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Generic, TypeVar
@@ -25,6 +26,7 @@ INFOS_KEPT = 20_000
 CHANCES = 2
 
 Read = Callable[[VideoInfo, np.ndarray], np.ndarray]
+Hold = Callable[[int, int], AbstractContextManager[None]]
 Clip = TypeVar("Clip", Tensor, Tensor | EncodedClip, covariant=True)
 
 
@@ -109,6 +111,11 @@ class Reader:
             raise VideoError(f"its frame rate is not known, and {self.needs_rate} needs it", info.path)
         return info
 
+    def give_up(self, video: int, reason: str) -> None:
+        """Refuse this video from now on, without opening it."""
+        self._infos.pop(video, None)
+        self._failures[video] = CHANCES, reason
+
     def _refuse_quarantined(self, video: int) -> None:
         failures, reason = self._failures.get(video, (0, ""))
         if failures >= CHANCES:
@@ -140,7 +147,8 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
 
     That is one that cannot be read, or with `filter_short` one of fewer frames than a clip spans. Clips are uint8,
     rounded to grey levels; where `plan` erases, all of them are normalised float32. `encoded`: bool [videos], those
-    whose clips are planned here and decoded elsewhere. `antialias`: see `transform`.
+    whose clips are planned here and decoded elsewhere. `antialias`: see `transform`. `hold`: the context, by video and
+    slot, in which a video is opened and decoded; it may refuse one with a VideoError (see `guard.Guard`).
     """
 
     def __init__(
@@ -155,6 +163,7 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
     ) -> None:
         self.reader, self.plan, self.crop, self.filter_short = reader, plan, crop, filter_short
         self.antialias, self.encoded = antialias, encoded
+        self.hold: Hold = lambda video, slot: nullcontext()
         # One dtype for a whole run: clips of a batch are stacked.
         self.floats = plan.augmentation.erase > 0
 
@@ -175,7 +184,8 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
                 continue
             tried.add(video)
             try:
-                return Sample(clips_of(video, slot), slot, bad, short)
+                with self.hold(video, slot):
+                    return Sample(clips_of(video, slot), slot, bad, short)
             except _TooShort as error:
                 short.append((self.reader.paths[video], str(error)))
             except VideoError as error:

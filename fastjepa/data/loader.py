@@ -1,22 +1,30 @@
 """Batches in order, from any position, with any number of worker processes."""
 
+import multiprocessing.connection
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils import signal_handling
 
 from fastjepa.data.dataset import ClipDataset, Sample
 from fastjepa.data.decoders.encoded import EncodedClip
+from fastjepa.data.guard import Guard
+from fastjepa.data.replaced import ALWAYS_TOLERATED, TooManyBadFiles
 from fastjepa.masks import GeneratorCollator, TargetUnion, TokenSet, repeat_clips, target_union
 
 # How often a worker that got SIGTERM looks whether its parent is still finishing its step and saving.
 SECONDS_TO_SAVE = 30
+# Of the loader's processes, with neither a batch between nor a video found guilty: then something else is wrong.
+DEATHS_IN_A_ROW = 5
+SECONDS_TO_DIE = 5.0
 
 Loaded = TypeVar("Loaded")
 
@@ -61,25 +69,35 @@ class SlotBatches(Sampler[list[int]]):
     """The slots of every micro-batch from one step to another: `global_batch` a step, `batch_size` a micro-batch.
 
     Slots are those of the data set's items, videos; so are both sizes. Of `world` processes, number `rank` gets an
-    equal part of each step, the parts in the order of the ranks. Errors: ValueError where a step does not divide.
+    equal part of each step, the parts in the order of the ranks. The first `skip` micro-batches are left out. Errors:
+    ValueError where a step does not divide.
     """
 
     def __init__(
-        self, first_step: int, last_step: int, global_batch: int, batch_size: int, rank: int = 0, world: int = 1
+        self,
+        first_step: int,
+        last_step: int,
+        global_batch: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        skip: int = 0,
     ) -> None:
         if global_batch % (world * batch_size) or not 0 <= rank < world:
             raise ValueError(
                 f"a step of {global_batch} cannot be divided into batches of {batch_size} of process {rank} of {world}"
             )
-        self.steps, self.global_batch, self.batch_size = range(first_step, last_step), global_batch, batch_size
+        self.global_batch, self.batch_size = global_batch, batch_size
         self.own = range(rank * global_batch // world, (rank + 1) * global_batch // world, batch_size)
+        self.numbers = range(first_step * len(self.own) + skip, last_step * len(self.own))
 
     def __iter__(self) -> Iterator[list[int]]:
-        firsts = (step * self.global_batch + place for step in self.steps for place in self.own)
-        return (list(range(first, first + self.batch_size)) for first in firsts)
+        for step, part in (divmod(number, len(self.own)) for number in self.numbers):
+            first = step * self.global_batch + self.own[part]
+            yield list(range(first, first + self.batch_size))
 
     def __len__(self) -> int:
-        return len(self.steps) * len(self.own)
+        return len(self.numbers)
 
 
 class Collate:
@@ -120,26 +138,107 @@ def make_loader(
     tokens: int,
     rank: int = 0,
     world: int = 1,
+    guard: Guard | None = None,
 ) -> Iterable[Batch | EncodedBatch]:
     """Batches of the steps [first_step, last_step): the same for every number of workers.
 
     Of `world` processes, number `rank` gets its part of every step. A clip has so many `tokens`. `global_batch` and
-    `batch_size` count clips, and are multiples of the clips that a video gives.
+    `batch_size` count clips, and are multiples of the clips that a video gives. With a `guard` a worker process that
+    dies or hangs costs the video that it had in hand, not the run; where processes are not forked, or there are none,
+    it only keeps back the videos that it knows of.
     """
     videos_per_step = global_batch // dataset.plan.clips_per_video
-    return DataLoader(
-        dataset,
-        batch_sampler=SlotBatches(
-            first_step, last_step, videos_per_step, batch_size // dataset.plan.clips_per_video, rank, world
-        ),
-        collate_fn=Collate(masks, videos_per_step, tokens),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
-        # Its own generator: the loader must not move the random state of the training process.
-        generator=torch.Generator().manual_seed(0),
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
+    forks = bool(workers) and sys.platform == "linux"
+    if guard is not None:
+        dataset.hold = guard.hold
+
+    def begin(worker: int) -> None:
+        _leave_signals_to_the_parent(worker)
+        assert guard is not None, "chosen only with a guard"
+        guard.enter(worker)
+
+    def make(skip: int) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_sampler=SlotBatches(
+                first_step, last_step, videos_per_step, batch_size // dataset.plan.clips_per_video, rank, world, skip
+            ),
+            collate_fn=Collate(masks, videos_per_step, tokens),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=begin if guard is not None and forks else _leave_signals_to_the_parent,
+            # Its own generator: the loader must not move the random state of the training process.
+            generator=torch.Generator().manual_seed(0),
+            multiprocessing_context="fork" if forks else None,
+        )
+
+    return GuardedLoader(make, guard, workers) if guard is not None and forks else make(0)
+
+
+class GuardedLoader(Generic[Loaded]):
+    """The batches of a loader whose processes may die: it is made again from the first batch not handed out yet.
+
+    `make(skip)` is the loader without its first `skip` batches. Errors: RuntimeError where processes die again and
+    again although no video is found guilty, or too many are, with no batch between; and what the loader raises.
+    """
+
+    def __init__(self, make: Callable[[int], DataLoader[Loaded]], guard: Guard, workers: int) -> None:
+        self.make, self.guard, self.workers = make, guard, workers
+
+    def __iter__(self) -> Generator[Loaded, None, None]:
+        handed_out = deaths = 0
+        known = self.guard.crashes.known
+        known_then = len(known)  # when the last batch was handed out
+        with _deaths_interrupt_nothing():
+            while True:
+                with self.guard.watching(self.workers):
+                    with running(self.make(handed_out)) as batches:
+                        while True:
+                            try:
+                                batch = next(batches)
+                            except StopIteration:
+                                return
+                            except TooManyBadFiles:
+                                raise
+                            except (RuntimeError, OSError, EOFError):
+                                dead = _exit_codes(batches)
+                                if not dead:
+                                    raise
+                                break
+                            handed_out += 1
+                            deaths, known_then = 0, len(known)
+                            yield batch
+                    sentence, convicted = self.guard.blame(dead)
+                deaths = 0 if convicted else deaths + 1
+                if deaths == DEATHS_IN_A_ROW or len(known) - known_then > ALWAYS_TOLERATED:
+                    raise RuntimeError(
+                        f"processes of the loader end again and again before a batch is made: {sentence}"
+                    )
+
+
+def _exit_codes(batches: Iterator[Any]) -> dict[int, int]:
+    """Exit codes of the worker processes that have ended, by their place."""
+    workers = batches._workers  # type: ignore[attr-defined]
+    # Its end of a socket is closed a moment before a process has ended.
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+    return {place: worker.exitcode for place, worker in enumerate(workers) if worker.exitcode is not None}
+
+
+@contextmanager
+def _deaths_interrupt_nothing() -> Iterator[None]:
+    """torch raises from a handler of SIGCHLD, wherever the training process is then: in the midst of a step too.
+
+    Without it a dead worker is found when a batch does not come for some seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal_handling._set_SIGCHLD_handler()  # it does so once: not any more when the workers start
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @contextmanager
@@ -150,9 +249,14 @@ def running(loader: Iterable[Loaded]) -> Iterator[Iterator[Loaded]]:
         yield iterator
     finally:
         # torch ends workers when the iterator is collected, which an exception's traceback can put off for ever.
-        shut_down = getattr(iterator, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
+        if isinstance(iterator, Generator):
+            iterator.close()
+        elif hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+            for worker in iterator._workers:  # type: ignore[attr-defined]
+                if worker.is_alive():  # it hangs in a decoder, which no signal but this one ends
+                    worker.kill()
+                    worker.join(SECONDS_TO_DIE)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

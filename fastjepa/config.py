@@ -253,6 +253,13 @@ class Runtime(Section):
     )
     threads: Count | None = setting(None, "CPU threads of the training process; null leaves it to torch", "free")
     deterministic: bool = setting(False, "deterministic kernels: bitwise repeatable on a GPU, slower", "free")
+    watchdog_minutes: float | None = setting(
+        15.0,
+        "minutes without any progress after which a process says where it stands, with its Python stacks, and ends; "
+        "null lets it hang",
+        "free",
+        gt=0,
+    )
 
 
 class Log(Section):

@@ -35,10 +35,13 @@ from fastjepa.probe import ProbeStopped
 from fastjepa.reporting import Clock, StepDone, console_line, metrics_row, mfu
 from fastjepa.runfolder import RunFolder
 from fastjepa.signals import Interrupts
+from fastjepa.watchdog import Watchdog
 
 BAD_STEPS_IN_A_ROW = 3
 # float16 finds its loss scale by overflowing: from 65536 down to 1 takes 16 steps that say nothing about the run.
 BAD_STEPS_IN_A_ROW_FLOAT16 = 20
+# How much longer than anything else some things may take: compilation in the first step, a checkpoint on a slow disk.
+PATIENCE = 4.0
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Trainer:
     decoder: Decoder
     plan: Plan
     interrupts: Interrupts
+    watchdog: Watchdog
     workers: int
 
     def __post_init__(self) -> None:
@@ -76,12 +80,14 @@ class Trainer:
         )
         self.patience = BAD_STEPS_IN_A_ROW if self.scaler is None else BAD_STEPS_IN_A_ROW_FLOAT16
         self.clock = Clock()
+        self._patience = 1.0
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> Exit:
         """Train to the last step, or until something ends the run; returns how it ended."""
         log, last = self.log, self.settings.last_step
+        self.watchdog.stage("looking for a checkpoint", 0, PATIENCE)
         first = self.keeper.restore()
         self.run.describe()
         if first >= last and self.run.status().get("state") == "done":
@@ -112,6 +118,7 @@ class Trainer:
         s, keeper = self.settings, self.keeper
         self.clock = Clock()
         for step in range(first, last):
+            self._patience = PATIENCE if step == first else 1.0
             logging = (step + 1) % s.log.every == 0 or step + 1 == last
             done = self._step(step, batches, logging)
             if done is not None:
@@ -126,6 +133,8 @@ class Trainer:
             stopping = self._stopping()
             ending = count == last or stopping
             keeper.look()
+            if ending:
+                self.watchdog.stage("saving a checkpoint", count, PATIENCE)
             if count % s.checkpoint.every == 0 or ending:
                 keeper.save(count, wait=ending)
             if keeper.hopeless or (ending and keeper.saved_step != count):
@@ -140,7 +149,8 @@ class Trainer:
 
     def _stopping(self) -> bool:
         """Whether a signal has come, to whichever process: they agree on the host, where no device is waited for."""
-        return self.world.any(self.interrupts.received is not None)
+        self.watchdog.stage("waiting for the other processes", patience=self._patience)
+        return self.world.any(self._interrupted())
 
     def _step(self, step: int, batches: Iterator[Batch], look: bool) -> StepDone | None:
         """One training step; None where a signal came between its batches: nothing has changed then.
@@ -154,7 +164,9 @@ class Trainer:
                 self.update.drop_gradients()
                 return None
             last = part + 1 == parts
+            self.watchdog.stage("waiting for data", step)
             batch = self._next(batches)
+            self.watchdog.stage("computing", step, self._patience)
             draws = None
             if s.model.targets == "noised":
                 width = s.model.predictor_dim
@@ -207,6 +219,7 @@ class Trainer:
 
     def _report(self, step: int, done: StepDone) -> None:
         s, clock, update = self.settings, self.clock, self.update
+        self.watchdog.stage("waiting for the device", step, self._patience)
         parallel.synchronise(self.device)
         row = metrics_row(step, done, update.schedule, update.skipped, clock, self.device, s.optim.global_batch)
         row |= mfu(row["clips_per_s"], self.plan.flop_per_clip, self.device, self.world.size)
@@ -225,17 +238,18 @@ class Trainer:
             if why_not:
                 self.log.say(why_not)
             return True
+        self.watchdog.stage("probing", step, PATIENCE)
         state = self.exchange.target_state()
         stopped = False
         if self.world.first:
             try:
                 with self.update.masters.in_place():
-                    run_probe(self.settings, self.jepa, self.videos, self.log, step, self._interrupted, state)
+                    run_probe(self.settings, self.jepa, self.videos, self.log, step, self._still_probing, state)
             except ProbeStopped:
                 stopped = True
             except OSError as error:  # a full disk, say: features can be probed later, training goes on
                 self.log.say(f"no probe: {error}")
-        self.world.wait()
+        self._wait_for_the_first()
         if self.world.any(stopped):
             self.keeper.save(step, wait=True)
             return False
@@ -244,14 +258,22 @@ class Trainer:
     def _interrupted(self) -> bool:
         return self.interrupts.received is not None
 
+    def _still_probing(self) -> bool:
+        self.watchdog.stage("probing")
+        return self._interrupted()
+
+    def _wait_for_the_first(self) -> None:
+        self.world.wait(lambda: self.watchdog.stage("waiting for the first process"))
+
     def _finish(self, step: int) -> Exit:
         self.findings.share()
         self.log.status("evaluating", step)
         if not self._probe(step):
             return self._leave(step)
         if self.settings.log.images and self.world.first:
+            self.watchdog.stage("drawing pictures", step, PATIENCE)
             draw_pictures(self.settings, self.videos, self.log)
-        self.world.wait()
+        self._wait_for_the_first()
         for line in self.findings.summary():
             self.log.say(line)
         self.log.status("done", step)

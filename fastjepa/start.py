@@ -38,11 +38,13 @@ from fastjepa.plan import describe, make_plan
 from fastjepa.runfolder import RunFolder, open_run
 from fastjepa.signals import Interrupts
 from fastjepa.spreading import build_exchange, check_processes, choose_exchange
+from fastjepa.watchdog import Watchdog
 
 DRAWING = "drawing and encoding synthetic videos, once"
 INDEXING = "opening videos that are new, to know what decodes them"
-# Longer than one process may keep the others waiting: compilation in the first step, a disk that is slow for once.
-MINUTES_OF_AN_EXCHANGE = 30.0
+# Exchanges wait longer than the watchdog's longest stage: that names who keeps the others waiting.
+EXCHANGE_PATIENCE = 5.0
+MINUTES_WITHOUT_WATCHDOG = 24 * 60.0
 COME_AND_GONE = "it came or went while the run began"
 
 
@@ -55,14 +57,20 @@ def start(settings: Settings, name: str) -> Exit:
     try:
         found = parallel.launch(os.environ)
         device, reason = parallel.set_up(settings.runtime, found)
-        world = parallel.join(found, device, MINUTES_OF_AN_EXCHANGE)
+        watched = settings.runtime.watchdog_minutes
+        limit = MINUTES_WITHOUT_WATCHDOG if watched is None else EXCHANGE_PATIENCE * watched
+        world = parallel.join(found, device, limit)
         ready = _get_ready(settings, name, device, world)
     except (ValueError, OSError) as error:
         if world.first:
             print(error, file=sys.stderr)  # noqa: T201
         return world.leave(Exit.WRONG_INPUT)
-    with ready.log, Interrupts(loud=world.first) as interrupts:
-        code = _train(settings, ready, world, device, reason, interrupts)
+    with (
+        ready.log,
+        Interrupts(loud=world.first) as interrupts,
+        Watchdog(settings.runtime.watchdog_minutes, world.rank, ready.run.path) as watchdog,
+    ):
+        code = _train(settings, ready, world, device, reason, interrupts, watchdog)
     return world.leave(code)
 
 
@@ -126,7 +134,13 @@ def _alike(world: World, value: str, problem: str) -> None:
 
 
 def _train(
-    settings: Settings, ready: _Ready, world: World, device: torch.device, reason: str, interrupts: Interrupts
+    settings: Settings,
+    ready: _Ready,
+    world: World,
+    device: torch.device,
+    reason: str,
+    interrupts: Interrupts,
+    watchdog: Watchdog,
 ) -> Exit:
     run, log, step, videos, decoder = ready.run, ready.log, ready.step, ready.videos, ready.decoder
     workers = _workers(settings, world.sharing)
@@ -158,7 +172,7 @@ def _train(
             log.say(line)
         trainer = Trainer(
             settings, run, log, device, world, step.jepa, ready.exchange, ready.masks, videos, decoder, plan,
-            interrupts, workers,
+            interrupts, watchdog, workers,
         )  # fmt: skip
         return trainer.train()
     except TooManyBadFiles as error:

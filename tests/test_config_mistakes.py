@@ -55,12 +55,27 @@ def yaml_of(key, value):
 # The only leaves that take a text of any kind, null, or 2.5.
 TEXT = {"data.path", "init.from", "log.folder", "resume"}
 NULL = {"model.predictor_heads", "model.qk_scale", "optim.clip_grad", "runtime.stop_at", "runtime.threads"}
-NULL |= {"mask.sets.0.max_keep", "init.from", "data.duration", "data.fps", "data.frame_rate"}
+NULL |= {
+    "mask.sets.0.max_keep",
+    "runtime.watchdog_minutes",
+    "init.from",
+    "data.duration",
+    "data.fps",
+    "data.frame_rate",
+}
 LARGE = {
     f"optim.{key}" for key in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "clip_grad", "eps")
 }
 LARGE |= {"data.fps", "data.frame_rate"}
-LARGE |= {"model.qk_scale", "data.cache_gb", "data.duration", "loss.exponent", "loss.reg_coeff", "compat.ipe_scale"}
+LARGE |= {
+    "model.qk_scale",
+    "data.cache_gb",
+    "data.duration",
+    "runtime.watchdog_minutes",
+    "loss.exponent",
+    "loss.reg_coeff",
+    "compat.ipe_scale",
+}
 # What a setting is of use with only.
 BESIDE = {"accept_changes": ("resume=runs/one",)}
 BOOL = {key for key, field in config.fields() if isinstance(field.default, bool) or bool in get_args(field.annotation)}

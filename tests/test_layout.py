@@ -74,6 +74,8 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.reporting", {"gpus", "health", "log", "optim"}),
         ("fastjepa.checkpoint", {"checkpoint"}),
         ("fastjepa.signals", {"exits"}),
+        ("fastjepa.watchdog", {"watcher"}),
+        ("fastjepa.watcher", set()),
     ],
 )
 def test_arrows_run_one_way(prefix, allowed):

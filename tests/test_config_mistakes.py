@@ -60,6 +60,7 @@ NULL |= {
     "runtime.watchdog_minutes",
     "init.from",
     "data.duration",
+    "data.decode_seconds",
     "data.fps",
     "data.frame_rate",
 }
@@ -71,6 +72,7 @@ LARGE |= {
     "model.qk_scale",
     "data.cache_gb",
     "data.duration",
+    "data.decode_seconds",
     "runtime.watchdog_minutes",
     "loss.exponent",
     "loss.reg_coeff",

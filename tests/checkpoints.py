@@ -1,5 +1,8 @@
 """A state of every dtype and shape, and what tests of checkpoints ask of it."""
 
+import os
+import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -53,3 +56,39 @@ def seed_found(root: Path) -> int | None:
     seed = int(have["optimizer.step"])
     assert_bitwise(have, tensors(seed))
     return seed
+
+
+def in_child(action) -> int:
+    """Run in a forked process, so that its hooks and limits die with it; its exit code, 1 with a printed traceback."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc(file=sys.stdout)
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def watch_changes(root: Path, before_change) -> None:
+    """Call before_change(event) ahead of everything that changes the disk. Cannot be undone: for children only."""
+
+    def hook(event, arguments):
+        written = (
+            event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and str(arguments[0]).startswith(str(root))
+        )
+        if written or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink"):
+            before_change(event)
+
+    fsync = os.fsync
+
+    def watched_fsync(handle):
+        before_change("os.fsync")
+        fsync(handle)
+
+    os.fsync = watched_fsync
+    sys.addaudithook(hook)

@@ -20,7 +20,9 @@ import torch.distributed as dist
 # A server that has imported torch already forks the processes: a test of them takes tenths of a second, and nothing
 # that a test has left behind in this process is in them.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "safetensors.torch", "fsspec"]
+)
 
 
 def run_processes(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:

@@ -4,54 +4,27 @@ import errno
 import os
 import resource
 import shutil
-import sys
-import traceback
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastjepa import checkpoint
-from fastjepa.checkpoint import SaveFailed, files, load, newest, save, write
+from fastjepa.checkpoint import SaveFailed, Saver, files, load, newest, save, write
+from tests.checkpoints import (
+    TRAINER,
+    assert_bitwise,
+    content,
+    in_child,
+    names,
+    quiet,
+    seed_found,
+    tensors,
+    watch_changes,
+)
 
 OLD, NEW, NEXT = 2, 3, 4
-TRAINER = {"samples_seen": 40, "settings": {"optim.lr": 1e-3}, "scaler": None}
 STRUCK, UNTOUCHED = 9, 0
-
-
-def tensors(seed: int) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    return {
-        "encoder.weight": torch.randn(33, 17, generator=rng),
-        "encoder.bias": torch.randn(21, generator=rng).bfloat16(),
-        "predictor.cube": torch.randn(3, 4, 5, generator=rng, dtype=torch.float64),
-        "optimizer.step": torch.tensor(seed),
-        "optimizer.scale": torch.tensor(seed / 7),
-        "optimizer.counts": torch.arange(300) * seed,
-    }
-
-
-def assert_bitwise(have: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert have.keys() == want.keys()
-    for name, tensor in want.items():
-        assert have[name].dtype == tensor.dtype
-        assert have[name].shape == tensor.shape
-        assert torch.equal(have[name].contiguous().view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
-
-
-def content(found: checkpoint.Found) -> dict[str, torch.Tensor]:
-    values = {name: torch.full_like(tensor, 77) for name, tensor in tensors(0).items()}
-    load(found, values)
-    return values
-
-
-def names(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir())
-
-
-def quiet(text: str) -> None:
-    raise AssertionError(f"nothing was to be said: {text}")
 
 
 @pytest.fixture(autouse=True)
@@ -213,42 +186,6 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(root, monkeypatch):
 # A crash or a full disk at every point of a save
 
 
-def in_child(action) -> int:
-    """Run in a forked process, so that its hooks and limits die with it; its exit code, 1 with a printed traceback."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            action()
-            code = 0
-        except BaseException:  # noqa: BLE001
-            traceback.print_exc(file=sys.stdout)
-            sys.stdout.flush()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def watch_changes(root: Path, before_change) -> None:
-    """Call before_change(event) ahead of everything that changes the disk. Cannot be undone: for children only."""
-
-    def hook(event, arguments):
-        written = (
-            event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and str(arguments[0]).startswith(str(root))
-        )
-        if written or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink"):
-            before_change(event)
-
-    fsync = os.fsync
-
-    def watched_fsync(handle):
-        before_change("os.fsync")
-        fsync(handle)
-
-    os.fsync = watched_fsync
-    sys.addaudithook(hook)
-
-
 def prepare(scenario: str, two_steps: Path, root: Path) -> tuple[int, int, set[int | None]]:
     """(step to save, seed of its content, seeds that may be found when that save does not finish)."""
     if scenario == "first":
@@ -262,17 +199,6 @@ def prepare(scenario: str, two_steps: Path, root: Path) -> tuple[int, int, set[i
     return OLD, NEW, {OLD, NEW}
 
 
-def seed_found(root: Path) -> int | None:
-    """Which content the newest checkpoint has, every bit of it; nothing may be said on the way."""
-    found = newest(root, quiet)
-    if found is None:
-        return None
-    have = content(found)
-    seed = int(have["optimizer.step"])
-    assert_bitwise(have, tensors(seed))
-    return seed
-
-
 def assert_next_save_works(root: Path) -> None:
     save(root, NEXT, tensors(NEXT), TRAINER, 2, quiet)
     assert seed_found(root) == NEXT
@@ -284,8 +210,19 @@ def assert_next_save_works(root: Path) -> None:
 SCENARIOS = ["first", "next", "again", "again, the only one"]
 
 
+def save_here(root: Path, step: int, seed: int) -> None:
+    save(root, step, tensors(seed), TRAINER, 2, quiet)
+
+
+def save_in_a_thread(root: Path, step: int, seed: int) -> None:
+    saver = Saver(root, keep=2, keep_every=0, say=quiet)
+    saver.begin(step, tensors(seed), TRAINER)
+    assert saver.wait().error is None
+
+
+@pytest.mark.parametrize("way", [save_here, save_in_a_thread])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_crash_at_any_point_leaves_the_old_or_the_new_one(tmp_path, two_steps, scenario):
+def test_a_crash_at_any_point_leaves_the_old_or_the_new_one(tmp_path, two_steps, scenario, way):
     seen = set()
     for point in count(1):
         root = tmp_path / str(point)
@@ -301,7 +238,7 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new_one(tmp_path, two_steps,
                     os._exit(STRUCK)
 
             watch_changes(root, die)
-            save(root, step, tensors(seed), TRAINER, 2, quiet)
+            way(root, step, seed)
 
         code = in_child(crash)
         assert code in (STRUCK, UNTOUCHED)

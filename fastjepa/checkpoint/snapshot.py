@@ -11,7 +11,7 @@ ALIGNMENT = 64  # of every buffer in its slab, in bytes: a multiple of the size 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: its shard of a DTensor, all of any other."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 class Snapshot:

@@ -131,9 +131,7 @@ def _must_see(scratch: Path, rank: int) -> None:
     end = time.monotonic() + SECONDS_TO_SEE
     while not scratch.is_dir():
         if time.monotonic() > end:
-            raise OSError(
-                f"process {rank} does not see the folder that process 0 made there: they need one file system"
-            )
+            raise OSError(f"process {rank} does not see the folder that process 0 made: they need one file system")
         time.sleep(0.05)
 
 

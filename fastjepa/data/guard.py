@@ -14,14 +14,16 @@ from fastjepa.data.decode import VideoError
 
 NOTHING = -1
 TIMEOUT = b"Timeout ("  # what faulthandler writes before it ends a process
+IN_FLIGHT = 2  # batches that torch's loader has under way for each process
 
 
 class Guard:
     """What each loader process has in hand, in memory that outlives it, and a limit on how long.
 
     A decode of more than `seconds` ends its process, also where it holds the interpreter's lock. The first time that a
-    process dies with a video in hand the video is tried once more, since the system kills processes for want of memory
-    too; after the second it is one of `crashes`. `say` gets a sentence for every death, `note` the Python stack where
+    process dies with a video in hand the video is tried once more; after the second it is one of `crashes`. Being
+    killed counts only where the second try of the same clip ends so too: the system kills processes for want of memory,
+    which over a long run hits a good video twice. `say` gets a sentence for every death, `note` the Python stack where
     there is one. The processes must be forks of this one.
     """
 
@@ -33,7 +35,7 @@ class Guard:
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.crashes, self.seconds, self.say, self.note = crashes, seconds, say, note
-        self.suspects: set[int] = set()
+        self.suspects: dict[int, int] = {}  # by video: how many batches were handed out then
         self.place: int | None = None  # of this process among the loader processes
         self._hands = np.empty((0, 2), np.int64)
         self._stacks: list[int] = []
@@ -55,12 +57,14 @@ class Guard:
                 os.close(file)
             self._hands, self._stacks = np.empty((0, 2), np.int64), []
 
-    def blame(self, exit_codes: Mapping[int, int]) -> tuple[str, bool]:
+    def blame(self, exit_codes: Mapping[int, int], handed_out: int) -> tuple[str, bool]:
         """Look at what dead processes had in hand; they are given by place, with their exit codes.
 
-        Returns a sentence on one of them, and whether some video is not tried any more from now on.
+        `handed_out`: batches that came out of the loader before. Returns a sentence on one of them, and whether some
+        video is not tried any more from now on.
         """
         found: dict[int, tuple[int, str]] = {}
+        convicted = set()
         for place, code in exit_codes.items():
             video, slot = self._hands[place].tolist()
             stack = os.pread(self._stacks[place], 1 << 16, 0)
@@ -69,7 +73,10 @@ class Guard:
             # Two processes may have died of the same video: it is one that must be good for both slots.
             if video not in found or slot < found[video][0]:
                 found[video] = slot, why(code, stack.startswith(TIMEOUT), self.seconds)
-        convicted = found.keys() & self.suspects
+            if video in self.suspects:
+                same_clip = handed_out - self.suspects[video] <= IN_FLIGHT * len(self._hands)
+                if same_clip or code != -signal.SIGKILL:
+                    convicted.add(video)
         for video, (slot, reason) in sorted(found.items()):
             held = "no video" if video == NOTHING else self.crashes.paths[video]
             sentence = f"a loader process ended with {held} in hand: {reason}"
@@ -77,7 +84,7 @@ class Guard:
             self.say(f"loader     {sentence}" + ("; it is tried once more" if again else ""))
             if video in convicted:
                 self.crashes.add(video, slot, reason)
-        self.suspects |= found.keys() - {NOTHING}
+        self.suspects |= {video: handed_out for video in found if video != NOTHING}
         return sentence, bool(convicted)
 
     # -- in a loader process ------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ class GuardedLoader(Generic[Loaded]):
                             handed_out += 1
                             deaths, known_then = 0, len(known)
                             yield batch
-                    sentence, convicted = self.guard.blame(dead)
+                    sentence, convicted = self.guard.blame(dead, handed_out)
                 deaths = 0 if convicted else deaths + 1
                 if deaths == DEATHS_IN_A_ROW or len(known) - known_then > ALWAYS_TOLERATED:
                     raise RuntimeError(

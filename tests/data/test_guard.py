@@ -272,17 +272,28 @@ def test_where_every_video_crashes_the_loader_gives_up(paths, nothing_left):
     assert len(run.crashes.known) == 11
 
 
-def test_a_process_killed_in_the_middle_of_a_run_is_made_again(paths, nothing_left):
-    want = Run(paths, guarded=False)(workers=0)
-    run, got = Run(paths), []
-    with running(run.loader()) as batches:
+def test_processes_killed_now_and_then_cost_no_video(paths, nothing_left):
+    """With few videos it is soon the same one that was in hand."""
+    want = Run(paths, guarded=False)(workers=0, last=30)
+    run, got = Run(paths, lambda info, frames: time.sleep(0.01) or read_frames(info, frames)), []
+    with running(run.loader(last=30)) as batches:
         for number, batch in enumerate(batches):
             got.append(batch)
-            if number in (2, 7):
+            if number % 14 == 5:
                 for child in multiprocessing.active_children():
                     child.kill()
     assert_same(got, want)
     assert run.crashes.known == {}
+    assert len([line for line in run.said if "killed" in line]) >= 4
+
+
+def test_a_killed_process_convicts_a_video_only_where_it_is_the_same_clip():
+    guard = Guard(Crashes(["a.mp4"]), 1.0, lambda text: None)
+    with guard.watching(2):
+        for handed_out, code, convicted in [(3, -9, False), (8, -9, False), (12, -9, True), (20, -11, True)]:
+            guard._hands[1] = 0, 40 + handed_out
+            assert guard.blame({1: code}, handed_out)[1] == convicted
+            assert guard.crashes.known.keys() == ({0} if handed_out >= 12 else set())
 
 
 def test_what_a_reader_raises_is_raised_as_without_a_guard(paths, nothing_left):

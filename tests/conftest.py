@@ -17,6 +17,7 @@ _ABSENT = () if SHARED.is_dir() else ("absent",)
 EXPECTED_SKIPS = (
     NO_CUDA,
     "root may read everything",
+    "needs root to mount",
     "timm is not installed",
     "torchcodec does not load",  # FFmpeg's libraries come with the system
     "the dispatcher says no",

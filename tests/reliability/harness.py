@@ -173,6 +173,14 @@ class Lab:
             assert time.monotonic() < end, f"no row of step {step} in {PATIENCE} s:\n{child.said()}"
             time.sleep(0.002)
 
+    def wait_for_file(self, child: Child, path: Path) -> None:
+        """Until this file exists; the run must not end before."""
+        end = time.monotonic() + PATIENCE
+        while not path.exists():
+            assert child.poll() is None, child.said()
+            assert time.monotonic() < end, f"no {path} in {PATIENCE} s:\n{child.said()}"
+            time.sleep(0.002)
+
     def whole(self, *overrides: str) -> list[tuple]:
         """What a run with these settings gives when nothing befalls it."""
         if overrides not in self.unbroken:

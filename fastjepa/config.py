@@ -9,10 +9,12 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 Resume = Literal["fatal", "warn", "free"]
+# No whole number of a run is larger, but its seed: beyond it, sizes overflow in places that name no setting.
+LARGEST = 10**9
 
 
 def setting(default: Any, help: str, resume: Resume = "fatal", **limits: Any) -> Any:
@@ -39,6 +41,16 @@ class Section(BaseModel):
     """A group of settings: strict types, frozen, unknown keys refused."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _within_reason(cls, value: Any, info: ValidationInfo) -> Any:
+        """Limits of all fields. The words continue those of what the field expects."""
+        if isinstance(value, int) and value > LARGEST and info.field_name != "seed":
+            raise ValueError(f"at most {LARGEST}")
+        if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, dict) else [value])):
+            raise ValueError("without a zero byte")  # the system ends names of files there
+        return value
 
 
 class Model(Section):

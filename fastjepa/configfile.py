@@ -12,11 +12,15 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from fastjepa.config import SECTIONS, Mask, MaskSet, Section, Settings, by_key, fields
 from fastjepa.configchecks import cross_checks
 from fastjepa.expectation import expectation
 
+# A few lines of aliases can stand for more values than any memory holds; settings are some hundred.
+MOST_VALUES = 100_000
+LONGEST_KEY = 4096
 USAGE = "usage: python -m fastjepa.train SETTINGS.yaml [key=value ...]"
 
 
@@ -24,6 +28,7 @@ class SettingsError(ValueError):
     """All mistakes of a settings file; `mistakes` holds one sentence each."""
 
     def __init__(self, mistakes: list[str]) -> None:
+        mistakes = [_printable(mistake) for mistake in mistakes]
         super().__init__("\n".join(mistakes))
         self.mistakes = mistakes
 
@@ -93,9 +98,22 @@ def _show(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _printable(text: str) -> str:
+    """Line breaks, escape sequences and the like are shown, not sent to the console."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _given(value: Any) -> str:
-    text = "null" if value is None else repr(value)
+    try:
+        text = "null" if value is None else repr(value)
+    except ValueError:  # of thousands of digits
+        text = "a number that is too long to be shown"
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _beyond_limits(problem: Any) -> str:
+    """What pydantic's problem adds to the expectation of the field: limits that all fields have."""
+    return f", {problem['ctx']['error']}" if problem["type"] == "value_error" else ""
 
 
 def _nearest(word: str, valid: list[str]) -> str:
@@ -115,13 +133,36 @@ def _place(places: dict[str, str], key: str, file: str) -> str:
 def _parse(text: str) -> Any:
     """Errors: YAMLError."""
     try:
+        # Looked at before anything is made of it: merging what aliases stand for may take for ever.
+        if _values(YAML(typ="safe", pure=True).compose(text), {}) > MOST_VALUES:
+            raise YAMLError(f"it stands for more than {MOST_VALUES} values")
         return YAML(typ="safe", pure=True).load(text)
     except (ValueError, LookupError, RecursionError) as error:  # 2024-02-30, !!bool perhaps, a thousand brackets
         raise YAMLError(f"a value cannot be read: {error}") from None
 
 
+def _values(node: Node | None, known: dict[int, int]) -> int:
+    """How many values a document has once every alias is written out; what contains itself counts once there.
+
+    Errors: YAMLError where a key is longer than the name of any setting or file.
+    """
+    if node is None or isinstance(node, ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 1
+        if isinstance(node, MappingNode) and any(len(key.value) > LONGEST_KEY for key, _ in node.value):
+            raise YAMLError(f"a key of more than {LONGEST_KEY} characters")
+        parts = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else node.value
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    try:
+        present = path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise SettingsError([f"{path}: cannot be read: {error.strerror}"]) from None
+    if not present:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.4)
         hint = f", nearest: {path.parent / near[0]}" if near else ""
         raise SettingsError([f"{path}: no such settings file{hint}"])
@@ -218,12 +259,13 @@ def _validate(values: dict[str, Any], places: dict[str, str], file: str) -> tupl
             valid[head], found = _validate_section(head, content, places, where, broken)
             mistakes += found
         elif head in Settings.model_fields:
-            field = Settings.model_fields[head]
-            assert isinstance(field.annotation, type), "a setting outside of groups is text, or true or false"
-            if isinstance(content, field.annotation):
+            try:
+                Settings.model_validate({head: content})
                 valid[head] = content
-            else:
-                mistakes.append(f"{where}: {head}: expected {expectation(field)}, given {_given(content)}")
+            except ValidationError as error:
+                more = _beyond_limits(error.errors()[0])
+                expected = expectation(Settings.model_fields[head])
+                mistakes.append(f"{where}: {head}: expected {expected}{more}, given {_given(content)}")
         else:
             mistakes.append(f"{where}: unknown key {head}{_nearest(str(head), [*SECTIONS, *keys])}")
     settings = Settings(**valid)
@@ -243,9 +285,9 @@ def _validate_section(
     try:
         return kind.model_validate(content), []
     except ValidationError as error:
-        locations = [problem["loc"] for problem in error.errors()]
+        problems = [(problem["loc"], _beyond_limits(problem)) for problem in error.errors()]
     mistakes = []
-    for location in locations:
+    for location, more in problems:
         named, expected = _locate(kind, location)
         key = ".".join(map(str, (head, *named)))
         if key in broken:
@@ -260,7 +302,7 @@ def _validate_section(
             given: Any = content
             for part in named:
                 given = given[part]
-            mistakes.append(f"{place}: {key}: expected {expected}, given {_given(given)}")
+            mistakes.append(f"{place}: {key}: expected {expected}{more}, given {_given(given)}")
     return kind.model_validate(_without(head, content, broken)), mistakes
 
 

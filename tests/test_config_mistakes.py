@@ -60,7 +60,6 @@ NULL |= {
     "runtime.watchdog_minutes",
     "init.from",
     "data.duration",
-    "data.decode_seconds",
     "data.fps",
     "data.frame_rate",
 }

@@ -91,7 +91,7 @@ def test_no_file_is_larger_than_the_limit_unless_one_tensor_is(root, monkeypatch
     monkeypatch.setattr(write, "FILE_BYTES", limit)
     folder = save(root, 1, tensors(1), {}, 3, quiet)
     sizes = {name: tensor.nbytes for name, tensor in tensors(1).items()}
-    number = write._files(tensors(1))
+    number = write._files(tensors(1), 1)
     assert len(list(folder.glob("*.safetensors"))) == len(set(number.values()))
     for file in set(number.values()):
         members = [sizes[name] for name in sizes if number[name] == file]

@@ -139,8 +139,8 @@ def failing(root: Path, rank: int, where: str, threaded: bool) -> str:
 
     if dist.get_rank() == rank:
         place = {
-            "tensors": (write.HuggingFaceStorageWriter, "write_data"),
-            "plan": (write.HuggingFaceStorageWriter, "prepare_local_plan"),
+            "tensors": (write._Writer, "write_data"),
+            "plan": (write._Writer, "prepare_local_plan"),
             "sums": (write.files, "facts"),
             "folder": (write, "_begin"),
             "name": (write, "_commit"),

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,9 +27,8 @@ class Outcome:
 class Saver:
     """Writes checkpoints in a thread, one at a time; as a context it waits for the last one at its end.
 
-    It keeps a copy of the state in host memory, once and for good (see `Snapshot`), and while a file is written up to
-    three times `FILE_BYTES` beside it. `keep`, `keep_every` and `group` are those of `save`. What a save has to say is
-    said when its outcome is taken, in the caller's thread.
+    It keeps a copy of the state in host memory, once and for good (see `Snapshot`). `keep`, `keep_every` and `group`
+    are those of `save`. What a save has to say is said when its outcome is taken, in the caller's thread.
 
     With several processes all of them call `begin` and `wait` in the same order, and only what these two return is the
     same everywhere at the same time: decide on that. What `finished` returns is the same too, but not when. The group
@@ -97,22 +95,21 @@ class Saver:
                 raise refused
             return self._snapshot.parts()
 
-        stream = self._snapshot.stream
         try:
-            # torch's writer waits for the current stream. A thread begins with that of the first device, where the
-            # step of this process or of another one runs.
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                write(
-                    self.root,
-                    step,
-                    tensors,
-                    trainer,
-                    keep=self.keep,
-                    keep_every=self.keep_every,
-                    say=self._said.append,
-                    group=self.group,
-                    values=values,
-                )
+            if self._snapshot.device is not None:
+                # A thread begins on the first device, where another process may be at work.
+                torch.cuda.set_device(self._snapshot.device)
+            write(
+                self.root,
+                step,
+                tensors,
+                trainer,
+                keep=self.keep,
+                keep_every=self.keep_every,
+                say=self._said.append,
+                group=self.group,
+                values=values,
+            )
             self._outcome = Outcome(step, None)
         except SaveFailed as error:
             self._outcome = Outcome(step, str(error))

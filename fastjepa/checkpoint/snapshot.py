@@ -24,7 +24,8 @@ class Snapshot:
     def __init__(self) -> None:
         self._layout: list[tuple[str, torch.Size, torch.dtype, torch.device]] = []
         self._buffers: dict[str, Tensor] = {}
-        self.stream: torch.cuda.Stream | None = None
+        self.device: torch.device | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
@@ -46,15 +47,15 @@ class Snapshot:
             self._copy(parts)
             return
         assert len(devices) == 1, "a process has one device"
-        (device,) = devices
-        current = torch.cuda.current_stream(device)
-        if self.stream is None:
-            self.stream, self._copied = torch.cuda.Stream(device), torch.cuda.Event(blocking=True)
+        (self.device,) = devices
+        current = torch.cuda.current_stream(self.device)
+        if self._stream is None:
+            self._stream, self._copied = torch.cuda.Stream(self.device), torch.cuda.Event(blocking=True)
         assert self._copied is not None
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             self._copy(parts)
-            self._copied.record(self.stream)
+            self._copied.record(self._stream)
         current.wait_event(self._copied)
 
     def _copy(self, parts: dict[str, Tensor]) -> None:

@@ -12,10 +12,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from fastjepa.checkpoint import files
 from fastjepa.checkpoint.errors import UNWRITABLE, SaveFailed, cause
@@ -23,7 +27,8 @@ from fastjepa.checkpoint.ranks import Ranks
 from fastjepa.checkpoint.read import FORMAT, looks_intact
 from fastjepa.checkpoint.snapshot import local
 
-# A file is built in memory before it is written: small ones keep the peak low beside a model that fills the machine.
+# What a process puts into a file, unless one tensor is more. A save that is waited for holds as much of a device's
+# tensors on the host.
 FILE_BYTES = 1 << 30
 # A folder that one machine has made is seen by the others after a while only, where a network lies between.
 SECONDS_TO_SEE = 5.0
@@ -146,9 +151,39 @@ class _Parts(DefaultSavePlanner):
         return self._parts[index.fqn]
 
 
+class _Writer(HuggingFaceStorageWriter):
+    """Writes with safetensors' own function, in torch's layout, so that other threads run meanwhile.
+
+    torch's writer builds every file in memory, and holds the interpreter for as long.
+    """
+
+    def __init__(self, folder: Path, numbers: dict[str, int], rank: int) -> None:
+        super().__init__(str(folder), fqn_to_index_mapping=numbers, save_distributed=True)
+        self._folder, self._numbers, self._rank = folder, numbers, rank
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        groups: dict[int, list[WriteItem]] = {}
+        for item in plan.items:
+            groups.setdefault(self._numbers[item.index.fqn], []).append(item)
+        for number, items in groups.items():
+            values, places = {}, {}
+            for item in items:
+                value = planner.resolve_data(item)
+                assert isinstance(value, Tensor), "a state holds tensors only"
+                assert item.tensor_data is not None, "a tensor has a shape"
+                values[item.index.fqn] = value.cpu()
+                places[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+            path = self._folder / f"shard-{self._rank + 1:05d}-model-{number:05d}.safetensors"
+            save_file(values, path, {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)})
+            files.fsync(path)
+        written: Future[list[WriteResult]] = Future()
+        written.set_result([])
+        return written
+
+
 def _write_tensors(scratch: Path, tensors: dict[str, Tensor], parts: dict[str, Tensor], ranks: Ranks) -> None:
     planned = {name: tensor if isinstance(tensor, DTensor) else parts[name] for name, tensor in tensors.items()}
-    writer = HuggingFaceStorageWriter(str(scratch), fqn_to_index_mapping=_files(tensors), save_distributed=True)
+    writer = _Writer(scratch, _files(tensors, ranks.size), ranks.rank)
     files.expect_one_process()
     dcp.save(
         planned,
@@ -159,11 +194,11 @@ def _write_tensors(scratch: Path, tensors: dict[str, Tensor], parts: dict[str, T
     )
 
 
-def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Name -> number of the file it goes to, by size."""
+def _files(tensors: dict[str, Tensor], processes: int) -> dict[str, int]:
+    """Name -> number of the file it goes to, by size: of every number each process writes one, with its share."""
     numbers, number, filled = {}, 1, 0
     for name, tensor in tensors.items():
-        if filled and filled + _bytes(tensor) > FILE_BYTES:
+        if filled and filled + _bytes(tensor) > FILE_BYTES * processes:
             number, filled = number + 1, 0
         numbers[name] = number
         filled += _bytes(tensor)

@@ -17,7 +17,6 @@ from fastjepa.data.decode import probe, read_frames
 from fastjepa.data.source import open_videos
 from fastjepa.exits import Exit
 from tests.awkward import BAD
-from tests.data.conftest import film  # noqa: F401
 
 MORE = ("data.max_bad_fraction=1.0", "data.workers=2", "log.every=1")
 
@@ -39,7 +38,7 @@ def write_list(tmp_path, paths):
 
 
 @pytest.fixture
-def good(film, tmp_path):  # noqa: F811
+def good(film, tmp_path):
     (tmp_path / "good").mkdir()
     return [film.video(tmp_path / "good" / f"{n}.mp4", frames=6 + n) for n in range(6)]
 
@@ -47,7 +46,7 @@ def good(film, tmp_path):  # noqa: F811
 # -- all kinds at once ------------------------------------------------------------------------------------------------
 
 
-def make_odd(film, folder, source):  # noqa: F811
+def make_odd(film, folder, source):
     """Videos that are strange and can be read all the same."""
     folder.mkdir()
     film.video(folder / "five_frames.mp4", frames=5)
@@ -71,7 +70,7 @@ def make_odd(film, folder, source):  # noqa: F811
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_with_every_kind_of_bad_file_names_each_once_and_ends(run, film, good, tmp_path, workers, capfd):  # noqa: F811
+def test_a_run_with_every_kind_of_bad_file_names_each_once_and_ends(run, film, good, tmp_path, workers, capfd):
     odd = make_odd(film, tmp_path / "odd", good[3])
     (tmp_path / "bad").mkdir()
     reasons = {}
@@ -225,7 +224,7 @@ def test_a_folder_of_links_that_go_in_circles_is_searched_once(good, tmp_path):
 # -- long and large ---------------------------------------------------------------------------------------------------
 
 
-def test_ten_minutes_of_video_are_read_at_any_place(film, tmp_path):  # noqa: F811
+def test_ten_minutes_of_video_are_read_at_any_place(film, tmp_path):
     """3000 frames: those of a clip are found without decoding the others."""
     pictures = [film.picture(number % 256) for number in range(256)]
     path = film.write(
@@ -241,7 +240,7 @@ def test_ten_minutes_of_video_are_read_at_any_place(film, tmp_path):  # noqa: F8
     assert clip.shape == (3, 16, 32, 32)
 
 
-def test_a_film_of_4096_by_2160_gives_clips(film, tmp_path):  # noqa: F811
+def test_a_film_of_4096_by_2160_gives_clips(film, tmp_path):
     picture = np.kron(film.picture(181), np.ones((45, 43, 1), np.uint8))[:2160, :4096]
     path = film.write(tmp_path / "4k.mp4", [picture] * 20, preset="ultrafast", gop=20)
     info = probe(path)

@@ -18,6 +18,7 @@ EXPECTED_SKIPS = (
     NO_CUDA,
     "root may read everything",
     "needs root to mount",
+    "tensorboard is not installed",
     "timm is not installed",
     "torchcodec does not load",  # FFmpeg's libraries come with the system
     "the dispatcher says no",

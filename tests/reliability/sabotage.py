@@ -144,3 +144,8 @@ def audit(report: str) -> None:
             os.write(out, f"{event} {arguments}\n".encode(errors="replace"))
 
     sys.addaudithook(hook)
+
+
+def memory(limit: int) -> None:
+    """No more than this many bytes of address space."""
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

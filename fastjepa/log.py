@@ -136,7 +136,8 @@ class RunLog(Log):
         """Drop rows of metrics.jsonl after this step: a resumed run logs them again, each step once."""
         self._metrics.seek(0)
         rows = []
-        for line in self._metrics.read().splitlines():
+        lines = self._metrics.read().splitlines()
+        for line in lines:
             try:
                 keep = json.loads(line)["step"] <= step
             except ValueError:
@@ -146,6 +147,9 @@ class RunLog(Log):
         self._metrics.close()
         write_atomically(self.folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows))
         self._metrics = (self.folder / "metrics.jsonl").open("a+", encoding="utf-8")
+        if self._board is not None and len(rows) < len(lines):
+            self._board.close()
+            self._board = _tensorboard(self.folder, purge_step=step + 1)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl; numbers that are not finite are written as null."""
@@ -187,12 +191,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, **options: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("log.tensorboard needs the package tensorboard: pip install 'fastjepa[log]'") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), **options)
 
 
 def _wandb(folder: Path, name: str) -> Any:

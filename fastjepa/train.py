@@ -8,11 +8,11 @@ from fastjepa.exits import Exit
 
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code (see `fastjepa.exits`)."""
-    settings, name = from_command_line(sys.argv[1:] if arguments is None else arguments)
-    # Only now: importing torch takes seconds, and a mistake in the settings should not.
-    from fastjepa.start import start
-
     try:
+        settings, name = from_command_line(sys.argv[1:] if arguments is None else arguments)
+        # Only now: importing torch takes seconds, and a mistake in the settings should not.
+        from fastjepa.start import start
+
         return int(start(settings, name))
     except KeyboardInterrupt:  # before the loop, which saves and leaves by itself, there is nothing to save
         return int(Exit.SECOND_INTERRUPT)

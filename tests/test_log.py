@@ -289,8 +289,8 @@ def test_tensorboard_gets_every_number_of_a_row(open_log, monkeypatch):
     calls = []
 
     class SummaryWriter:
-        def __init__(self, folder):
-            calls.append(("open", folder))
+        def __init__(self, folder, **options):
+            calls.append(("open", folder, *options.items()))
 
         def add_scalar(self, key, value, step):
             calls.append((key, value, step))
@@ -305,6 +305,13 @@ def test_tensorboard_gets_every_number_of_a_row(open_log, monkeypatch):
         run.metrics(ROW)
     assert calls == [("open", str(run.folder / "tensorboard")), ("loss", 0.5, 20), ("skipped", 0, 20), "close"]
     assert len(read_metrics(run.folder)) == 1
+    # A resume takes back what is logged again, and only then.
+    calls.clear()
+    with open_log(tensorboard=True) as run:
+        run.rewind(20)
+        run.rewind(19)
+    folder = str(run.folder / "tensorboard")
+    assert calls == [("open", folder), "close", ("open", folder, ("purge_step", 20)), "close"]
 
 
 def test_wandb_gets_every_number_of_a_row_and_continues_the_run_of_this_folder(open_log, monkeypatch):

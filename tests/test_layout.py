@@ -69,6 +69,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.parallel", {"config"}),
         ("fastjepa.checkpoint", set()),
         ("fastjepa.signals", {"exits"}),
+        ("fastjepa.badsteps", {"data", "optim", "runfolder"}),
         ("fastjepa.watchdog", {"watcher"}),
         ("fastjepa.watcher", set()),
     ],

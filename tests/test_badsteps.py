@@ -257,23 +257,28 @@ def test_what_the_caller_does_with_its_tensors_later_does_not_matter(open_steps,
 # A resume
 
 
-@pytest.mark.parametrize("stop", range(8))
-def test_a_resumed_run_lists_and_ends_like_an_unbroken_one(open_steps, tmp_path, stop):
-    kinds = [LOSS, GOOD, GRADIENT, LOSS, GOOD, LOSS, LOSS, LOSS]
-    whole = open_steps(3)
-    assert follow(whole, kinds) == [8]
+ENDS_AT_ITS_LAST = {
+    False: [LOSS, GOOD, GRADIENT, LOSS, GOOD, GOOD, LOSS, LOSS, LOSS],
+    True: [GOOD, LOSS, LOSS, GRADIENT, LOSS, GRADIENT, LOSS, LOSS, LOSS],
+}
+
+
+@pytest.mark.parametrize("stop", range(9))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_resumed_run_lists_and_ends_like_an_unbroken_one(open_steps, tmp_path, stop, scaled):
+    kinds = ENDS_AT_ITS_LAST[scaled]
+    whole = open_steps(3, scaled=scaled)
+    assert follow(whole, kinds) == [len(kinds)]
     want = listed(tmp_path)
-    assert [entry["step"] for entry in want] == [1, 3, 4, 6, 7, 8]
+    assert [entry["step"] for entry in want] == [step for step, kind in enumerate(kinds, start=1) if kind != GOOD]
     with (tmp_path / "bad_steps.jsonl").open("a") as out:
         out.write('{"step": 9, "not_fi')
-    again = open_steps(3)
+    again = open_steps(3, scaled=scaled)
     again.rewind(stop)
     assert listed(tmp_path) == [entry for entry in want if entry["step"] <= stop]
     assert not again.check()
-    assert follow(again, kinds[stop:], first=stop + 1) == [8]
-    assert listed(tmp_path) == want
-    assert again.reason == whole.reason
-    assert list(again.last) == list(whole.last)
+    assert follow(again, kinds[stop:], first=stop + 1) == [len(kinds)]
+    assert (listed(tmp_path), again.reason) == (want, whole.reason)
 
 
 def test_a_rewind_forgets_what_was_on_its_way(open_steps, tmp_path, lag):

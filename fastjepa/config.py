@@ -206,6 +206,12 @@ class Optim(Section):
     clip_grad: float | None = setting(10.0, "largest gradient norm; null does not clip", gt=0)
     betas: Pair = setting((0.9, 0.999), "AdamW betas")
     eps: float = setting(1e-8, "AdamW epsilon", gt=0)
+    max_bad_steps: Count = setting(
+        3,
+        "skipped steps in a row, their loss or gradients not being finite, after which the run ends with exit code 4; "
+        "float16 may skip 20 for its gradients, while it looks for a loss scale",
+        "free",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", "precision of matrix products; the weights that are trained stay float32"
     )

@@ -1,6 +1,6 @@
 """What a run says: console, train.log, metrics.jsonl, status.json, and on request TensorBoard and Weights & Biases.
 
-Of several processes the first one writes (`RunLog`); the others have a `Log` that says nothing but how they failed.
+Of several processes the first one writes (`RunLog`); the others have a `Log` that speaks of their own troubles only.
 """
 
 import json
@@ -45,8 +45,8 @@ class Log:
         except OSError as error:
             sys.stderr.write(f"{self.who}: the log in {self.folder} cannot be written: {error}\n")
 
-    def fail(self, text: str) -> None:
-        """Say how this process failed, whichever it is."""
+    def tell(self, text: str) -> None:
+        """Say something of this process, whichever it is."""
         sys.stderr.write(f"{self.who}: {text}\n")
         self.note(text)
 
@@ -109,7 +109,7 @@ class RunLog(Log):
             self._text.write(f"{text}\n")
             self._text.flush()
 
-    def fail(self, text: str) -> None:
+    def tell(self, text: str) -> None:
         """As `Log`, on the console like everything else."""
         self.say(text)
 

@@ -4,11 +4,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 import torch
 
 from fastjepa import health, parallel
+from fastjepa.badsteps import BadSteps, file_names
 from fastjepa.build import build_dataset, build_decoding, build_optimizer_pass
 from fastjepa.config import Settings
 from fastjepa.data.crashes import LISTED, Crashes
@@ -37,11 +39,16 @@ from fastjepa.runfolder import RunFolder
 from fastjepa.signals import Interrupts
 from fastjepa.watchdog import Watchdog
 
-BAD_STEPS_IN_A_ROW = 3
-# float16 finds its loss scale by overflowing: from 65536 down to 1 takes 16 steps that say nothing about the run.
-BAD_STEPS_IN_A_ROW_FLOAT16 = 20
 # How much longer than anything else some things may take: compilation in the first step, a checkpoint on a slow disk.
 PATIENCE = 4.0
+
+
+class Wish(IntEnum):
+    """What a process wants to do after a step: the largest of several processes' wishes is done."""
+
+    GO_ON = 0
+    LEAVE = 1
+    GIVE_UP = 2
 
 
 @dataclass
@@ -78,7 +85,6 @@ class Trainer:
             trained=len(self.videos.train),
             max_bad_fraction=s.data.max_bad_fraction,
         )
-        self.patience = BAD_STEPS_IN_A_ROW if self.scaler is None else BAD_STEPS_IN_A_ROW_FLOAT16
         self.clock = Clock()
         self._patience = 1.0
 
@@ -99,6 +105,8 @@ class Trainer:
         log.status("training", first)
         log.start_progress(first)
         dataset = build_dataset(self.settings, self.videos, self.decoder)
+        self.bad_steps = self._bad_steps(dataset)
+        self.bad_steps.rewind(first)
         failures = Failures(self._own("decoder_failures.jsonl"), first * self.settings.optim.global_batch)
         decoding = build_decoding(
             self.settings, self.decoder, dataset, self.plan.batch_size, self.device, log.say, failures
@@ -127,10 +135,13 @@ class Trainer:
                 if logging:
                     self.findings.share()
                     self._report(step + 1, done)
-                    if self.update.skipped_in_a_row.item() >= self.patience:
-                        return self._fail(step + 1, Exit.NON_FINITE, "loss or gradients are not finite again and again")
             count = step if done is None else step + 1
-            stopping = self._stopping()
+            if count == last or count % s.checkpoint.every == 0:
+                self.bad_steps.wait()
+            wish = self._wish()
+            if wish is Wish.GIVE_UP:
+                return self._give_up(count)
+            stopping = wish is Wish.LEAVE
             ending = count == last or stopping
             keeper.look()
             if ending:
@@ -147,10 +158,11 @@ class Trainer:
                 self.clock = Clock()
         return None
 
-    def _stopping(self) -> bool:
-        """Whether a signal has come, to whichever process: they agree on the host, where no device is waited for."""
+    def _wish(self) -> Wish:
+        """What one of the processes wants; they agree on the host, where no device is waited for."""
         self.watchdog.stage("waiting for the other processes", patience=self._patience)
-        return self.world.any(self._interrupted())
+        own = Wish.GIVE_UP if self.bad_steps.check() else Wish.LEAVE if self._interrupted() else Wish.GO_ON
+        return Wish(self.world.most(own))
 
     def _step(self, step: int, batches: Iterator[Batch], look: bool) -> StepDone | None:
         """One training step; None where a signal came between its batches: nothing has changed then.
@@ -158,9 +170,10 @@ class Trainer:
         `look` measures the health of the last batch's target features, before they are updated.
         """
         s, parts = self.settings, self.plan.accumulation
-        losses, features = torch.zeros(2, device=self.device), None
+        total, features = torch.zeros(2, device=self.device), None
+        slots, losses = [], []
         for part in range(parts):
-            if part and self._stopping():
+            if part and self._wish() is Wish.LEAVE:
                 self.update.drop_gradients()
                 return None
             last = part + 1 == parts
@@ -181,10 +194,25 @@ class Trainer:
                         # One clip of each video: clips of the same one are too alike to tell what is trivial.
                         features = self.exchange.target_features(batch.clips[:: s.data.clips_per_video])
                 self.update.backward(out.loss / parts, last)
-            losses += torch.stack([out.loss.detach(), out.loss_jepa.detach()]) / parts
-        loss, loss_jepa = self.exchange.mean(losses)
+            slots.append(batch.slots)
+            losses.append(out.loss.detach())
+            total += torch.stack([out.loss.detach(), out.loss_jepa.detach()]) / parts
+        loss, loss_jepa = self.exchange.mean(total)
         measured = None if features is None else health.measure(features, s.loss.exponent)
-        return StepDone(loss, loss_jepa, self.update.step(step, loss).total, measured)
+        norms = self.update.step(step, loss)
+        self.bad_steps.note(step + 1, slots, losses, loss, norms)
+        return StepDone(loss, loss_jepa, norms.total, measured)
+
+    def _bad_steps(self, dataset: ClipDataset) -> BadSteps:
+        reasons = (self.findings.bad.reasons, self.findings.short.reasons)
+        names = file_names(
+            dataset.plan.order,
+            dataset.reader.paths,
+            dataset.plan.clips_per_video,
+            lambda path: any(path in known for known in reasons),
+        )
+        most = self.settings.optim.max_bad_steps
+        return BadSteps(self._own("bad_steps.jsonl"), most, names, self.log.tell, scaled=self.scaler is not None)
 
     def _loader(self, dataset: ClipDataset, first: int, last: int) -> Iterable[Batch | EncodedBatch]:
         s = self.settings
@@ -279,6 +307,16 @@ class Trainer:
         self.log.status("done", step)
         self.log.say(f"done       {step} steps: {self.run.path}")
         return Exit.DONE
+
+    def _give_up(self, step: int) -> Exit:
+        """The end of a run whose steps are not finite; what may explain it is left in a file."""
+        self.bad_steps.wait()
+        path = self._own("non_finite.json")
+        schedule = self.update.schedule
+        more = {"step": step, "lr": schedule.lr_at(step - 1), "weight_decay": schedule.weight_decay_at(step - 1)}
+        self.bad_steps.diagnose(path, self.update.norms_of_bad_step(), more)
+        reason = self.bad_steps.reason or "another process had too many steps that were not finite"
+        return self._fail(step, Exit.NON_FINITE, f"{reason}; what is known of them is in {path}")
 
     def _fail(self, step: int, code: Exit, reason: str) -> Exit:
         self.log.stop_progress()

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastjepa.exchange import Exchange
 from fastjepa.jepa import JEPA
 from fastjepa.masters import Masters
-from fastjepa.updates import KernelUpdate, Weight, grad, norm_of, slots_of, weights_of, widen
+from fastjepa.updates import KernelUpdate, Weight, grad, norms_of, slots_of, weights_of, widen
 from fastjepa_kernels import Impl
 
 
@@ -78,11 +78,12 @@ def parameter_groups(jepa: JEPA) -> list[dict]:
 
 @dataclass
 class StepNorms:
-    """Gradient norms before clipping, 0-dim float32 on the device."""
+    """Gradient norms before clipping; `bad` is 1 where the step changed nothing. All 0-dim float32 on the device."""
 
     encoder: Tensor
     predictor: Tensor
     total: Tensor
+    bad: Tensor
 
 
 class OptimizerPass:
@@ -132,6 +133,7 @@ class OptimizerPass:
         device = next(jepa.encoder.parameters()).device
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
+        self._bad_norms: tuple[list[str], Tensor] = [], torch.zeros(0, device=device)
         self.exchange.ready(self.weights)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
@@ -156,10 +158,9 @@ class OptimizerPass:
             group["weight_decay"] = decay if group["decayed"] else 0.0
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norms = self._norms()
+        norms = self._norms(loss)
+        bad = norms.bad
         scales = self._scales(norms) if self.clip_grad is not None and step >= self.clip_from_step else None
-        # One question for both: a sum of what is not finite is not finite.
-        bad = (~torch.isfinite(norms.total + loss)).float()
         momentum = self.schedule.momentum_at(step)
         moved = [weight for weight in self.weights if weight.gradient is not None]
         if self.kernels is None:
@@ -175,15 +176,27 @@ class OptimizerPass:
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
         return norms
 
-    def _norms(self) -> StepNorms:
-        norms = torch.stack(
-            [
-                norm_of([w.gradient for w in self.weights if w.of_encoder is network and w.gradient is not None])
-                for network in (True, False)
-            ]
-        )
-        norms = self.exchange.norms(norms)
-        return StepNorms(norms[0], norms[1], torch.linalg.vector_norm(norms))
+    def _norms(self, loss: Tensor) -> StepNorms:
+        parts = [norms_of([w for w in self.weights if w.of_encoder is network]) for network in (True, False)]
+        norms = self.exchange.norms(torch.stack([torch.linalg.vector_norm(each) for _, each in parts]))
+        total = torch.linalg.vector_norm(norms)
+        # One question for both: a sum of what is not finite is not finite.
+        bad = (~torch.isfinite(total + loss)).float()
+        self._keep_norms([name for names, _ in parts for name in names], torch.cat([each for _, each in parts]), bad)
+        return StepNorms(norms[0], norms[1], total, bad)
+
+    def _keep_norms(self, names: list[str], norms: Tensor, bad: Tensor) -> None:
+        """Remember the norm of every gradient where the step is bad, without asking the device whether it is."""
+        before = self._bad_norms[1] if self._bad_norms[0] == names else torch.zeros_like(norms)
+        self._bad_norms = names, torch.where(bad > 0, norms, before)
+
+    def norms_of_bad_step(self) -> dict[str, float]:
+        """The norm of each parameter's gradient in the last step that changed nothing; waits for the device.
+
+        Zeros where there was none since the process began.
+        """
+        names, norms = self._bad_norms
+        return dict(zip(names, norms.tolist()))
 
     def _scales(self, norms: StepNorms) -> tuple[Tensor, Tensor]:
         """What the gradients of encoder and predictor are multiplied by: 1 where the norm is below the limit."""

@@ -176,11 +176,11 @@ def _train(
         )  # fmt: skip
         return trainer.train()
     except TooManyBadFiles as error:
-        log.fail(f"stopped    {error}")
+        log.tell(f"stopped    {error}")
         log.status("failed", 0, reason=str(error))
         return Exit.TOO_MANY_BAD_FILES
     except CheckpointError as error:
-        log.fail(f"stopped    {error}")
+        log.tell(f"stopped    {error}")
         log.status("failed", 0, reason=str(error))
         return Exit.WRONG_INPUT
     except (OSError, RuntimeError, MemoryError) as error:
@@ -188,7 +188,7 @@ def _train(
         # sentence for the person at the console, and where it came from in train.log.
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         log.note(traceback.format_exc())
-        log.fail(f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues")
+        log.tell(f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues")
         log.status("failed", 0, reason=first_line)
         return Exit.FAILED
     finally:

@@ -89,13 +89,20 @@ def widen(weights: list[Weight]) -> None:
 
 
 @torch.no_grad()
-def norm_of(gradients: list[Tensor]) -> Tensor:
-    """The norm of all values of a list, 0-dim: one call for each dtype, summed in float32 at least."""
+def norms_of(weights: list[Weight]) -> tuple[list[str], Tensor]:
+    """Names of weights that have gradients, and the norm of each gradient, [n], in float32 at least.
+
+    One call for each dtype: in the order of the dtypes, not of the weights.
+    """
+    names: list[str] = []
     norms: list[Tensor] = []
-    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
-        some = [gradient for gradient in gradients if gradient.dtype == dtype]
-        norms += torch._foreach_norm(some, 2, dtype=torch.promote_types(dtype, torch.float32))
-    return torch.linalg.vector_norm(torch.stack(norms))
+    given = [(weight.name, weight.gradient) for weight in weights]
+    for dtype in sorted({gradient.dtype for _, gradient in given if gradient is not None}, key=str):
+        some = [(name, gradient) for name, gradient in given if gradient is not None and gradient.dtype == dtype]
+        names += [name for name, _ in some]
+        wide = torch.promote_types(dtype, torch.float32)
+        norms += torch._foreach_norm([gradient for _, gradient in some], 2, dtype=wide)
+    return names, torch.stack(norms)
 
 
 class KernelUpdate:

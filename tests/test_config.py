@@ -100,8 +100,9 @@ def test_classes_are_those_of_the_design():
         head = key.split(".")[0]
         if head in ("runtime", "log", "checkpoint", "eval"):
             assert kind == "free", key
-        if head in ("model", "mask", "loss", "optim", "init"):
+        if head in ("model", "mask", "loss", "optim", "init") and key != "optim.max_bad_steps":
             assert kind == "fatal", key
+    assert classes["optim.max_bad_steps"] == "free"  # whether a run goes on, not what it computes
 
 
 def test_settings_are_frozen():

@@ -74,6 +74,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.reporting", {"gpus", "health", "log", "optim"}),
         ("fastjepa.checkpoint", {"checkpoint"}),
         ("fastjepa.signals", {"exits"}),
+        ("fastjepa.badsteps", {"data", "optim", "runfolder"}),
         ("fastjepa.watchdog", {"watcher"}),
         ("fastjepa.watcher", set()),
     ],

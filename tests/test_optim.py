@@ -294,6 +294,37 @@ def test_the_first_step_of_all_may_be_skipped():
     assert_same(everything(update), everything(clean), but=COUNTERS)
 
 
+def test_a_bad_step_says_so_on_the_device_and_names_the_gradients_that_were_not_finite():
+    jepa, update = make()
+    assert update.norms_of_bad_step() == {}
+    loss = jepa(*batch(0)).loss
+    update.backward(loss)
+    assert update.step(0, loss.detach()).bad.item() == 0
+    assert set(update.norms_of_bad_step().values()) == {0.0}
+    loss = jepa(*batch(1)).loss
+    update.backward(loss)
+    spoilt = jepa.predictor.predictor_blocks[0].mlp.fc2.bias
+    spoilt.grad[2] = math.inf
+    want = {name: p.grad.norm().item() for name, p in jepa.named_parameters() if p.grad is not None and p is not spoilt}
+    assert update.step(1, loss.detach()).bad.item() == 1
+    train(update, [2])  # the next good step does not overwrite what is known
+    got = update.norms_of_bad_step()
+    assert got.pop("predictor.predictor_blocks.0.mlp.fc2.bias") == math.inf
+    assert got == pytest.approx(want, rel=1e-5)
+    assert len(got) > 20
+
+
+def test_the_schedules_know_the_step_only():
+    """A step that changes nothing moves no schedule: the later ones are where they would have been."""
+    jepa, update = make()
+    loss = jepa(*batch(0)).loss
+    update.backward(loss)
+    update.step(0, loss.detach() * math.nan)
+    train(update, [1])
+    assert update.optimizer.param_groups[0]["lr"] == SHORT.lr_at(1)
+    assert {value.item() for name, value in update.state().items() if name.startswith("optim.step.")} == {1.0}
+
+
 # float16
 
 

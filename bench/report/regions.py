@@ -55,6 +55,9 @@ REGIONS = {
         folded=True,
         on_a_cpu="The steps are of a tiny model on a CPU: the course of a curve, no figure for a GPU.",
     ),
+    "saving": Region(
+        ("saving",), tables.plain, BENCHES, on_a_cpu="The demo's step on a CPU: no figure for a large model or a GPU."
+    ),
     "step": Region(("step",), tables.steps, "`bench/gpu.sh step` on a machine with a GPU", "Clips a second of steps"),
     "public": Region(
         ("public",),

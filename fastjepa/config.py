@@ -278,6 +278,9 @@ class Runtime(Section):
         "free",
         gt=0,
     )
+    stop_on_collapse: bool = setting(
+        False, "end the run where the target features have collapsed; false only warns", "free"
+    )
 
 
 class Log(Section):

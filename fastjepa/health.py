@@ -14,10 +14,16 @@ MOST_ROWS = 8192
 
 @dataclass
 class Health:
-    """0-dim float32 on the device. `trivial_loss` is 0 for a single clip, which says nothing about it."""
+    """0-dim float32 on the device. `trivial_loss` is 0 for a single clip, which says nothing about it.
+
+    `feature_std`: how far the features of tokens and clips lie apart, the mean over channels of their standard
+    deviation. It is near 1 for normalised features, and 0 where all are the same: the rank of what is left then, mere
+    rounding, may be high.
+    """
 
     trivial_loss: Tensor
     rank: Tensor
+    feature_std: Tensor
 
 
 @torch.no_grad()
@@ -27,7 +33,9 @@ def measure(targets: Tensor, exponent: float) -> Health:
     # The mean of B clips lies nearer to each of them than the mean of all clips does: variances shrink by (B - 1) / B.
     clips = len(targets)
     correction = (clips / max(1, clips - 1)) ** (exponent / 2)
-    return Health(correction * (spread**exponent).mean() / exponent, effective_rank(targets.flatten(0, 1)))
+    rows = targets.flatten(0, 1)
+    trivial = correction * (spread**exponent).mean() / exponent
+    return Health(trivial, effective_rank(rows), rows.std(dim=0, correction=0).mean())
 
 
 @torch.no_grad()

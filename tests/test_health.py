@@ -57,6 +57,15 @@ def test_features_that_are_not_finite_have_no_rank():
 # measure
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.01])
+def test_the_deviation_is_that_over_tokens_and_clips_of_each_channel(spread):
+    targets = 3.0 + spread * normal(16, 50, 12)
+    targets[..., 4] = 7.0
+    assert measure(targets, 1.0).feature_std.item() == pytest.approx(spread * 11 / 12, rel=0.02)
+    by_place = normal(1, 50, 12).expand(16, 50, 12)  # it does not tell clips from places: the trivial loss does
+    assert measure(by_place, 1.0).feature_std.item() == pytest.approx(1, rel=0.1)
+
+
 def test_targets_that_depend_on_the_position_only_are_predicted_trivially():
     targets = normal(1, 20, 16).expand(6, 20, 16)
     health = measure(targets, 1.0)

@@ -75,6 +75,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.checkpoint", {"checkpoint"}),
         ("fastjepa.signals", {"exits"}),
         ("fastjepa.badsteps", {"data", "optim", "runfolder"}),
+        ("fastjepa.alarms", set()),
         ("fastjepa.watchdog", {"watcher"}),
         ("fastjepa.watcher", set()),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastjepa import health, parallel
+from fastjepa.alarms import Alarms
 from fastjepa.badsteps import BadSteps, file_names
 from fastjepa.build import build_dataset, build_decoding, build_optimizer_pass
 from fastjepa.config import Settings
@@ -27,7 +28,7 @@ from fastjepa.exits import Exit
 from fastjepa.findings import Findings
 from fastjepa.jepa import JEPA
 from fastjepa.keeping import Keeper
-from fastjepa.log import Log
+from fastjepa.log import Log, read_metrics
 from fastjepa.masks import GeneratorCollator
 from fastjepa.noise import noise_draws
 from fastjepa.optim import OptimizerPass
@@ -49,6 +50,7 @@ class Wish(IntEnum):
     GO_ON = 0
     LEAVE = 1
     GIVE_UP = 2
+    STOP_COLLAPSED = 3
 
 
 @dataclass
@@ -85,8 +87,11 @@ class Trainer:
             trained=len(self.videos.train),
             max_bad_fraction=s.data.max_bad_fraction,
         )
+        # What the first process says of the health of the run is measured on its own clips.
+        self.alarms = Alarms(s.optim.warmup_steps)
         self.clock = Clock()
         self._patience = 1.0
+        self._collapsed = False
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -107,6 +112,8 @@ class Trainer:
         dataset = build_dataset(self.settings, self.videos, self.decoder)
         self.bad_steps = self._bad_steps(dataset)
         self.bad_steps.rewind(first)
+        if self.world.first:
+            self.alarms.replay(read_metrics(self.run.path))
         failures = Failures(self._own("decoder_failures.jsonl"), first * self.settings.optim.global_batch)
         decoding = build_decoding(
             self.settings, self.decoder, dataset, self.plan.batch_size, self.device, log.say, failures
@@ -134,13 +141,17 @@ class Trainer:
                 self.clock.steps += 1
                 if logging:
                     self.findings.share()
-                    self._report(step + 1, done)
+                    if self.world.first:
+                        self._report(step + 1, done)
+                    self.clock = Clock()
             count = step if done is None else step + 1
             if count == last or count % s.checkpoint.every == 0:
                 self.bad_steps.wait()
             wish = self._wish()
             if wish is Wish.GIVE_UP:
                 return self._give_up(count)
+            if wish is Wish.STOP_COLLAPSED:
+                return self._fail(count, Exit.FAILED, "the target features have collapsed (runtime.stop_on_collapse)")
             stopping = wish is Wish.LEAVE
             ending = count == last or stopping
             keeper.look()
@@ -162,6 +173,8 @@ class Trainer:
         """What one of the processes wants; they agree on the host, where no device is waited for."""
         self.watchdog.stage("waiting for the other processes", patience=self._patience)
         own = Wish.GIVE_UP if self.bad_steps.check() else Wish.LEAVE if self._interrupted() else Wish.GO_ON
+        if self._collapsed and self.settings.runtime.stop_on_collapse:
+            own = Wish.STOP_COLLAPSED
         return Wish(self.world.most(own))
 
     def _step(self, step: int, batches: Iterator[Batch], look: bool) -> StepDone | None:
@@ -254,8 +267,10 @@ class Trainer:
         self.log.metrics(row)
         left = (s.last_step - step) * s.optim.global_batch / row["clips_per_s"]
         self.log.say(console_line(row, s.last_step, left))
+        for alarm in self.alarms.check(step, row):
+            self.log.say(alarm.sentence)
+            self._collapsed = self._collapsed or alarm.severe
         self.log.status("training", step, loss=row["loss"], clips_per_s=row["clips_per_s"], seconds_left=left)
-        self.clock = Clock()
 
     # -- endings ------------------------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ def metrics_row(
         "momentum": schedule.momentum_at(step - 1),
         "grad_norm": done.grad_norm.item(),
         "rank": done.health.rank.item(),
+        "feature_std": done.health.feature_std.item(),
         "skipped": int(skipped.item()),
         "clips_per_s": clock.steps * clips / seconds,
         "data_wait": clock.waited / seconds,

@@ -1,0 +1,56 @@
+"""Alarms in whole runs: they are said, they can end a run, and a resumed run does not say them again."""
+
+import json
+
+import pytest
+import torch
+
+from fastjepa import health
+from fastjepa.exits import Exit
+
+SETTINGS = ("optim.steps=12", "checkpoint.every=2")
+
+
+@pytest.fixture
+def collapsing(monkeypatch):
+    """The rank of the features falls to a hundredth after the fifth look at it."""
+    measure, looks = health.measure, []
+
+    def fallen(targets, exponent):
+        looks.append(1)
+        found = measure(targets, exponent)
+        found.rank = torch.tensor(40.0 if len(looks) <= 5 else 0.4)
+        return found
+
+    monkeypatch.setattr("fastjepa.loop.health.measure", fallen)
+    return looks
+
+
+def test_a_collapse_is_said_once_and_the_run_goes_on(run, collapsing, capsys):
+    code, folder = run(*SETTINGS)
+    assert code == Exit.DONE
+    assert capsys.readouterr().out.count("the target features have collapsed") == 1
+    assert (folder / "train.log").read_text().count("the target features have collapsed") == 1
+
+
+def test_a_collapse_ends_the_run_where_that_is_asked_for(run, collapsing, capsys):
+    code, folder = run(*SETTINGS, "runtime.stop_on_collapse=true")
+    assert code == Exit.FAILED
+    assert "the target features have collapsed (runtime.stop_on_collapse)" in capsys.readouterr().out
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 7)
+    # Two checks confirm it; nothing is saved of what came then.
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-0000004", "step-0000006"]
+
+
+def test_a_resumed_run_knows_what_was_said(run, collapsing, capsys):
+    run(*SETTINGS, "runtime.stop_at=8")
+    capsys.readouterr()
+    code, folder = run(*SETTINGS)
+    assert code == Exit.DONE
+    assert "collapsed" not in capsys.readouterr().out
+
+
+def test_a_healthy_run_says_nothing(run, capsys):
+    run("optim.steps=30")
+    assert "warning" not in capsys.readouterr().out

@@ -219,8 +219,11 @@ class GuardedLoader(Generic[Loaded]):
 def _exit_codes(batches: Iterator[Any]) -> dict[int, int]:
     """Exit codes of the worker processes that have ended, by their place."""
     workers = batches._workers  # type: ignore[attr-defined]
-    # Its end of a socket is closed a moment before a process has ended.
-    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+    # The files of a process are closed a moment before it has ended: reading from it fails then, without an exit code.
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join()
     return {place: worker.exitcode for place, worker in enumerate(workers) if worker.exitcode is not None}
 
 

@@ -312,6 +312,24 @@ def test_a_slow_video_within_the_limit_is_none_of_our_business(paths, nothing_le
     assert run.said == []
 
 
+def test_a_process_that_waits_has_nothing_in_hand_and_no_limit(paths, nothing_left):
+    """A long step or an evaluation keeps the workers waiting."""
+    want = Run(paths, guarded=False)(workers=0)
+    run = Run(paths, seconds=0.5)
+    with running(run.loader(workers=1)) as batches:
+        got = [next(batches)]
+        time.sleep(1.5)
+        (child,) = multiprocessing.active_children()
+        assert child.is_alive()
+        child.kill()
+        got += batches
+    assert_same(got, want)
+    assert run.said == [
+        "loader     a loader process ended with no video in hand: the process that decoded it was killed, for want of "
+        "memory perhaps"
+    ]
+
+
 # -- around it --------------------------------------------------------------------------------------------------------
 
 

@@ -134,9 +134,11 @@ def _parse(text: str) -> Any:
     """Errors: YAMLError."""
     try:
         # Looked at before anything is made of it: merging what aliases stand for may take for ever.
-        if _values(YAML(typ="safe", pure=True).compose(text), {}) > MOST_VALUES:
+        yaml = YAML(typ="safe", pure=True)
+        node = yaml.compose(text)
+        if _values(node, {}) > MOST_VALUES:
             raise YAMLError(f"it stands for more than {MOST_VALUES} values")
-        return YAML(typ="safe", pure=True).load(text)
+        return None if node is None else yaml.constructor.construct_document(node)
     except (ValueError, LookupError, RecursionError) as error:  # 2024-02-30, !!bool perhaps, a thousand brackets
         raise YAMLError(f"a value cannot be read: {error}") from None
 

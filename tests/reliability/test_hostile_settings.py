@@ -8,7 +8,7 @@ import pytest
 
 from fastjepa import configfile
 
-DEEP = 2000
+DEEP = 1200
 
 
 def aliases(make):

@@ -31,7 +31,7 @@ def test_killed_again_and_again_a_run_loses_nothing(lab, inside):
             kill = [["in_save", {"change": rng.randint(1, CHANGES), "numbers": [signal.SIGKILL]}]] if inside else []
             child = lab.start(name, *SETTINGS, f"data.workers={rng.choice([0, 0, 2])}", sabotage=kill)
             if not inside and kills < KILLS // 2:
-                lab.wait_for(child, name, done + rng.randint(0, 7))
+                lab.wait_for(child, name, done + rng.randint(0, 5))
                 time.sleep(rng.uniform(0, 0.05))
                 child.send(signal.SIGKILL)
             code = child.wait()

@@ -9,7 +9,7 @@ import pytest
 from fastjepa.exits import Exit
 from tests.reliability.harness import assert_none_lost, steps
 
-SETTINGS = ("optim.steps=60", "checkpoint.every=100", "data.workers=1")
+SETTINGS = ("optim.steps=40", "checkpoint.every=100", "data.workers=1")
 
 
 @pytest.mark.parametrize(

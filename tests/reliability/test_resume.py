@@ -22,8 +22,14 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("leave", ["SIGTERM", "SIGKILL"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "leave"),
+    [
+        *((place, "SIGTERM") for place in PLACES),
+        # test_kills.py has kills by the dozen.
+        *(pytest.param(place, "SIGKILL", marks=[] if "three" in place else [pytest.mark.long]) for place in PLACES),
+    ],
+)
 def test_left_there_and_resumed_it_is_one_run(lab, place, leave):
     for number, step in enumerate(PLACES[place]):
         workers = f"data.workers={2 * (number % 2)}"

@@ -59,8 +59,9 @@ def test_a_second_signal_leaves_at_once(lab, moment, numbers, workers):
     assert_none_lost(lab.rows("left"), lab.whole())
 
 
-@pytest.mark.parametrize("number", [TERM, USR1, INT], ids=lambda number: number.name)
-@pytest.mark.parametrize("file", [".tmp-config.yaml", "train.log"])
+@pytest.mark.parametrize(
+    ("file", "number"), [(".tmp-config.yaml", TERM), (".tmp-config.yaml", INT), ("train.log", USR1), ("train.log", INT)]
+)
 def test_a_signal_while_the_run_is_set_up_ends_it_without_a_traceback(lab, file, number):
     """There is nothing to save yet."""
     child = lab.start("left", sabotage=[["at_file", {"name": file, "numbers": [number]}]])

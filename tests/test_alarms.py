@@ -166,6 +166,15 @@ def test_a_run_that_collapsed_before_it_learnt_has_not_recovered_by_staying_ther
     assert [(step, severe) for step, kind, severe, _ in follow(rows) if kind == "collapse"] == [(320, True)]
 
 
+@pytest.mark.parametrize(("first", "said"), [(100, []), (140, [(1420, False)])])
+def test_where_nothing_says_that_a_run_learns_it_is_taken_to_after_a_while(first, said):
+    """One clip a step gives no loss ratio. A rank of a fifth may be what a young encoder comes to; later it is not."""
+    rows = healthy(170, loss_ratio=None)
+    for row in rows[first:]:
+        row["rank"] /= 5
+    assert [(step, severe) for step, _, severe, _ in follow(rows)] == said
+
+
 # Spikes
 
 

@@ -74,6 +74,11 @@ class Alarms:
             self._losses.append(loss)
         return alarms
 
+    @property
+    def collapsed(self) -> bool:
+        """Whether the target features have collapsed and not recovered; after a replay as it was before."""
+        return any(collapse.level == 2 for collapse in self._collapses)
+
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take in the rows that a resumed run has kept; what they raised has been said."""
         for row in rows:

@@ -276,3 +276,11 @@ def test_a_resumed_run_says_what_an_unbroken_one_says(stop):
     kept = [json.loads(json.dumps(row)) for row in rows[:stop]]
     assert resumed.replay(kept) is None
     assert follow(rows[stop:], resumed) == [one for one in whole if one[0] > 10 * stop]
+
+
+@pytest.mark.parametrize(("stop", "collapsed"), [(172, False), (181, False), (182, True), (190, True), (195, False)])
+def test_a_replay_knows_whether_the_features_have_collapsed(stop, collapsed):
+    """It says nothing, so whoever wants to end such a run must be able to ask."""
+    alarms = Alarms(100)
+    alarms.replay(troubled()[:stop])
+    assert alarms.collapsed == collapsed

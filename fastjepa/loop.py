@@ -91,7 +91,6 @@ class Trainer:
         self.alarms = Alarms(s.optim.warmup_steps)
         self.clock = Clock()
         self._patience = 1.0
-        self._collapsed = False
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -145,9 +144,11 @@ class Trainer:
                         self._report(step + 1, done)
                     self.clock = Clock()
             count = step if done is None else step + 1
-            if count == last or count % s.checkpoint.every == 0:
-                self.bad_steps.wait()
             wish = self._wish()
+            if wish is Wish.LEAVE or count == last or count % s.checkpoint.every == 0:
+                # What a checkpoint is followed by must know of every bad step before it.
+                self.bad_steps.wait()
+                wish = max(wish, self._wish())
             if wish is Wish.GIVE_UP:
                 return self._give_up(count)
             if wish is Wish.STOP_COLLAPSED:
@@ -173,7 +174,7 @@ class Trainer:
         """What one of the processes wants; they agree on the host, where no device is waited for."""
         self.watchdog.stage("waiting for the other processes", patience=self._patience)
         own = Wish.GIVE_UP if self.bad_steps.check() else Wish.LEAVE if self._interrupted() else Wish.GO_ON
-        if self._collapsed and self.settings.runtime.stop_on_collapse:
+        if self.alarms.collapsed and self.settings.runtime.stop_on_collapse:
             own = Wish.STOP_COLLAPSED
         return Wish(self.world.most(own))
 
@@ -190,9 +191,9 @@ class Trainer:
                 self.update.drop_gradients()
                 return None
             last = part + 1 == parts
-            self.watchdog.stage("waiting for data", step)
+            self.watchdog.stage("waiting for data", step + 1)
             batch = self._next(batches)
-            self.watchdog.stage("computing", step, self._patience)
+            self.watchdog.stage("computing", step + 1, self._patience)
             draws = None
             if s.model.targets == "noised":
                 width = s.model.predictor_dim
@@ -269,7 +270,6 @@ class Trainer:
         self.log.say(console_line(row, s.last_step, left))
         for alarm in self.alarms.check(step, row):
             self.log.say(alarm.sentence)
-            self._collapsed = self._collapsed or alarm.severe
         self.log.status("training", step, loss=row["loss"], clips_per_s=row["clips_per_s"], seconds_left=left)
 
     # -- endings ------------------------------------------------------------------------------------------------------

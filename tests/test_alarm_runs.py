@@ -46,7 +46,7 @@ def test_a_collapse_ends_the_run_where_that_is_asked_for(run, collapsing, capsys
 def test_a_resumed_run_knows_what_was_said(run, collapsing, capsys):
     run(*SETTINGS, "runtime.stop_at=8")
     capsys.readouterr()
-    code, folder = run(*SETTINGS)
+    code, _ = run(*SETTINGS)
     assert code == Exit.DONE
     assert "collapsed" not in capsys.readouterr().out
 

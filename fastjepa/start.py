@@ -43,6 +43,7 @@ DRAWING = "drawing and encoding synthetic videos, once"
 INDEXING = "opening videos that are new, to know what decodes them"
 # Longer than one process may keep the others waiting: compilation in the first step, a disk that is slow for once.
 MINUTES_OF_AN_EXCHANGE = 30.0
+LOST_ANOTHER = "another process of this run has ended; its own line says why"
 COME_AND_GONE = "it came or went while the run began"
 
 
@@ -61,6 +62,11 @@ def start(settings: Settings, name: str) -> Exit:
         if world.first:
             print(error, file=sys.stderr)  # noqa: T201
         return world.leave(Exit.WRONG_INPUT)
+    except RuntimeError as error:
+        if not parallel.lost_another(error):
+            raise
+        print(LOST_ANOTHER, file=sys.stderr)  # noqa: T201
+        return world.leave(Exit.FAILED)
     with ready.log, Interrupts(loud=world.first) as interrupts:
         code = _train(settings, ready, world, device, reason, interrupts)
     return world.leave(code)
@@ -173,6 +179,8 @@ def _train(
         # A loader process that died, memory that is used up, a disk that is gone, another process that is: one
         # sentence for the person at the console, and where it came from in train.log.
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        if parallel.lost_another(error):
+            first_line = LOST_ANOTHER
         log.fail(
             f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues",
             traceback.format_exc(),

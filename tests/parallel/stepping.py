@@ -96,9 +96,8 @@ def build(case: Case) -> tuple[Exchange, OptimizerPass]:
         "accumulation": case.parts,
         "kernels": case.kernels,
     } | case.more
-    update = OptimizerPass(
-        jepa, CURVES, clip_grad=case.clip_grad, exchange=exchange, copies=None if case.kind == "fsdp2" else case.half, **more
-    )  # fmt: skip
+    copies = None if case.kind == "fsdp2" else case.half
+    update = OptimizerPass(jepa, CURVES, clip_grad=case.clip_grad, exchange=exchange, copies=copies, **more)
     if case.state is not None:
         for name, tensor in update.tensors().items():
             tensor.copy_(case.state[name])

@@ -285,6 +285,40 @@ def test_a_process_that_has_failed_waits_for_nobody():
     assert run_processes(leaves_by_itself, 2) == [0, 1]
 
 
+def loses_another(dies: int, way: str, said: str) -> None:
+    world = met()
+    world.gather(1)
+    if world.rank == dies:
+        os._exit(0)
+    ways = {"gather": lambda: world.gather(1), "reduce": lambda: dist.all_reduce(torch.ones(1)), "wait": world.wait}
+
+    def until_it_fails():
+        while True:
+            ways[way]()
+
+    with pytest.raises(RuntimeError) as caught:
+        until_it_fails()
+    with open(said, "w") as file:
+        file.write(str(parallel.lost_another(caught.value)))
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("dies", "way"), [(1, "gather"), (0, "reduce"), (0, "wait")])
+def test_the_end_of_another_process_is_told_from_other_failures(tmp_path, dies, way):
+    said = tmp_path / "said"
+    with pytest.raises(FileNotFoundError, match="result-0"):  # none of them has returned, and none has failed
+        run_processes(loses_another, 2, dies, way, str(said))
+    assert said.read_text() == "True"
+
+
+def test_failures_of_this_process_are_not_the_end_of_another():
+    told = "NCCL error: ncclRemoteError: A call failed possibly due to a network error or a remote process exiting"
+    assert parallel.lost_another(dist.DistBackendError(told))
+    assert not parallel.lost_another(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed"))
+    assert not parallel.lost_another(RuntimeError("Timed out waiting 500ms for recv operation to complete"))
+    assert not parallel.lost_another(ConnectionResetError("Connection reset by peer"))
+
+
 # -- devices ----------------------------------------------------------------------------------------------------------
 
 

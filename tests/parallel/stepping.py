@@ -91,11 +91,7 @@ def build(case: Case) -> tuple[Exchange, OptimizerPass]:
         exchange = Replicated(jepa)
     else:
         exchange = Exchange(jepa)
-    more: dict[str, Any] = {
-        "clip_grad": case.clip_grad,
-        "accumulation": case.parts,
-        "kernels": case.kernels,
-    } | case.more
+    more: dict[str, Any] = {"accumulation": case.parts, "kernels": case.kernels} | case.more
     copies = None if case.kind == "fsdp2" else case.half
     update = OptimizerPass(jepa, CURVES, clip_grad=case.clip_grad, exchange=exchange, copies=copies, **more)
     if case.state is not None:

@@ -4,11 +4,9 @@ On a GPU that is ViT-L's; on a CPU a tiny model takes its place, which shows the
 """
 
 import gc
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -19,8 +17,8 @@ from bench.pairing import alternate, processor_clock, rate_row, ratio_row
 from bench.step.contenders import time_steps
 from bench.step.pairs import FAILURES
 from bench.step.ways import CLIPPING, ROOT, Batches, Runner, fit_together, plan_of, prepare
-from fastjepa import configfile, parallel
-from fastjepa.config import Runtime, Settings
+from fastjepa import configfile
+from fastjepa.config import Settings
 from fastjepa.memory import usable_memory
 from fastjepa.plan import Plan
 
@@ -33,7 +31,6 @@ AXES: dict[str, dict[str, tuple[Value, ...]]] = {
     "frames": {"cuda": (8, 16, 32), "cpu": (4, 8, 16)},
     "crop": {"cuda": (160, 224, 288, 384), "cpu": (64, 96, 128)},
 }
-PROCESSES = (1, 2, 4, 8)
 DRAWS = 50
 WARM_UP = {"cuda": 5, "cpu": 5}
 IN_TURNS, ALONE = "in turns", "by itself"
@@ -183,16 +180,6 @@ def measure(benchmark: BenchmarkFixture, points: Sequence[Point], rounds: int) -
                 point.ms, point.peak_bytes, point.skipped, point.lacked_memory = [], 0, "", False
                 groups.append([point])
         torch._dynamo.reset()  # compiled code holds on to what it was made for
-
-
-def why_one_process(processes: int) -> str:
-    """What a training run says to so many processes. Errors: RuntimeError where it takes them: they can be measured."""
-    try:
-        with patch.dict(os.environ, WORLD_SIZE=str(processes)):
-            parallel.set_up(Runtime(device="cpu"))
-    except ValueError as error:
-        return str(error)
-    raise RuntimeError(f"{processes} processes train together now: measure them")
 
 
 def _allocated(device: torch.device) -> int:

@@ -7,13 +7,15 @@ processor.
 import pytest
 
 from bench.data.loading import LOADED, block_of, fresh, own_clock, processors, settings_of, why_not
-from bench.pairing import alternate, rate_row
-from bench.scaling import AXES, PROCESSES, Point, measure, points_of, why_one_process
+from bench.pairing import alternate, rate_row, ratio_row
+from bench.scaling import AXES, measure, points_of
 from bench.scaling import settings_of as step_settings
+from bench.step.processes import PROCESSES, step_times, too_many
 
 KIND = "scaling"
 ON_A_DEVICE = True
 ROUNDS = {"cuda": 6, "cpu": 40}
+PROCESS_ROUNDS = 2  # each starts all its processes anew
 WORKERS = (0, 1, 2, 4, 8, 16, 32)
 WORKER_ROUNDS = 3
 LOADED_CLIPS = 4  # of a batch: with the published 24, one process would need minutes for a block of many workers
@@ -32,15 +34,33 @@ def test_step(benchmark, results, device, axis):
 
 
 def test_processes(benchmark, results, device):
-    """Steps of one process, and why there are none of several."""
+    """Steps of processes that train together by DDP, each with the clips that one has by itself."""
     benchmark.group = "step against processes"
     s = step_settings("processes", 1, device)
-    point = Point(s, {"model": s.model.name, "processes": 1}, device)
-    measure(benchmark, [point], ROUNDS[device.type])
-    assert point.ms, point.skipped
-    results([point.row("step against processes")])
-    results([{"name": "step against processes", "skipped": why_one_process(more),
-              "parameters": {"model": s.model.name, "processes": more}} for more in PROCESSES[1:]])  # fmt: skip
+    fitting = [processes for processes in PROCESSES if not too_many(processes, device)]
+    times: dict[int, list[float]] = {processes: [] for processes in fitting}
+
+    def turn(processes):
+        times[processes] += step_times(s, processes, device)
+
+    def others():
+        for processes in fitting[1:]:
+            turn(processes)
+
+    benchmark.pedantic(turn, args=(1,), setup=others, rounds=PROCESS_ROUNDS, iterations=1)
+    for processes in PROCESSES:
+        row = {"name": "step against processes", "parameters": {"model": s.model.name, "processes": processes}}
+        if reason := too_many(processes, device):
+            results([row | {"skipped": reason}])
+            continue
+        work = s.optim.global_batch * processes
+        results([rate_row(work=work, ms=times[processes], unit="clips/s", **row) | {"clock": "wall"}])
+    for processes in fitting[1:]:
+        pair = {"these": times[processes], "one": [processes * ms for ms in times[1]]}
+        parameters = {"model": s.model.name, "processes": processes}
+        results(
+            [ratio_row("step against processes, over the first point", pair, "one", parameters) | {"clock": "wall"}]
+        )
 
 
 def test_workers(benchmark, results, device, videos):

@@ -45,6 +45,7 @@ INDEXING = "opening videos that are new, to know what decodes them"
 # Exchanges wait longer than the watchdog's longest stage: that names who keeps the others waiting.
 EXCHANGE_PATIENCE = 5.0
 MINUTES_WITHOUT_WATCHDOG = 24 * 60.0
+LOST_ANOTHER = "another process of this run has ended; its own line says why"
 COME_AND_GONE = "it came or went while the run began"
 
 
@@ -65,6 +66,11 @@ def start(settings: Settings, name: str) -> Exit:
         if world.first:
             print(error, file=sys.stderr)  # noqa: T201
         return world.leave(Exit.WRONG_INPUT)
+    except RuntimeError as error:
+        if not parallel.lost_another(error):
+            raise
+        print(LOST_ANOTHER, file=sys.stderr)  # noqa: T201
+        return world.leave(Exit.FAILED)
     with (
         ready.log,
         Interrupts(loud=world.first) as interrupts,
@@ -187,6 +193,8 @@ def _train(
         # A loader process that died, memory that is used up, a disk that is gone, another process that is: one
         # sentence for the person at the console, and where it came from in train.log.
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        if parallel.lost_another(error):
+            first_line = LOST_ANOTHER
         log.note(traceback.format_exc())
         log.tell(f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues")
         log.status("failed", 0, reason=first_line)

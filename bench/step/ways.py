@@ -20,6 +20,7 @@ from fastjepa.models.predictor import Draw as NoiseDraw
 from fastjepa.noise import noise_draws
 from fastjepa.pieces import PIECES
 from fastjepa.plan import Plan, make_plan
+from fastjepa.spreading import build_exchange
 
 ROOT = Path(__file__).parents[2]
 # Clips of a forward pass in the published runs: 24 (ViT-L, ViT-H at 224 px) and 10 (384 px).
@@ -104,13 +105,18 @@ def prepare(s: Settings, draws: int, device: torch.device) -> Batches:
 
 
 class Runner:
-    """A way that is built: its JEPA, its optimizer pass, and the losses of the steps that it has taken."""
+    """A way that is built: its JEPA, its optimizer pass, and the losses of the steps that it has taken.
 
-    def __init__(self, s: Settings, device: torch.device) -> None:
+    `kind` is alone, or ddp in one of several processes that train together (see `build_exchange`).
+    """
+
+    def __init__(self, s: Settings, device: torch.device, kind: str = "alone") -> None:
         """Errors: ValueError where something that the settings ask for cannot run on this machine."""
         self.settings, self.device = s, device
-        self.jepa, _, self.how = build_step(s, device)
-        self.update = build_optimizer_pass(s, self.jepa, parallel.gradient_scaler(device, s.optim.dtype))
+        self.jepa, _, self.how = build_step(s, device, move=False)
+        self.exchange = build_exchange(kind, self.jepa, device, s.optim.dtype)
+        scaler = parallel.gradient_scaler(device, s.optim.dtype)
+        self.update = build_optimizer_pass(s, self.jepa, scaler, exchange=self.exchange)
         self.losses: list[Tensor] = []
 
     @property
@@ -123,7 +129,7 @@ class Runner:
         clips, draw = batches.at(self.taken)
         noise = self._noise(draw) if self.settings.model.targets == "noised" else None
         with parallel.autocast(self.device, self.settings.optim.dtype):
-            return self.jepa(clips, draw.context, draw.target, noise, union=draw.union).loss
+            return self.exchange.loss(clips, draw.context, draw.target, noise, union=draw.union).loss
 
     def _noise(self, draw: Draw) -> list[NoiseDraw]:
         s, clips = self.settings, self.settings.optim.global_batch
@@ -135,8 +141,9 @@ class Runner:
         """One training step, from clips on the device to the target encoder; the host waits for nothing."""
         loss = self.forward(batches)
         self.update.backward(loss)
-        self.update.step(self.taken, loss.detach())
-        self.losses.append(loss.detach())
+        loss = self.exchange.mean(loss.detach())
+        self.update.step(self.taken, loss)
+        self.losses.append(loss)
 
 
 def plan_of(s: Settings, device: torch.device) -> Plan:

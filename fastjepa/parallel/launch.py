@@ -69,10 +69,11 @@ def _by_srun(environment: Mapping[str, str]) -> Launch:
 
 def first_host(nodes: str) -> str:
     """The first name of a SLURM node list: node[003-007,9],other -> node003."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    name = r"[^,\[\]](?:[^,\[\]]|\[[^\[\]]+\])*"
+    found = re.fullmatch(rf"({name})(?:,{name})*", nodes)
     if found is None:
         raise ValueError(f"SLURM_STEP_NODELIST: expected names of machines, given {nodes!r}")
-    return "".join(part or "" for part in found.groups())
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found[1])
 
 
 def _all_there(environment: Mapping[str, str], names: tuple[str, ...]) -> None:

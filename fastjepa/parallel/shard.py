@@ -1,7 +1,7 @@
 """Every process holds a part of each weight (FSDP2): a block's weights are gathered for as long as it runs.
 
-A unit is what one call of `Operations.block` reads: attention and MLP of a block with the norm between them, and the
-norm after it. What is outside of blocks (embeddings, projections, tokens) is gathered once a step.
+A unit is the attention and the MLP of a block, the large weights that one call of `Operations.block` reads. Norms,
+whose weights stay float32, and what is outside of blocks (embeddings, projections, tokens) are gathered once a pass.
 """
 
 from collections.abc import Callable
@@ -42,10 +42,9 @@ class Sharded(Exchange):
         half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = half if dtype.itemsize == 2 else wide
         units: dict[int, nn.Module] = {}
-        for blocks, norm in _rows_of_blocks(jepa):
-            for block, after in zip(blocks, [*(following.norm1 for following in blocks[1:]), norm]):
-                units[id(block)] = unit = _Unit(block, after)
-                fully_shard(unit, mesh=mesh, mp_policy=policy)
+        for block in _blocks(jepa):
+            units[id(block)] = unit = _Unit(block)
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
         run_within(lambda block, run, *rows: units[id(block)](run, *rows))
         # Autocast rounds what is outside of blocks where it is used. Gathered anew for the backward pass: what a pass
         # without one leaves gathered would be stale in the next step.
@@ -100,23 +99,21 @@ class Sharded(Exchange):
         return get_model_state_dict(self.jepa.target_encoder, options=options)  # type: ignore[return-value]
 
 
-def _rows_of_blocks(jepa: JEPA) -> list[tuple[list[Block], nn.Module]]:
-    """The blocks of each network, and the norm after the last."""
-    found = []
-    for network in (jepa.encoder, jepa.target_encoder, jepa.predictor):
-        assert isinstance(network, VisionTransformer | VisionTransformerPredictor)
-        blocks = network.blocks if isinstance(network, VisionTransformer) else network.predictor_blocks
-        norm = network.norm if isinstance(network, VisionTransformer) else network.predictor_norm
-        found.append(([block for block in blocks if isinstance(block, Block)], norm))
-    return found
+def _blocks(jepa: JEPA) -> list[Block]:
+    """The blocks of all three networks."""
+    encoder, target_encoder, predictor = jepa.encoder, jepa.target_encoder, jepa.predictor
+    assert isinstance(encoder, VisionTransformer) and isinstance(target_encoder, VisionTransformer)  # noqa: PT018
+    assert isinstance(predictor, VisionTransformerPredictor)
+    found = [*encoder.blocks, *target_encoder.blocks, *predictor.predictor_blocks]
+    return [block for block in found if isinstance(block, Block)]
 
 
 class _Unit(nn.Module):
     """The weights that run together; its call is when they are gathered."""
 
-    def __init__(self, block: Block, after: nn.Module) -> None:
+    def __init__(self, block: Block) -> None:
         super().__init__()
-        self.attn, self.norm2, self.mlp, self.after = block.attn, block.norm2, block.mlp, after
+        self.attn, self.mlp = block.attn, block.mlp
 
     def forward(self, run: Callable[..., Any], *rows: Tensor) -> Any:
         return run(*rows)

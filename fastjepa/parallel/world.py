@@ -5,6 +5,7 @@ device is waited for: a signal that one process has got, a file that it cannot r
 """
 
 import os
+import re
 import socket
 import sys
 import time
@@ -170,6 +171,12 @@ def join(found: Launch, device: torch.device, minutes: float, seconds_to_meet: f
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"the processes do not come together: {place}: {reason}") from None
     return World(found, store, *groups)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an exchange failed because a process on its other end has ended: so say gloo, NCCL and torch's store."""
+    told = r"[Cc]onnection (was (likely )?)?(closed|reset)|Broken pipe|remote process exit"
+    return isinstance(error, RuntimeError) and re.search(told, str(error)) is not None
 
 
 def _place() -> tuple[str, tuple[int, ...]]:

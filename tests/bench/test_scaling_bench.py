@@ -1,12 +1,11 @@
 """The bench of scaling: what a point changes, and what becomes of points that do not fit."""
 
-import os
-
 import pytest
 import torch
 
 from bench import scaling, test_scaling
 from bench.data import loading
+from bench.step import processes
 from fastjepa.config import flat
 from fastjepa.memory import STATE
 
@@ -216,22 +215,41 @@ def test_on_a_gpu_steps_are_timed_in_a_row_by_its_clock(monkeypatch, faked):
     assert row["peak_memory_gb"] == (700 - 100 + 1000) / 1e9, "its state and what its steps add"
 
 
-def test_several_processes_are_skipped_with_the_sentence_of_a_run(monkeypatch):
-    monkeypatch.setattr(test_scaling, "ROUNDS", {"cpu": 1})
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_processes_are_timed_as_far_as_there_are_processors(monkeypatch):
+    asked = []
+
+    def step_times(s, count, device):
+        asked.append((count, s.optim.global_batch))
+        return [10.0 * (1 + count)] * 3
+
+    monkeypatch.setattr(test_scaling, "step_times", step_times)
+    monkeypatch.setattr(processes, "processors", lambda: 5)
     rows = []
     test_scaling.test_processes(Fixture(), rows.extend, CPU)
-    assert [row["parameters"]["processes"] for row in rows] == [1, 2, 4, 8]
-    assert rows[0]["value"] > 0
-    assert {row["skipped"] for row in rows[1:]} == {scaling.why_one_process(2)}
-    assert rows[1]["skipped"].startswith("this version trains in one process")
-    assert "WORLD_SIZE" not in os.environ
+    clips = asked[0][1]
+    assert asked == [(2, clips), (4, clips), (1, clips)] * test_scaling.PROCESS_ROUNDS, "in turns, each with the same"
+    points, over = rows[:4], rows[4:]
+    assert [row["parameters"]["processes"] for row in points] == [1, 2, 4, 8]
+    assert [row["value"] for row in points[:3]] == [
+        pytest.approx(1e3 * count * clips / (10 * (1 + count))) for count in (1, 2, 4)
+    ]  # fmt: skip
+    assert points[3]["skipped"] == "8 processes are more than this machine's 5 processors"
+    assert {row["clock"] for row in (*points[:3], *over)} == {"wall"}
+    assert [row["name"] for row in over] == ["step against processes, over the first point"] * 2
+    assert [row["value"] for row in over] == [pytest.approx(2 * 20 / 30), pytest.approx(4 * 20 / 50)]
 
 
-def test_a_library_that_takes_several_processes_is_not_skipped(monkeypatch):
-    monkeypatch.setattr(scaling.parallel, "set_up", lambda runtime: None)
-    with pytest.raises(RuntimeError, match="2 processes train together now"):
-        scaling.why_one_process(2)
+def test_on_a_machine_with_gpus_a_process_has_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert processes.too_many(1, CUDA) == ""
+    assert processes.too_many(2, CUDA) == "2 processes are more than this machine's 1 GPU"
+
+
+def test_processes_train_together_and_the_slowest_counts():
+    s = scaling.settings_of("processes", 1, CPU)
+    ms = processes.step_times(s, 2, CPU)
+    assert len(ms) == processes.TURNS
+    assert min(ms) > 0
 
 
 @pytest.mark.parametrize(("processors", "block"), [(2, 12), (8, 16), (64, 32)])

@@ -50,7 +50,7 @@ class Keeper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._take(self.saver.wait())
+        self.settle()
 
     def restore(self) -> int:
         """Continue from the newest intact checkpoint; returns the step to start with.
@@ -77,11 +77,10 @@ class Keeper:
         A failure is said and tried again at the next interval.
         """
         if step not in (self.saved_step, self._begun):
-            self._take(self.saver.wait())
+            self.settle()
             if self.hopeless:
                 return
             trainer: dict[str, Any] = {
-                "samples_seen": step * self.settings.optim.global_batch,
                 "processes": self.world.size,
                 "settings": config.flat(self.settings),
                 "data": self.data,
@@ -90,7 +89,11 @@ class Keeper:
             self.saver.begin(step, self.update.tensors(), trainer)
             self._begun = step
         if wait:
-            self._take(self.saver.wait())
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save that is under way, if there is one."""
+        self._take(self.saver.wait())
 
     def look(self) -> None:
         """Say of a save that has failed meanwhile. Several processes learn of it at the next save, all at once."""

@@ -65,8 +65,8 @@ class Log:
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl; numbers that are not finite are written as null."""
 
-    def status(self, state: str, step: int, **more: Any) -> None:
-        """Replace status.json: state, step, time of the heartbeat."""
+    def status(self, state: str, step: int | None, **more: Any) -> None:
+        """Replace status.json: state, step (None for the last one that was said), time of the heartbeat."""
 
 
 class RunLog(Log):
@@ -75,6 +75,7 @@ class RunLog(Log):
     def __init__(self, folder: Path, settings: config.Log, name: str, last_step: int) -> None:
         super().__init__(folder)
         self.last_step = last_step
+        self._step = 0
         self.console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._text = (folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace")
         self._metrics = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
@@ -140,7 +141,7 @@ class RunLog(Log):
         for line in lines:
             try:
                 keep = json.loads(line)["step"] <= step
-            except ValueError:
+            except (ValueError, KeyError, TypeError):
                 keep = False  # half written where the process was killed
             if keep:
                 rows.append(line)
@@ -164,9 +165,10 @@ class RunLog(Log):
         if self._wandb is not None:
             self._wandb.log(numbers, step=row["step"])
 
-    def status(self, state: str, step: int, **more: Any) -> None:
-        """Replace status.json: state, step, time of the heartbeat."""
-        content = {"state": state, "step": step, "steps": self.last_step, "heartbeat": time.time(), **more}
+    def status(self, state: str, step: int | None, **more: Any) -> None:
+        """As `Log`."""
+        self._step = self._step if step is None else step
+        content = {"state": state, "step": self._step, "steps": self.last_step, "heartbeat": time.time(), **more}
         with self._full_disk_is_said():
             write_atomically(self.folder / "status.json", json.dumps(content, indent=2))
 

@@ -49,8 +49,8 @@ class Wish(IntEnum):
 
     GO_ON = 0
     LEAVE = 1
-    GIVE_UP = 2
-    STOP_COLLAPSED = 3
+    STOP_COLLAPSED = 2
+    GIVE_UP = 3
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Trainer:
         self.watchdog.stage("looking for a checkpoint", 0, PATIENCE)
         first = self.keeper.restore()
         self.run.describe()
-        if first >= last and self.run.status().get("state") == "done":
+        if first >= last and self.world.first_does(self.run.status).get("state") == "done":
             log.say(f"done       this run has its {last} steps: {self.run.path}")
             return Exit.DONE
         if first > last:
@@ -113,9 +113,12 @@ class Trainer:
         self.bad_steps.rewind(first)
         if self.world.first:
             self.alarms.replay(read_metrics(self.run.path))
-        failures = Failures(self._own("decoder_failures.jsonl"), first * self.settings.optim.global_batch)
+        batch = self.settings.optim.global_batch
+        # Of several processes each has its part of a step: its batches are no neighbours.
+        apart = batch if self.world.size > 1 else self.plan.batch_size
+        failures = Failures(self._own("decoder_failures.jsonl"), first * batch, apart)
         decoding = build_decoding(
-            self.settings, self.decoder, dataset, self.plan.batch_size, self.device, log.say, failures
+            self.settings, self.decoder, dataset, self.plan.batch_size, self.device, log.tell, failures
         )
         with (
             self.keeper,
@@ -147,6 +150,7 @@ class Trainer:
             wish = self._wish()
             if wish is Wish.LEAVE or count == last or count % s.checkpoint.every == 0:
                 # What a checkpoint is followed by must know of every bad step before it.
+                self.watchdog.stage("waiting for the device", count, self._patience)
                 self.bad_steps.wait()
                 wish = max(wish, self._wish())
             if wish is Wish.GIVE_UP:
@@ -156,26 +160,28 @@ class Trainer:
             stopping = wish is Wish.LEAVE
             ending = count == last or stopping
             keeper.look()
-            if ending:
-                self.watchdog.stage("saving a checkpoint", count, PATIENCE)
             if count % s.checkpoint.every == 0 or ending:
+                self.watchdog.stage("saving a checkpoint", count, PATIENCE)
                 keeper.save(count, wait=ending)
             if keeper.hopeless or (ending and keeper.saved_step != count):
                 return self._fail(count, Exit.FAILED, "checkpoints cannot be written")
             if stopping:
                 return self._leave(count)
             if s.eval.every and count % s.eval.every == 0 and count < last:
-                if not self._probe(count):
-                    return self._leave(count)
+                if (ended := self._probe(count)) is not None:
+                    return ended
                 self.clock = Clock()
         return None
 
     def _wish(self) -> Wish:
         """What one of the processes wants; they agree on the host, where no device is waited for."""
-        self.watchdog.stage("waiting for the other processes", patience=self._patience)
-        own = Wish.GIVE_UP if self.bad_steps.check() else Wish.LEAVE if self._interrupted() else Wish.GO_ON
+        # More patience than with any work: it is the process which works that has a name to tell.
+        self.watchdog.stage("waiting for the other processes", patience=2 * self._patience)
+        own = Wish.LEAVE if self._interrupted() else Wish.GO_ON
         if self.alarms.collapsed and self.settings.runtime.stop_on_collapse:
             own = Wish.STOP_COLLAPSED
+        if self.bad_steps.check():
+            own = Wish.GIVE_UP
         return Wish(self.world.most(own))
 
     def _step(self, step: int, batches: Iterator[Batch], look: bool) -> StepDone | None:
@@ -230,7 +236,7 @@ class Trainer:
 
     def _loader(self, dataset: ClipDataset, first: int, last: int) -> Iterable[Batch | EncodedBatch]:
         s = self.settings
-        crashes = Crashes(self.videos.paths, self._own(LISTED), self.log.say)
+        crashes = Crashes(self.videos.paths, self._own(LISTED), self.log.tell)
         return make_loader(
             dataset,
             self.masks,
@@ -243,7 +249,7 @@ class Trainer:
             tokens=self.plan.tokens,
             rank=self.world.rank,
             world=self.world.size,
-            guard=Guard(crashes, s.data.decode_seconds, self.log.say, self.log.note),
+            guard=Guard(crashes, s.data.decode_seconds, self.log.tell, self.log.note),
         )
 
     def _own(self, name: str) -> Path:
@@ -274,13 +280,13 @@ class Trainer:
 
     # -- endings ------------------------------------------------------------------------------------------------------
 
-    def _probe(self, step: int) -> bool:
-        """Probe where there is something to probe, in the first process; False where a signal ended it."""
+    def _probe(self, step: int) -> Exit | None:
+        """Probe where there is something to probe, in the first process; how the run ended where a signal came."""
         wanted, why_not = should_probe(self.settings, self.videos)
         if not wanted:
             if why_not:
                 self.log.say(why_not)
-            return True
+            return None
         self.watchdog.stage("probing", step, PATIENCE)
         state = self.exchange.target_state()
         stopped = False
@@ -293,10 +299,13 @@ class Trainer:
             except OSError as error:  # a full disk, say: features can be probed later, training goes on
                 self.log.say(f"no probe: {error}")
         self._wait_for_the_first()
-        if self.world.any(stopped):
-            self.keeper.save(step, wait=True)
-            return False
-        return True
+        if not self.world.any(stopped):
+            return None
+        self.watchdog.stage("saving a checkpoint", step, PATIENCE)
+        self.keeper.save(step, wait=True)
+        if self.keeper.saved_step != step:
+            return self._fail(step, Exit.FAILED, "checkpoints cannot be written")
+        return self._leave(step)
 
     def _interrupted(self) -> bool:
         return self.interrupts.received is not None
@@ -311,8 +320,8 @@ class Trainer:
     def _finish(self, step: int) -> Exit:
         self.findings.share()
         self.log.status("evaluating", step)
-        if not self._probe(step):
-            return self._leave(step)
+        if (ended := self._probe(step)) is not None:
+            return ended
         if self.settings.log.images and self.world.first:
             self.watchdog.stage("drawing pictures", step, PATIENCE)
             draw_pictures(self.settings, self.videos, self.log)
@@ -335,12 +344,19 @@ class Trainer:
 
     def _fail(self, step: int, code: Exit, reason: str) -> Exit:
         self.log.stop_progress()
-        kept = max(0, self.keeper.saved_step)
-        self.log.say(f"stopped    at step {step}: {reason}; the last checkpoint is of step {kept}")
+        self.findings.share()
+        self.keeper.settle()
+        kept = (
+            "there is no checkpoint"
+            if self.keeper.saved_step < 0
+            else f"the last checkpoint is of step {self.keeper.saved_step}"
+        )
+        self.log.say(f"stopped    at step {step}: {reason}; {kept}")
         self.log.status("failed", step, reason=reason)
         return code
 
     def _leave(self, step: int) -> Exit:
+        self.findings.share()
         self.log.stop_progress()
         reason = self.interrupts.received or "a signal to another process"
         self.log.say(f"stopped    by {reason}, saved at step {step}; the same command continues")

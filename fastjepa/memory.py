@@ -20,7 +20,9 @@ def held_bytes(s: StepShape) -> dict[str, float]:
     trained, frozen = s.encoder.trained + s.predictor.trained, s.encoder.frozen + s.predictor.frozen
     half = s.value_bytes == 2
     target = (6 if s.masters else 4) * s.encoder.trained + 4 * s.encoder.frozen
-    gradients = (2 + (4 if s.parts > 1 else 0)) if s.masters else 4
+    # Micro-batches are summed, and replicas averaged, in float32.
+    summed = s.parts > 1 or (s.processes > 1 and s.shards == 1)
+    gradients = (2 + (4 if summed else 0)) if s.masters else 4
     state = (4 * trained + 4 * frozen, (2 if half else 0) * trained, gradients * trained, 8 * trained, target)
     return {
         **{name: value / s.shards for name, value in zip(STATE, state)},

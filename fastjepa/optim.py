@@ -193,6 +193,8 @@ class OptimizerPass:
     def norms_of_bad_step(self) -> dict[str, float]:
         """The norm of each parameter's gradient in the last step that changed nothing; waits for the device.
 
+        Of weights that are sharded those of this process's part.
+
         Zeros where there was none since the process began.
         """
         names, norms = self._bad_norms

@@ -127,8 +127,14 @@ def _differences(folder: Path, settings: Settings, data: str) -> list[str]:
         lines = "\n".join(f"  {line}" for line in differences)
         raise RunRefused(
             f"resume: {folder} was made with other settings that change results:\n{lines}\n"
-            "accept_changes=true goes on with the new ones; "
+            f"resume={shlex.quote(str(folder))} accept_changes=true goes on with the new ones; "
             f"init.from={shlex.quote(str(folder))} without resume starts a new run from its weights"
+        )
+    if old.get("optim.global_batch", new["optim.global_batch"]) != new["optim.global_batch"]:
+        raise RunRefused(
+            f"optim.global_batch: expected {old['optim.global_batch']}, that of {folder}, whose place among the videos "
+            f"is counted in it, given {new['optim.global_batch']}; accept_changes does not change it, a new run with "
+            f"init.from={shlex.quote(str(folder))} may"
         )
     notes = [f"warning: accepted, and it changes results from here on: {line}" for line in differences]
     notes += [f"warning: changed since this run began: {line}" for line in config.changed(old, new, "warn")]

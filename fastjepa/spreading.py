@@ -20,33 +20,35 @@ def check_processes(s: Settings, processes: int) -> None:
     if processes == 1:
         return
     size, clips = s.data.batch_size, s.data.clips_per_video
+    given = s.optim.global_batch
     per_video = "" if clips == 1 else f" x data.clips_per_video {clips}"
-    if s.optim.global_batch % (processes * clips):
-        raise ValueError(
-            f"optim.global_batch: expected a multiple of the {processes} processes{per_video}, given "
-            f"{s.optim.global_batch}"
-        )
-    if size != "auto" and s.optim.global_batch % (processes * size):
-        raise ValueError(
-            f"optim.global_batch: expected a multiple of {processes} processes x data.batch_size {size}, given "
-            f"{s.optim.global_batch}"
-        )
+    _divides(given, processes * clips, f"the {processes} processes{per_video}")
+    if size != "auto":
+        _divides(given, processes * size, f"{processes} processes x data.batch_size {size}")
+
+
+def _divides(given: int, unit: int, what: str) -> None:
+    if given % unit:
+        lower, upper = given // unit * unit, -(-given // unit) * unit
+        nearest = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ValueError(f"optim.global_batch: expected a multiple of {what}, given {given}; nearest: {nearest}")
 
 
 def choose_exchange(
     s: Settings, device: torch.device, processes: int, masks: GeneratorCollator, launcher: str
 ) -> tuple[str, str]:
-    """(alone, ddp or fsdp2; a line that says why, empty for one process)."""
+    """(alone, ddp or fsdp2; a line that says why, empty for one process of which nothing else was asked)."""
     if processes == 1:
-        return "alone", ""
+        asked = s.runtime.parallel
+        return "alone", "" if asked == "auto" else f"processes  1: runtime.parallel {asked} is for several of them"
     asked = s.runtime.parallel
-    kind, reason = _fitting(s, device, masks) if asked == "auto" else (asked, "asked for")
+    kind, reason = _fitting(s, device, masks, processes) if asked == "auto" else (asked, "asked for")
     told = {"ddp": "DDP, all weights in each", "fsdp2": "FSDP2, a part of each weight in each"}[kind]
     exchanged = "nccl" if device.type == "cuda" else "gloo"
     return kind, f"processes  {processes} by {launcher} over {exchanged}: {told} ({reason})"
 
 
-def _fitting(s: Settings, device: torch.device, masks: GeneratorCollator) -> tuple[str, str]:
+def _fitting(s: Settings, device: torch.device, masks: GeneratorCollator, processes: int) -> tuple[str, str]:
     """DDP where the state of the whole model leaves room on a device."""
     if s.runtime.execution == "reference":
         return "ddp", "the reference execution takes no other"
@@ -54,7 +56,7 @@ def _fitting(s: Settings, device: torch.device, masks: GeneratorCollator) -> tup
         return "ddp", "float16 takes no other"
     with torch.device("meta"):
         jepa = build_jepa(s)
-    state, usable = make_plan(s, jepa, masks, float("inf")).state_bytes, usable_memory(device)
+    state, usable = make_plan(s, jepa, masks, float("inf"), processes=processes).state_bytes, usable_memory(device)
     kind, fits = ("ddp", "fits") if state <= SHARE_OF_STATE * usable else ("fsdp2", "does not fit")
     return kind, f"the state of {state / 1e9:.2g} GB {fits} into {SHARE_OF_STATE:.0%} of {usable / 1e9:.2g} GB"
 

@@ -36,14 +36,14 @@ from fastjepa.memory import usable_memory
 from fastjepa.parallel import World
 from fastjepa.plan import describe, make_plan
 from fastjepa.runfolder import RunFolder, open_run
-from fastjepa.signals import Interrupts
+from fastjepa.signals import Interrupted, Interrupts
 from fastjepa.spreading import build_exchange, check_processes, choose_exchange
 from fastjepa.watchdog import Watchdog
 
 DRAWING = "drawing and encoding synthetic videos, once"
 INDEXING = "opening videos that are new, to know what decodes them"
 # Exchanges wait longer than the watchdog's longest stage: that names who keeps the others waiting.
-EXCHANGE_PATIENCE = 5.0
+EXCHANGE_PATIENCE = 10.0
 MINUTES_WITHOUT_WATCHDOG = 24 * 60.0
 LOST_ANOTHER = "another process of this run has ended; its own line says why"
 COME_AND_GONE = "it came or went while the run began"
@@ -55,29 +55,39 @@ def start(settings: Settings, name: str) -> Exit:
     Of several processes each calls this; all but the first leave speaking to that one.
     """
     world = parallel.ALONE
-    try:
-        found = parallel.launch(os.environ)
-        device, reason = parallel.set_up(settings.runtime, found)
-        watched = settings.runtime.watchdog_minutes
-        limit = MINUTES_WITHOUT_WATCHDOG if watched is None else EXCHANGE_PATIENCE * watched
-        world = parallel.join(found, device, limit)
-        ready = _get_ready(settings, name, device, world)
-    except (ValueError, OSError) as error:
-        if world.first:
-            print(error, file=sys.stderr)  # noqa: T201
-        return world.leave(Exit.WRONG_INPUT)
-    except RuntimeError as error:
-        if not parallel.lost_another(error):
-            raise
-        print(LOST_ANOTHER, file=sys.stderr)  # noqa: T201
-        return world.leave(Exit.FAILED)
-    with (
-        ready.log,
-        Interrupts(loud=world.first) as interrupts,
-        Watchdog(settings.runtime.watchdog_minutes, world.rank, ready.run.path) as watchdog,
-    ):
-        code = _train(settings, ready, world, device, reason, interrupts, watchdog)
+    with Interrupts() as interrupts:
+        try:
+            found = parallel.launch(os.environ)
+            interrupts.loud = found.rank == 0
+            device, reason = parallel.set_up(settings.runtime, found)
+            watched = settings.runtime.watchdog_minutes
+            limit = MINUTES_WITHOUT_WATCHDOG if watched is None else EXCHANGE_PATIENCE * watched
+            world = parallel.join(found, device, limit)
+            ready = _get_ready(settings, name, device, world)
+            interrupts.begin()
+        except Interrupted as signal:
+            if interrupts.loud:
+                _complain(f"{signal}: nothing had begun; the same command begins again")
+            return world.leave(Exit.SAVED_AFTER_SIGNAL, wait=False)
+        except (ValueError, OSError) as error:
+            if world.first:
+                _complain(str(error))
+            return world.leave(Exit.WRONG_INPUT)
+        except (RuntimeError, MemoryError) as error:
+            # Of one process; all of them are told by their launcher.
+            _complain(LOST_ANOTHER if parallel.lost_another(error) else f"failed     {_first_line(error)}")
+            return world.leave(Exit.FAILED)
+        with ready.log, Watchdog(watched, world.rank, ready.run.path, ready.log.tell) as watchdog:
+            code = _train(settings, ready, world, device, reason, interrupts, watchdog)
     return world.leave(code)
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @dataclass
@@ -183,21 +193,21 @@ def _train(
         return trainer.train()
     except TooManyBadFiles as error:
         log.tell(f"stopped    {error}")
-        log.status("failed", 0, reason=str(error))
+        log.status("failed", None, reason=str(error))
         return Exit.TOO_MANY_BAD_FILES
     except CheckpointError as error:
         log.tell(f"stopped    {error}")
-        log.status("failed", 0, reason=str(error))
+        log.status("failed", None, reason=str(error))
         return Exit.WRONG_INPUT
     except (OSError, RuntimeError, MemoryError) as error:
         # A loader process that died, memory that is used up, a disk that is gone, another process that is: one
         # sentence for the person at the console, and where it came from in train.log.
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        first_line = _first_line(error)
         if parallel.lost_another(error):
             first_line = LOST_ANOTHER
         log.note(traceback.format_exc())
         log.tell(f"failed     {first_line} (details in {run.path / 'train.log'}); the same command continues")
-        log.status("failed", 0, reason=first_line)
+        log.status("failed", None, reason=first_line)
         return Exit.FAILED
     finally:
         run.close()

@@ -11,6 +11,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -32,8 +35,10 @@ class Watchdog:
     which nothing moves.
     """
 
-    def __init__(self, minutes: float | None, rank: int, folder: Path) -> None:
-        self.minutes, self.rank, self.folder = minutes or 0.0, rank, folder
+    def __init__(
+        self, minutes: float | None, rank: int, folder: Path, say: Callable[[str], None] = warnings.warn
+    ) -> None:
+        self.minutes, self.rank, self.folder, self.say = minutes or 0.0, rank, folder, say
         self.stacks = folder / f"watchdog-rank{rank}.txt"
         self._pid, self._beats, self._step = os.getpid(), 0, -1
         self._memory: mmap.mmap | None = None
@@ -41,8 +46,15 @@ class Watchdog:
         self._watcher: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Watchdog":
-        if not self.minutes:
-            return self
+        if self.minutes:
+            try:
+                self._begin()
+            except OSError as error:  # no room for a file, no process to be had: no reason not to train
+                self.say(f"warning: no watchdog: {error}")
+                self._memory = None
+        return self
+
+    def _begin(self) -> None:
         with _shared_file() as shared:
             shared.truncate(watcher.RECORD.size)
             self._memory = mmap.mmap(shared.fileno(), watcher.RECORD.size)
@@ -60,7 +72,6 @@ class Watchdog:
                 cwd="/",
             )
             faulthandler.register(ASK, file=self._file, all_threads=True, chain=True)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -72,8 +83,9 @@ class Watchdog:
         self._watcher = None
         faulthandler.unregister(ASK)
         self._file.close()
-        if self.stacks.stat().st_size == 0:  # nothing has ever hung
-            self.stacks.unlink()
+        with suppress(FileNotFoundError):  # somebody tidied up
+            if self.stacks.stat().st_size == 0:  # nothing has ever hung
+                self.stacks.unlink()
         self._memory.close()
         self._memory = None
 

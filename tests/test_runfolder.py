@@ -168,8 +168,8 @@ def test_a_path_refuses_every_setting_that_changes_results(opened):
         "optim.lr: 0.000625 -> 0.001",
     ]
     assert hint == (
-        f"accept_changes=true goes on with the new ones; init.from={first} without resume starts a new run from its "
-        "weights"
+        f"resume={first} accept_changes=true goes on with the new ones; init.from={first} without resume starts a new "
+        "run from its weights"
     )
     assert (first / "config.yaml").read_text() == before
     assert len((first / "command.txt").read_text().splitlines()) == 1

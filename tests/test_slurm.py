@@ -21,6 +21,7 @@ def submitted(tmp_path):
             program.write_text(f'#!/bin/sh\necho "{name} $@" >> {calls}\nexit {end}\n')
             program.chmod(0o755)
         environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+        environment["SLURM_CPUS_PER_TASK"] = "12"
         done = subprocess.run(
             ["bash", str(SCRIPT), "configs/vith.yaml", "log.folder=a folder"], env=environment, check=False
         )
@@ -33,8 +34,9 @@ def test_a_run_that_saved_after_a_signal_is_queued_again(submitted):
     code, calls = submitted(75)
     assert code == 75
     assert calls == [
-        "srun --wait=120 python -m fastjepa.train configs/vith.yaml log.folder=a folder", "scontrol requeue 77"
-    ]  # fmt: skip
+        "srun --wait=120 --cpus-per-task=12 python -m fastjepa.train configs/vith.yaml log.folder=a folder",
+        "scontrol requeue 77",
+    ]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 130])

@@ -15,8 +15,9 @@ class Crashes:
     """Of each such video the reason, and the slot from which on it counts as unreadable.
 
     Earlier slots had its clip: a run that goes on from there must find it again. `paths`: the list that videos are
-    numbers of. `listed`: a line each with path, reason and slot, read here and appended to; each of several training
-    processes has one of its own. `say` is told what is wrong with that file.
+    numbers of. `listed`: a line each with path, reason and slot, appended to; each of several training processes has
+    one of its own (crashed_videos-3.jsonl), and knows at its start what all of them say. `say` is told what is wrong
+    with those files.
     """
 
     def __init__(
@@ -24,14 +25,17 @@ class Crashes:
     ) -> None:
         self.paths, self.listed, self.say = paths, listed, say
         self.known: dict[int, tuple[int, str]] = {}
-        if listed is not None and listed.is_file():
-            self._read(listed)
+        if listed is not None:
+            first = Path(LISTED)
+            for file in sorted(listed.parent.glob(f"{first.stem}*{first.suffix}")):
+                self._read(file, own=file == listed)
 
-    def _read(self, listed: Path) -> None:
+    def _read(self, listed: Path, *, own: bool) -> None:
         lines = listed.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # half written where the process was killed
-            listed.write_bytes(b"".join(lines[:-1]))
             lines.pop()
+            if own:
+                listed.write_bytes(b"".join(lines))
         numbers = {path: number for number, path in enumerate(self.paths)}
         for number, line in enumerate(lines, start=1):
             try:

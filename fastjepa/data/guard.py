@@ -64,12 +64,14 @@ class Guard:
         video is not tried any more from now on.
         """
         found: dict[int, tuple[int, str]] = {}
-        convicted = set()
+        convicted, slow = set(), set()
         for place, code in exit_codes.items():
             video, slot = self._hands[place].tolist()
             stack = os.pread(self._stacks[place], 1 << 16, 0)
             if stack:
                 self.note(stack.decode(errors="replace"))
+            if stack.startswith(TIMEOUT):
+                slow.add(video)
             # Two processes may have died of the same video: it is one that must be good for both slots.
             if video not in found or slot < found[video][0]:
                 found[video] = slot, why(code, stack.startswith(TIMEOUT), self.seconds)
@@ -77,6 +79,9 @@ class Guard:
                 same_clip = handed_out - self.suspects[video] <= IN_FLIGHT * len(self._hands)
                 if same_clip or code != -signal.SIGKILL:
                     convicted.add(video)
+        # Several videos that take too long at once are not at fault: their disk is away.
+        innocent = slow if len(slow) > 1 else set()
+        convicted -= innocent
         for video, (slot, reason) in sorted(found.items()):
             held = "no video" if video == NOTHING else self.crashes.paths[video]
             sentence = f"a loader process ended with {held} in hand: {reason}"
@@ -84,7 +89,7 @@ class Guard:
             self.say(f"loader     {sentence}" + ("; it is tried once more" if again else ""))
             if video in convicted:
                 self.crashes.add(video, slot, reason)
-        self.suspects |= {video: handed_out for video in found if video != NOTHING}
+        self.suspects |= {video: handed_out for video in found.keys() - innocent if video != NOTHING}
         return sentence, bool(convicted)
 
     # -- in a loader process ------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def _all_there(environment: Mapping[str, str], names: tuple[str, ...]) -> None:
 
 def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
     text = environment.get(name) or default
-    if not re.fullmatch(r"[0-9]{1,9}", text):
+    if not re.fullmatch(r"[0-9]{1,19}", text):
         raise ValueError(f"{name}: expected a number, given {text!r}: {USE}")
     return int(text)
 

@@ -26,6 +26,8 @@ class Replicated(Exchange):
 
     def ready(self, weights: Sequence[Weight]) -> None:
         """Wrap the JEPA, whose weights have the dtypes that they keep."""
+        # Blocks are compiled one by one, and DDP sends while they run: dynamo need not cut them at its buckets.
+        torch._dynamo.config.optimize_ddp = False
         device = next(self.jepa.parameters()).device
         on_gpu = device.type == "cuda"
         with warnings.catch_warnings():

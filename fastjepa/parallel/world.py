@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -82,6 +83,7 @@ class World:
             if self.control is None:
                 raise
             failure = str(error)
+        self.wait()
         failures = self.gather(failure)
         found = [(rank, text) for rank, text in enumerate(failures) if text is not None]
         if found:
@@ -99,6 +101,7 @@ class World:
                 if self.control is None:
                     raise
                 failure = str(error)
+        self.wait()
         failure, result = self.gather((failure, result))[0]
         if failure is not None:
             raise ValueError(failure)
@@ -125,7 +128,7 @@ class World:
             time.sleep(SECONDS_BETWEEN_BEATS)
             here = self.store.add(key, 0)
 
-    def leave(self, code: Exit) -> Exit:
+    def leave(self, code: Exit, *, wait: bool = True) -> Exit:
         """End a process that is one of several, with this exit code; one that is alone goes on.
 
         Where all come to the same end they wait for each other; a process that has failed leaves them at once, and
@@ -133,9 +136,11 @@ class World:
         """
         if self.control is None:
             return code
-        if code in (Exit.DONE, Exit.SAVED_AFTER_SIGNAL, Exit.WRONG_INPUT):
-            dist.barrier(group=self.control)
-            dist.destroy_process_group()
+        if wait and code in (Exit.DONE, Exit.SAVED_AFTER_SIGNAL, Exit.WRONG_INPUT):
+            # One that has lost another on the way out has come to its end all the same.
+            with suppress(RuntimeError):
+                dist.barrier(group=self.control)
+                dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         # Not by the interpreter's way out: threads of gloo now and then abort in it.
@@ -166,11 +171,10 @@ def join(found: Launch, device: torch.device, minutes: float, seconds_to_meet: f
             timeout=limit,
             device_id=device if device.type == "cuda" else None,
         )
-        groups = [dist.new_group(backend="gloo", timeout=limit) for _ in range(2)]
+        return World(found, store, *(dist.new_group(backend="gloo", timeout=limit) for _ in range(2)))
     except (RuntimeError, ValueError, OSError) as error:  # DistError is a RuntimeError
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"the processes do not come together: {place}: {reason}") from None
-    return World(found, store, *groups)
 
 
 def lost_another(error: BaseException) -> bool:

@@ -36,11 +36,12 @@ class Failures:
 
     Kept in `listed`, a line each (path, reason, slot), so that a run that goes on from batch `first` knows what it knew
     then: which decoder reads a clip decides its last bits. For the same reason a failure counts for batches that are
-    begun after it is known in any case, not for those that were begun already.
+    begun after it is known in any case, not for those that were begun already: two batches of this process lie at most
+    `apart` slots apart.
     """
 
-    def __init__(self, listed: Path | None, first_slot: int) -> None:
-        self.listed, self.first_slot = listed, first_slot
+    def __init__(self, listed: Path | None, first_slot: int, apart: int = 0) -> None:
+        self.listed, self.first_slot, self.apart = listed, first_slot, apart
         self.slots: dict[str, list[int]] = {}
         if listed is not None and listed.is_file():
             for line in listed.read_bytes().split(b"\n")[:-1]:
@@ -50,7 +51,8 @@ class Failures:
 
     def quarantined(self, path: str, slots: Sequence[int]) -> bool:
         """Whether this file is not tried any more in the batch of these slots."""
-        known = slots[0] - (AHEAD - 1) * len(slots)  # the first slot of which nothing may be known yet
+        # The first slot of which nothing may be known yet.
+        known = slots[0] - (AHEAD - 1) * max(self.apart, len(slots))
         return len({slot for slot in self.slots.get(path, ()) if slot < known}) >= CHANCES
 
     def add(self, path: str, reason: str, slot: int) -> bool:

@@ -40,8 +40,9 @@ def test_three_thousand_steps_take_no_more_memory_or_files_than_a_few(run, film,
         return train(self, step, batches, look)
 
     monkeypatch.setattr(Trainer, "_step", measured)
+    # One save, at the end: what it leaves in memory is not what is measured here.
     code, folder = run(
-        f"data.path={videos}", "data.workers=2", f"optim.steps={STEPS}", "checkpoint.every=1000", "log.every=100"
+        f"data.path={videos}", "data.workers=2", f"optim.steps={STEPS}", f"checkpoint.every={STEPS}", "log.every=100"
     )
     assert code == Exit.DONE
     assert len((folder / "bad_files.jsonl").read_text().splitlines()) == 3
@@ -52,5 +53,5 @@ def test_three_thousand_steps_take_no_more_memory_or_files_than_a_few(run, film,
     slope = np.polyfit(steps[settled:], memory[settled:], 1)[0] * 1000
     print(f"memory {memory[0]:.1f} -> {memory[-1]:.1f} MB, {slope:+.3f} MB in 1000 steps; files {set(files)}")
     assert slope < 1.0
-    # Batches under way are open files too, some more or fewer of them at a time: none stays.
-    assert max(files[settled:]) <= max(files[:settled])
+    # Batches under way are open files too, some more or fewer of them at a time; what stays raises the least number.
+    assert min(files[settled:]) <= min(files[1:settled])

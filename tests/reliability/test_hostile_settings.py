@@ -65,6 +65,7 @@ HOSTILE = {
     "a new python object": ("data: !!python/object/new:os.system [touch marker]", "could not determine a constructor"),
     "a tag of its own": ("%TAG ! tag:example.org,2000:\n---\ndata: !settings {}", "could not determine a constructor"),
     "a base of the system": ("base: /etc/passwd", "/etc/passwd: "),
+    "a base that cannot be read": ("base: /proc/self/mem", "/proc/self/mem: cannot be read: "),
     "a base with a long name": (f"base: {'x' * 5000}", ": "),
     "a base that is a folder": ("base: .", ": no such settings file"),
     "a base that is a pipe": ("base: pipe", "pipe: no such settings file"),

@@ -14,7 +14,7 @@ SETTINGS = ("optim.steps=40", "checkpoint.every=100", "data.workers=1")
 
 @pytest.mark.parametrize(
     "settings",
-    [SETTINGS, pytest.param(("optim.steps=1000", *SETTINGS[1:]), marks=pytest.mark.long)],
+    [SETTINGS, pytest.param(("optim.steps=400", *SETTINGS[1:]), marks=pytest.mark.long)],
     ids=["short", "long"],
 )
 def test_under_random_sigterm_a_run_reaches_its_end(lab, settings):

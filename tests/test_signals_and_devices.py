@@ -14,7 +14,7 @@ import fastjepa
 from fastjepa import parallel
 from fastjepa.config import Runtime
 from fastjepa.exits import Exit
-from fastjepa.signals import WATCHED, Interrupts
+from fastjepa.signals import WATCHED, Interrupted, Interrupts
 
 # Signals
 
@@ -22,9 +22,21 @@ from fastjepa.signals import WATCHED, Interrupts
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_first_signal_is_noted_and_the_process_goes_on(number):
     with Interrupts() as interrupts:
+        interrupts.begin()
         assert interrupts.received is None
         os.kill(os.getpid(), number)
         assert interrupts.received == number.name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_there_is_anything_to_save_a_signal_leaves(number):
+    with pytest.raises(Interrupted, match=number.name), Interrupts():
+        os.kill(os.getpid(), number)
+
+
+def test_before_there_is_anything_to_save_ctrl_c_is_what_it_always_is():
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_the_handlers_of_before_come_back():
@@ -45,6 +57,7 @@ def test_the_handlers_of_before_come_back():
 def test_a_run_after_another_notes_its_own_signal():
     for number in (signal.SIGTERM, signal.SIGUSR1):
         with Interrupts() as interrupts:
+            interrupts.begin()
             os.kill(os.getpid(), number)
         assert interrupts.received == number.name
 
@@ -54,6 +67,7 @@ import atexit, sys
 from fastjepa.signals import Interrupts
 atexit.register(print, "cleaned up")
 with Interrupts() as interrupts:
+    interrupts.begin()
     try:
         while True:
             print(interrupts.received, flush=True)

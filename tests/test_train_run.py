@@ -13,7 +13,6 @@ import pytest
 
 from fastjepa import checkpoint, configfile
 from fastjepa.exits import Exit
-from fastjepa.log import read_metrics
 from fastjepa.start import start
 
 ROOT = Path(__file__).parents[1]
@@ -177,30 +176,6 @@ def test_a_changed_result_setting_is_a_new_run_and_is_refused_on_an_explicit_res
     code, _ = run(f"resume={first}", "runtime.stop_at=3")
     assert code == Exit.DONE
     assert rows(first)[-1]["step"] == 3
-
-
-def test_a_changed_setting_is_accepted_where_that_is_asked_for(run, capsys):
-    _, first = run("runtime.stop_at=3")
-    code, again = run(f"resume={first}", "optim.lr=2e-3", "accept_changes=true")
-    assert (code, again) == (Exit.DONE, first)
-    assert "accepted, and it changes results from here on: optim.lr: 0.001 -> 0.002" in capsys.readouterr().out
-    assert [row["step"] for row in read_metrics(first)] == list(range(1, 11))
-    _, other = run("optim.lr=2e-3", folder="other")
-    rates = [[row["lr"] for row in read_metrics(folder)] for folder in (first, other)]
-    assert rates[0][:3] != rates[1][:3]
-    assert rates[0][3:] == rates[1][3:]
-    assert "lr: 0.002" in (first / "config.yaml").read_text()
-
-
-def test_accepted_changes_that_do_not_fit_the_weights_leave_the_run_as_it_was(run, capsys):
-    _, first = run("runtime.stop_at=3")
-    before = (first / "config.yaml").read_text()
-    code, _ = run(f"resume={first}", "model.predictor_dim=32", "accept_changes=true")
-    assert code == Exit.WRONG_INPUT
-    assert "does not fit the model" in capsys.readouterr().out
-    assert (first / "config.yaml").read_text() == before
-    code, again = run()
-    assert (code, again) == (Exit.DONE, first)
 
 
 def test_never_starts_a_run_of_its_own(run):

@@ -1,6 +1,7 @@
 """Videos that ended the processes which decoded them: never opened again, also in a run that goes on later."""
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +27,8 @@ class Crashes:
         self.paths, self.listed, self.say = paths, listed, say
         self.known: dict[int, tuple[int, str]] = {}
         if listed is not None:
-            first = Path(LISTED)
-            for file in sorted(listed.parent.glob(f"{first.stem}*{first.suffix}")):
+            name = re.sub(r"-[0-9]+$", "", listed.stem)
+            for file in sorted(listed.parent.glob(f"{name}*{listed.suffix}")):
                 self._read(file, own=file == listed)
 
     def _read(self, listed: Path, *, own: bool) -> None:

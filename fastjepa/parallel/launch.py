@@ -40,6 +40,9 @@ def launch(environment: Mapping[str, str]) -> Launch:
         return _by_torchrun(environment)
     if _number(environment, "SLURM_STEP_NUM_TASKS", "1") > 1:
         return _by_srun(environment)
+    if _number(environment, "SLURM_PROCID", "0") > 0 and "SLURM_STEP_NUM_TASKS" not in environment:
+        # The first of such processes cannot be told from a batch script; this one would train beside it.
+        raise ValueError(f"SLURM_STEP_NUM_TASKS is not set beside SLURM_PROCID={environment['SLURM_PROCID']}: {USE}")
     for name in OTHERS:
         if _number(environment, name, "1") > 1:
             raise ValueError(f"{name} says that {environment[name]} processes were started by mpirun: {USE}")

@@ -269,7 +269,7 @@ def test_where_every_video_crashes_the_loader_gives_up(paths, nothing_left):
     run = Run(many, lambda info, frames: leave())
     with pytest.raises(RuntimeError, match="again and again before a batch is made"):
         run(workers=2)
-    assert len(run.crashes.known) == 11
+    assert len(run.crashes.known) in (11, 12)  # two processes may die of two videos at once
 
 
 def test_processes_killed_now_and_then_cost_no_video(paths, nothing_left):

@@ -56,11 +56,17 @@ def test_one_variable_of_torchrun_by_itself_is_refused(alone):
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
-@pytest.mark.parametrize("value", ["two", "-1", "1.5", "0x2", " 1", "1e3", "٣", "12345678901"])
+@pytest.mark.parametrize("value", ["two", "-1", "1.5", "0x2", " 1", "1e3", "٣", "1" * 20])
 def test_what_is_no_number_is_quoted(name, value):
     with pytest.raises(ValueError) as caught:
         launch(BY_TORCHRUN | {name: value})
     assert str(caught.value).startswith(f"{name}: expected a number, given {value!r}: start with torchrun")
+
+
+def test_a_process_of_srun_that_does_not_know_how_many_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"^SLURM_STEP_NUM_TASKS is not set beside SLURM_PROCID=3: start with"):
+        launch({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"})
+    assert launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).size == 1  # a batch script
 
 
 @pytest.mark.parametrize(("rank", "size", "last"), [("4", "4", 3), ("9", "2", 1)])

@@ -335,17 +335,20 @@ def test_a_process_that_waits_has_nothing_in_hand_and_no_limit(paths, nothing_le
 
 def test_no_death_interrupts_the_training_process(paths, nothing_left):
     """torch would raise from a signal handler, wherever the process is."""
-    before = signal.getsignal(signal.SIGCHLD)
-    with running(Run(paths).loader(workers=1)) as batches:
-        next(batches)
-        (child,) = multiprocessing.active_children()
-        child.kill()
-        child.join()
-        deadline = time.monotonic() + 0.3
-        while time.monotonic() < deadline:
-            pass
-        assert len(list(batches)) == 11
-    assert signal.getsignal(signal.SIGCHLD) is before
+    handler = signal.getsignal(signal.SIGCHLD)
+    mine = lambda *_: handler(*_)  # noqa: E731
+    signal.signal(signal.SIGCHLD, mine)
+    try:
+        with running(Run(paths).loader(workers=1)) as batches:
+            next(batches)
+            (child,) = multiprocessing.active_children()
+            child.kill()
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            sum(range(1000))  # time for a handler
+            assert len(list(batches)) == 11
+        assert signal.getsignal(signal.SIGCHLD) is mine, "what was there before is there again"
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def test_a_countdown_of_the_training_process_stops_no_worker(paths, nothing_left):
@@ -359,13 +362,28 @@ def test_a_countdown_of_the_training_process_stops_no_worker(paths, nothing_left
         faulthandler.cancel_dump_traceback_later()
 
 
-def test_a_loader_that_is_left_early_leaves_nothing(paths, nothing_left):
+def test_a_loader_that_is_left_early_leaves_nothing(paths, tmp_path, monkeypatch, nothing_left):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)  # its patience with a worker
     with running(Run(paths).loader()) as batches:
         next(batches)
     with pytest.raises(ZeroDivisionError), running(Run(paths).loader()) as batches:
         _ = 1 // 0
-    with running(Run(paths, read_but(hang, paths[CULPRIT]), seconds=600).loader(workers=1)) as batches:
+    read, delivered = [], tmp_path / "delivered"
+
+    def hang_in_the_second_batch(info, frames):
+        read.append(info.path)
+        if len(read) > 4:
+            while not delivered.exists():  # a process that holds the lock does not hand over its first batch either
+                time.sleep(0.01)
+            hang()
+        return read_frames(info, frames)
+
+    run = Run(paths, hang_in_the_second_batch, seconds=600)
+    with running(run.loader(workers=1)) as batches:
+        next(batches)
+        delivered.touch()
         time.sleep(0.3)
+        assert run.guard._hands[0, 1] == 4
 
 
 def test_batches_can_be_skipped_within_a_step():

@@ -41,7 +41,6 @@ def test_killed_again_and_again_a_run_loses_nothing(lab, inside):
             if code == 0:
                 break
             assert code == -signal.SIGKILL, child.said()
-            assert "Traceback" not in child.said()
             kills, done = kills + 1, len(rows)
             half_written += bool(scratch(lab, name))
         assert_none_lost(lab.rows(name), want)

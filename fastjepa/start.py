@@ -74,9 +74,13 @@ def start(settings: Settings, name: str) -> Exit:
                 _complain(str(error))
             return world.leave(Exit.WRONG_INPUT)
         except (RuntimeError, MemoryError) as error:
-            # Of one process; all of them are told by their launcher.
-            _complain(LOST_ANOTHER if parallel.lost_another(error) else f"failed     {_first_line(error)}")
-            return world.leave(Exit.FAILED)
+            # In one of the processes: its launcher ends the others. What a run begins with is what the settings ask
+            # for: more than this machine has.
+            if parallel.lost_another(error):
+                _complain(LOST_ANOTHER)
+                return world.leave(Exit.FAILED)
+            _complain(f"the run cannot begin on this machine: {_first_line(error)}")
+            return world.leave(Exit.WRONG_INPUT, wait=False)
         with ready.log, Watchdog(watched, world.rank, ready.run.path, ready.log.tell) as watchdog:
             code = _train(settings, ready, world, device, reason, interrupts, watchdog)
     return world.leave(code)

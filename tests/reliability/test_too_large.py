@@ -8,9 +8,6 @@ from fastjepa.exits import Exit
 MEMORY = 8 << 30
 
 
-@pytest.mark.xfail(
-    strict=True, reason="start() expects no MemoryError or RuntimeError of torch before there is a log: a traceback"
-)
 @pytest.mark.parametrize(
     "override", ["data.frames=1000000000", "data.crop=1000000000", "model.predictor_dim=1000000000"]
 )

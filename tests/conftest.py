@@ -27,6 +27,11 @@ EXPECTED_SKIPS = (
 )
 
 
+def pytest_sessionstart():
+    # Tests start pytest themselves, and pytest-benchmark takes that for a worker of xdist as long as this is set.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -29,7 +29,8 @@ def test_under_random_sigterm_a_run_reaches_its_end(lab, settings):
         child.send(signal.SIGTERM)
         code, rows = child.wait(), lab.rows("preempted")
         assert steps(rows) == list(range(1, len(rows) + 1)), child.said()
-        assert len(rows) > before
+        # A signal in the last step leaves a start that has only the end to see to.
+        assert len(rows) > before or before == len(lab.whole(*settings))
         if lab.status("preempted")["state"] == "done":
             # A signal that comes when all is done may still end the process in its own way.
             assert code in (Exit.DONE, -signal.SIGTERM), child.said()

@@ -27,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Begin the session's files."""
-    selection = selection_of(config.option.keyword, config.option.markexpr, config.args)
+    # What the project's own settings leave out, the long tests, are no cases.
+    mark = "" if config.option.markexpr == "not long" else config.option.markexpr
+    selection = selection_of(config.option.keyword, mark, config.args)
     config.stash[SESSION] = Session(config.option.results, config.invocation_params.args, selection)
     config.pluginmanager.register(_Deselection(config.stash[SESSION]))
     config.stash[BEGAN] = time.monotonic()

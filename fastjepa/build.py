@@ -21,7 +21,7 @@ from fastjepa.data.source import Videos
 from fastjepa.exchange import Exchange
 from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, MaskCollator, RandomTubeMaskCollator
-from fastjepa.models import build_vit, vit_predictor
+from fastjepa.models import VisionTransformer, build_vit, vit_predictor
 from fastjepa.models.initialise import redraw_linears
 from fastjepa.models.layers import Attention
 from fastjepa.models.operations import LIBRARY, Operations
@@ -37,16 +37,7 @@ GPU_THREADS = 16
 def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
     """Encoder, predictor and target encoder on the CPU, in float32: the same weights for the same seed."""
     torch.manual_seed(s.optim.seed)
-    shared = {
-        "img_size": s.data.crop,
-        "patch_size": s.data.patch,
-        "num_frames": s.data.frames,
-        "tubelet_size": s.data.tubelet,
-        "uniform_power": s.model.uniform_power,
-        "init_std": s.model.init_std,
-        "qk_scale": s.model.qk_scale,
-        "sdpa_ignores_scale": s.compat.sdpa_ignores_scale,
-    }
+    shared = _shared(s)
     encoder = build_vit(s.model.name, **shared)
     predictor = vit_predictor(
         embed_dim=encoder.embed_dim,
@@ -70,6 +61,25 @@ def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
         execution=s.runtime.execution,
         operations=operations,
     )
+
+
+def build_encoder(s: Settings) -> VisionTransformer:
+    """An encoder alone, for weights that are loaded into it; nothing is seeded."""
+    return build_vit(s.model.name, **_shared(s))
+
+
+def _shared(s: Settings) -> dict[str, Any]:
+    """Arguments that encoder and predictor both take."""
+    return {
+        "img_size": s.data.crop,
+        "patch_size": s.data.patch,
+        "num_frames": s.data.frames,
+        "tubelet_size": s.data.tubelet,
+        "uniform_power": s.model.uniform_power,
+        "init_std": s.model.init_std,
+        "qk_scale": s.model.qk_scale,
+        "sdpa_ignores_scale": s.compat.sdpa_ignores_scale,
+    }
 
 
 class Step(NamedTuple):

@@ -6,6 +6,7 @@ Every mistake of a file is found in one pass. Nothing here imports torch, so a t
 import difflib
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,24 @@ def dump(settings: Settings) -> str:
     text = io.StringIO()
     yaml.dump(settings.model_dump(mode="json", by_alias=True), text)
     return text.getvalue()
+
+
+def restore(stored: Mapping[str, Any], source: str) -> Settings:
+    """Settings from dotted keys, as `config.flat` gives them and a checkpoint keeps them.
+
+    Errors: SettingsError, which names `source`.
+    """
+    values: dict[str, Any] = {}
+    for key, value in stored.items():
+        section, _, name = key.partition(".")
+        if name:
+            values.setdefault(section, {})[name] = value
+        else:
+            values[key] = value
+    settings, mistakes = _validate(values, {}, source)
+    if settings is None or mistakes:
+        raise SettingsError(mistakes)
+    return settings
 
 
 def help_text() -> str:

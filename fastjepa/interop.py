@@ -67,7 +67,11 @@ class WeightsRefused(ValueError):
 
 @dataclass(frozen=True)
 class Weights:
-    """Three bare state dicts, and what is known of them. `heads` (encoder, predictor) is None where nobody knows."""
+    """Three bare state dicts, and what is known of them. `heads` (encoder, predictor) is None where nobody knows.
+
+    `settings` are those of the run that made them, dotted key -> value as in `config.flat`; `step` is its step. Both
+    are None for weights from elsewhere.
+    """
 
     path: Path
     description: str
@@ -75,6 +79,8 @@ class Weights:
     ignored: list[str]
     licence: str
     heads: tuple[int, int] | None = None
+    settings: dict[str, Any] | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ def load_own_checkpoint(path: str | Path) -> Weights:
         network, _, key = name.partition(".")
         networks[network][key] = tensor
     settings = found.trainer.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
+    settings = {str(key): value for key, value in settings.items()} if isinstance(settings, dict) else {}
     began = settings.get("init.from")
     return Weights(
         found.folder,
@@ -205,6 +211,8 @@ def load_own_checkpoint(path: str | Path) -> Weights:
         ["optimizer state (the optimizer starts anew)", "step, schedules and data position (this run has its own)"],
         f"that of what it was trained from: its run began with init.from={began}" if began else "yours",
         _heads_of_settings(settings),
+        settings,
+        found.step,
     )
 
 

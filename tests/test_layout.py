@@ -62,6 +62,8 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.data", {"data", "masks", "pixels", "streams"}),
         ("fastjepa.preparing", {"config", "data", "exits"}),
         ("fastjepa.survey", {"build", "config", "data", "exits", "forecast", "gpus", "memory", "plan", "preparing"}),
+        ("fastjepa.opened", {"build", "config", "configfile", "fit", "interop", "models"}),
+        ("fastjepa.verbs.parsing", set()),
         ("fastjepa.health", set()),
         ("fastjepa.costs", set()),
         ("fastjepa.gpus", set()),

@@ -1,3 +1,4 @@
+import importlib
 import sys
 from pathlib import Path
 
@@ -5,7 +6,8 @@ import pytest
 import torch
 
 from fastjepa import train
-from fastjepa.__main__ import main
+from fastjepa.__main__ import VERBS, main
+from fastjepa.verbs.parsing import Parser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -35,10 +37,33 @@ def test_info_names_versions_and_devices(capsys):
     assert decoders["dali_gpu"] == "there is no CUDA device" or torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["plan"], ["plan", "--gpu", "h200"]])
+@pytest.mark.parametrize("arguments", [["trian"], ["plan"], ["plan", "--gpu", "h200"]])
 def test_an_unknown_verb_or_a_plan_of_nothing_shows_the_usage(capsys, arguments):
     assert main(arguments) == 2
-    assert "usage: python -m fastjepa" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: python -m fastjepa" in err
+    assert ("nearest valid verb: train" in err) == (arguments == ["trian"])
+
+
+def test_no_verb_shows_the_verbs_and_the_five_minute_path(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb}" in out for verb in VERBS)
+    assert "python -m fastjepa train configs/demo.yaml" in out
+
+
+@pytest.mark.parametrize(("verb", "module"), [(verb, entry[0]) for verb, entry in VERBS.items()])
+def test_every_verb_has_its_module(verb, module):
+    assert callable(importlib.import_module(module).main)
+
+
+def test_an_unknown_option_names_the_nearest(capsys):
+    parser = Parser("info", "")
+    parser.add_argument("--device")
+    with pytest.raises(ValueError, match="unknown option --devcie=cpu, nearest valid option: --device"):
+        parser.read(["--devcie=cpu"])
+    assert main(["info", "more"]) == 2
+    assert "expected no further argument, given 'more'" in capsys.readouterr().err
 
 
 def test_help_names_every_setting(capsys):

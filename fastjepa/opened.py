@@ -1,0 +1,113 @@
+"""An encoder from wherever weights lie, ready to be asked: a run, one of its checkpoints, a published checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastjepa.build import build_encoder
+from fastjepa.config import Settings
+from fastjepa.configfile import SettingsError, restore
+from fastjepa.fit import architecture
+from fastjepa.interop import Weights, WeightsRefused, read_weights
+from fastjepa.models import VisionTransformer
+from fastjepa.models.vision_transformer import SIZES
+
+Network = Literal["target_encoder", "encoder"]
+PUBLISHED_FRAMES = 16  # of every published first-generation model
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An encoder in float32 on its device, in evaluation mode: clips [B, C, T, H, W] -> tokens [B, N, E].
+
+    `settings` tell how clips are cut for it (`data`) and which size it is (`model`): those of its run, or what shapes
+    tell of weights from elsewhere. `step` is None for these. `run` is the run folder, where there is one.
+    """
+
+    path: Path
+    description: str
+    network: Network
+    encoder: VisionTransformer
+    settings: Settings
+    licence: str
+    step: int | None = None
+    run: Path | None = None
+
+
+def open_encoder(source: str | Path, network: Network = "target_encoder", device: torch.device | str = "cpu") -> Opened:
+    """The encoder of a run (its folder, or a checkpoint in it) or of a checkpoint of the public code (`.pth.tar`).
+
+    Errors: WeightsRefused (a ValueError) with one sentence.
+    """
+    weights = read_weights(source)
+    settings = settings_of(weights)
+    encoder = load_encoder(settings, weights.networks[network], f"{weights.path}: {network}")
+    run = next((folder for folder in weights.path.parents[:2] if (folder / "config.yaml").is_file()), None)
+    return Opened(
+        weights.path,
+        weights.description,
+        network,
+        encoder.to(device),
+        settings,
+        weights.licence,
+        weights.step,
+        run,
+    )
+
+
+def settings_of(weights: Weights) -> Settings:
+    """The settings of the run that made these weights, or for others what their shapes tell. Errors: WeightsRefused."""
+    try:
+        if weights.settings is not None:
+            return restore(weights.settings, str(weights.path))
+        return restore(_published_settings(weights.path, weights.networks), str(weights.path))
+    except SettingsError as error:
+        raise WeightsRefused(
+            f"{weights.path}: its settings are not those of this version: {error.mistakes[0]}"
+        ) from None
+
+
+def load_encoder(settings: Settings, state: Mapping[str, Tensor], where: str) -> VisionTransformer:
+    """An encoder with these weights in float32, in evaluation mode, without gradients. Errors: WeightsRefused."""
+    with torch.device("meta"):
+        encoder = build_encoder(settings)
+    expected = {key: list(tensor.shape) for key, tensor in encoder.state_dict().items()}
+    given = {key: list(tensor.shape) for key, tensor in state.items()}
+    unlike = [key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key)]
+    if unlike:
+        key = min(unlike)
+        raise WeightsRefused(
+            f"{where} does not fit its settings: {key}: expected {expected.get(key, 'nothing')}, given "
+            f"{given.get(key, 'nothing')}" + (f", and {len(unlike) - 1} more" if len(unlike) > 1 else "")
+        )
+    encoder.load_state_dict({key: tensor.detach().float() for key, tensor in state.items()}, assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def _published_settings(path: Path, networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Dotted settings of a published model, from the shapes of its weights. Errors: WeightsRefused."""
+    found = architecture(networks)
+    if found.name not in SIZES:
+        raise WeightsRefused(f"{path}: its encoder has {found.name}: {found.width} wide, {found.depth} blocks deep")
+    if not (found.tokens and found.patch and found.tubelet):
+        raise WeightsRefused(f"{path}: its encoder is none of clips: no tubelet embedding or no position table")
+    planes = PUBLISHED_FRAMES // found.tubelet
+    side = round((found.tokens / planes) ** 0.5)
+    if planes * side**2 != found.tokens:
+        raise WeightsRefused(
+            f"{path}: positions for {found.tokens} tokens are expected to be {planes} square planes of clips of "
+            f"{PUBLISHED_FRAMES} frames, and are not"
+        )
+    return {
+        "model.name": found.name,
+        "model.predictor_dim": found.predictor_dim,
+        "model.predictor_depth": found.predictor_depth,
+        "data.frames": PUBLISHED_FRAMES,
+        "data.tubelet": found.tubelet,
+        "data.patch": found.patch,
+        "data.crop": side * found.patch,
+    }

@@ -12,6 +12,7 @@ from fastjepa.start import start
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 NO_CUDA = "needs a CUDA device"
+LONGEST = 3600  # seconds of a test that is marked long; others have pyproject.toml's
 # A skip with any other reason is a failure where CI is set: something that should have run did not.
 _ABSENT = () if SHARED.is_dir() else ("absent",)
 EXPECTED_SKIPS = (
@@ -34,6 +35,8 @@ def pytest_sessionstart():
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(LONGEST))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NO_CUDA))
 

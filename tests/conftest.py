@@ -73,6 +73,17 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _ordinary_scheduling():
+    """A test must not turn this process, and all that it starts from then on, into a real-time one."""
+    yield
+    if hasattr(os, "sched_getscheduler"):
+        policy = os.sched_getscheduler(0)
+        if policy in (os.SCHED_FIFO, os.SCHED_RR):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            raise AssertionError("this process has become a real-time one")
+
+
 # A whole run of a tiny model on tiny videos, in seconds.
 SETTINGS = """
 model: {name: vit_nano, predictor_depth: 1, predictor_dim: 16, init_std: 0.04}

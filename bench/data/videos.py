@@ -4,7 +4,9 @@ Flat colours would cost next to no bits, and no time to decode. These come to ab
 the web; what they have is in the result file.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -45,7 +47,8 @@ class Shelf:
         path = self.folder / f"{codec}.{ending}"
         if not path.exists():
             scratch = path.with_name(f"unfinished-{path.name}")
-            write([scratch], [CODED_GOP], pictures(CODED_SIZE, CODED_FRAMES), encoder, options, pixels)
+            with ordinary_scheduling():
+                write([scratch], [CODED_GOP], pictures(CODED_SIZE, CODED_FRAMES), encoder, options, pixels)
             scratch.rename(path)
         return path
 
@@ -76,6 +79,23 @@ def write(
     for out, stream in zip(outs, streams):
         out.mux(stream.encode(None))
         out.close()
+
+
+@contextmanager
+def ordinary_scheduling() -> Iterator[None]:
+    """Leave this thread scheduled as it was.
+
+    SVT-AV1's encoder makes the thread of a superuser that opens it a real-time one, and so is every process which that
+    thread starts from then on: some of them computing leave the machine to nobody else.
+    """
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
 
 
 def pictures(size: str, count: int) -> Iterator[np.ndarray]:

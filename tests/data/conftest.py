@@ -11,6 +11,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from safetensors.torch import load_file
 
+from bench.data.videos import ordinary_scheduling
+
 HEIGHT, WIDTH, BITS = 48, 96, 8
 RENAMED = {"x264_params": "x264-params", "cpu_used": "cpu-used"}
 
@@ -48,7 +50,8 @@ def write(path, images, codec="libx264", pixels="yuv420p", gop=12, container=Non
 
 
 def video(path, frames=50, **settings):
-    return write(path, [picture(i) for i in range(frames)], **settings)
+    with ordinary_scheduling():
+        return write(path, [picture(i) for i in range(frames)], **settings)
 
 
 def remux(source, target, change, **container):

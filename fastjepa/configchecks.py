@@ -53,6 +53,7 @@ def _networks(s: Settings) -> Iterator[Mistake]:
 
 # Pieces of the packed step whose kernels can compute the matrix product too.
 WITH_PRODUCT = ("embed", "mlp")
+MOST_PROFILED = 100
 
 
 def _execution(s: Settings) -> Iterator[Mistake]:
@@ -88,6 +89,17 @@ def _execution(s: Settings) -> Iterator[Mistake]:
                 f"runtime.kernels: expected fused for {' or '.join(WITH_PRODUCT)}, whose kernels have a matrix "
                 f"product, given it for {piece}",
             )
+    if r.profile is not None:
+        first, last = map(int, r.profile.split(".."))
+        wrong = (
+            "the first step before the last" if last < first
+            else f"steps up to the last of this run, {s.last_step}" if last > s.last_step
+            else f"at most {MOST_PROFILED} steps, whose trace is large already" if last - first >= MOST_PROFILED
+            else ""
+        )  # fmt: skip
+        if wrong:
+            keys = ("runtime.profile", "optim.steps", "runtime.stop_at")
+            yield keys, f"runtime.profile: expected {wrong}, given {r.profile}"
     own = r.kernels if isinstance(r.kernels, str) else named.get("attention", "auto")
     if r.attention != "auto" and named.get("attention", "auto") != "auto":
         yield (

@@ -190,6 +190,7 @@ def _train(
             *describe(settings, plan, step.jepa),
         ):
             log.say(line)
+        log.settings(config.flat(settings))
         trainer = Trainer(
             settings, run, log, device, world, step.jepa, ready.exchange, ready.masks, videos, decoder, plan,
             interrupts, watchdog, workers,

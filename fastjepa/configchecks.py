@@ -100,6 +100,13 @@ def _execution(s: Settings) -> Iterator[Mistake]:
         if wrong:
             keys = ("runtime.profile", "optim.steps", "runtime.stop_at")
             yield keys, f"runtime.profile: expected {wrong}, given {r.profile}"
+        elif s.eval.every and (last - 1) // s.eval.every > (first - 1) // s.eval.every:
+            probed = (last - 1) // s.eval.every * s.eval.every
+            yield (
+                ("runtime.profile", "eval.every"),
+                f"runtime.profile: expected steps without a probe between them (eval.every {s.eval.every} has one "
+                f"after step {probed}), given {r.profile}",
+            )
     own = r.kernels if isinstance(r.kernels, str) else named.get("attention", "auto")
     if r.attention != "auto" and named.get("attention", "auto") != "auto":
         yield (

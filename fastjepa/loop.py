@@ -294,7 +294,9 @@ class Trainer:
         self.log.say(console_line(row, s.last_step, left))
         for alarm in self.alarms.check(step, row):
             self.log.say(alarm.sentence)
-        self.log.status("training", step, loss=row["loss"], clips_per_s=row["clips_per_s"], seconds_left=left)
+        since = clock.steps * s.optim.global_batch / row["clips_per_s"]
+        told = {"loss": row["loss"], "clips_per_s": row["clips_per_s"], "seconds_left": left, "log_seconds": since}
+        self.log.status("training", step, **told)
 
     # -- endings ------------------------------------------------------------------------------------------------------
 

@@ -275,7 +275,7 @@ def test_wrong_settings_end_the_program_with_code_2_and_sentences_only(tmp_path)
         "command line: data.frames: expected a multiple of data.tubelet 2, given 15",
     ]
     done = python("-m", "fastjepa.train")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{configfile.USAGE}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{configfile.USAGE}\n{configfile.HINT}\n")
 
 
 def test_settings_are_read_and_help_is_given_without_importing_torch(tmp_path):

@@ -29,8 +29,8 @@ class Aside:
     count: int = 0
 
     def left(self, step: int, last: int) -> int:
-        """How many are still to come after this step, or right after the last one."""
-        between = (last - 1) // self.every - step // self.every if self.every and step < last else 0
+        """How many are still to come once this step is computed: its own one, too."""
+        between = (last - 1) // self.every - max(step - 1, 0) // self.every if self.every else 0
         return between + (1 if self.at_end else 0)
 
 

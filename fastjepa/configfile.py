@@ -211,6 +211,12 @@ def _read(path: Path) -> dict[str, Any]:
         present = path.is_file()
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise SettingsError([f"{path}: cannot be read: {error.strerror}"]) from None
+    if str(path).startswith("-"):
+        raise SettingsError([f"{path}: expected a settings file, such as configs/demo.yaml; settings are key=value"])
+    if not present and path.is_dir():
+        known = ", ".join(sorted(str(one) for one in path.glob("*.y*ml"))[:4])
+        holds = f", which holds {known}" if known else ""
+        raise SettingsError([f"{path}: expected a settings file, given a folder{holds}"])
     if not present:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.4)
         hint = f", nearest: {path.parent / near[0]}" if near else ""

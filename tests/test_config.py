@@ -58,6 +58,7 @@ def one_changed(key, field):
     """Settings that differ from the defaults in one field."""
     head, _, leaf = key.rpartition(".")
     values = {"eval.probe": "none", "compat.ipe_scale": 1.5, "runtime.kernels": "triton", "runtime.compile": True}
+    values["runtime.profile"] = "1..2"
     value = values[key] if key in values else another(field.default, field)
     return Settings(**({head: SECTIONS[head](**{leaf: value})} if head else {leaf: value}))
 

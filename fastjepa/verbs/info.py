@@ -11,21 +11,29 @@ from fastjepa.configfile import load
 from fastjepa.exits import Exit
 from fastjepa.verbs.parsing import Parser, say
 
+WIDTH = 28
+
 
 def main(arguments: Sequence[str]) -> Exit:
     """Print what there is. Errors: ValueError for an argument that is neither a run nor settings."""
     parser = Parser("info", "Versions, devices, decoders, and which implementation a run takes here and why.")
     parser.add_argument(
         "of",
-        nargs="?",
+        nargs="*",
         metavar="RUN | SETTINGS.yaml",
-        help="a run folder: is it alive, how far is it; or settings: what they take here, instead of the defaults",
+        help="run folders: are they alive, how far are they; or settings: what they take here, not the defaults",
     )
     given = parser.read(arguments)
-    path = None if given.of is None else Path(given.of).expanduser()
-    if path is not None and not path.is_file():
-        _show("", runstate.told(path))
+    paths = [Path(text).expanduser() for text in given.of]
+    if paths and not paths[0].is_file():
+        for number, run in enumerate(paths):
+            if number:
+                say("")
+            _show("", runstate.told(run))
         return Exit.DONE
+    if len(paths) > 1:
+        raise ValueError(f"info: expected one settings file, or run folders, given {len(paths)} files")
+    path = paths[0] if paths else None
     settings = Settings() if path is None else load(path)
     wanted = settings.runtime.device
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else torch.device(wanted)
@@ -43,4 +51,4 @@ def _show(title: str, lines: Iterable[tuple[str, str]]) -> None:
         say(f"{title}:")
     indent = "  " if title else ""
     for label, text in lines:
-        say(f"{indent}{label:<{24 - len(indent)}}{text}")
+        say(f"{indent}{label:<{WIDTH - len(indent)}}{text}")

@@ -3,9 +3,11 @@
 import gzip
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from fastjepa import configfile
 from fastjepa.log import read_metrics
@@ -27,12 +29,12 @@ def trace(path):
 
 
 def test_a_run_leaves_a_trace_and_a_table_of_ten_and_computes_the_same(run, capsys):
-    _, folder = run("optim.steps=6", "log.every=2", "runtime.profile=3..4")
+    _, folder = run("optim.steps=8", "log.every=2", "runtime.profile=3..5")
     shown = capsys.readouterr().out
-    events = trace(folder / "profile" / "trace-steps-3-4.json.gz")
+    events = trace(folder / "profile" / "trace-steps-3-5.json.gz")
     assert sum(event.get("name") == "aten::addmm" for event in events) > 10
     lines = (folder / "profile" / "operations.txt").read_text().splitlines()
-    assert lines[0] == "steps 3 to 4 on cpu"
+    assert lines[0] == "steps 3 to 5 on cpu"
     rows = [re.fullmatch(r" *(\d+\.\d+) +(\d+\.\d)% +([\d.e+]+)   (\S.*)", line) for line in lines[2:]]
     assert len(rows) == 10
     assert all(rows)
@@ -41,10 +43,10 @@ def test_a_run_leaves_a_trace_and_a_table_of_ten_and_computes_the_same(run, caps
     assert 0 < sum(float(row[2]) for row in rows) <= 100.5
     assert all(line in shown for line in lines[1:])
     marked = [row["step"] for row in read_metrics(folder) if row.get("profiled")]
-    assert marked == [4]
-    assert re.findall(r"step (\d)/6 .* while profiled", shown) == ["4"]
+    assert marked == [4, 6]
+    assert re.findall(r"step (\d)/8 .* while profiled", shown) == ["4", "6"]
 
-    _, plain = run("optim.steps=6", "log.every=2", folder="plain")
+    _, plain = run("optim.steps=8", "log.every=2", folder="plain")
     assert not (plain / "profile").exists()
     losses = [[row["loss"] for row in read_metrics(one)] for one in (folder, plain)]
     assert losses[0] == losses[1]
@@ -78,15 +80,15 @@ def test_a_disk_that_is_full_is_said(tmp_path):
     assert said[0].startswith("warning: the profile cannot be written: ")
 
 
-def test_the_rows_of_the_table_are_per_step(tmp_path):
-    from torch.profiler import profile
+def test_the_rows_of_the_table_are_per_step_and_shares_of_all():
+    def event(key, microseconds, count, **more):
+        facts = {"device_type": DeviceType.CPU, "is_user_annotation": False, **more}
+        return SimpleNamespace(key=key, self_cpu_time_total=microseconds, count=count, **facts)
 
-    with profile() as found:
-        for _ in range(6):
-            torch.ones(4).cos()
-    rows = table(found.key_averages(), torch.device("cpu"), steps=3)
-    (row,) = [row for row in rows if row.endswith("aten::cos")]
-    assert row.split()[2] == "2"
+    kernel = event("on the GPU", 1e9, 1, device_type=DeviceType.CUDA)
+    events = [event("aten::add", 1500.0, 3), event("aten::mm", 4500.0, 6), kernel]
+    _, *rows = table([*events, event("a part", 1e9, 1, is_user_annotation=True)], torch.device("cpu"), steps=3)
+    assert [row.split() for row in rows] == [["1.500", "75.0%", "2", "aten::mm"], ["0.500", "25.0%", "1", "aten::add"]]
 
 
 @pytest.mark.parametrize(

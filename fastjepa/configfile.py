@@ -215,8 +215,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError([f"{path}: expected a settings file, such as configs/demo.yaml; settings are key=value"])
     if not present and path.is_dir():
         known = ", ".join(sorted(str(one) for one in path.glob("*.y*ml"))[:4])
-        holds = f", which holds {known}" if known else ""
-        raise SettingsError([f"{path}: expected a settings file, given a folder{holds}"])
+        holds = f" that holds {known}" if known else ""
+        raise SettingsError([f"{path}: no such settings file, it is a folder{holds}"])
     if not present:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.4)
         hint = f", nearest: {path.parent / near[0]}" if near else ""

@@ -20,10 +20,19 @@ VERBS = {
         "what a collection of videos holds, which files are bad, whether this machine decodes fast enough; "
         "or encode it once more for fast training",
     ),
-    "info": ("fastjepa.verbs.info", "", "versions, devices, decoders"),
+    "info": (
+        "fastjepa.verbs.info",
+        "[RUN | SETTINGS.yaml]",
+        "versions, devices, decoders, what a run takes here and why; of a run: is it alive, how far is it",
+    ),
 }
-FIVE_MINUTES = """See it work in five minutes, on a CPU:
-  python -m fastjepa train configs/demo.yaml"""
+FIVE_MINUTES = """See it work in five minutes, on a CPU, with nothing to download:
+  python -m fastjepa train configs/demo.yaml
+and meanwhile, from another terminal, whether it is alive:
+  python -m fastjepa info runs/demo-*
+Then a folder of your own videos:
+  python -m fastjepa data MY_VIDEOS
+  python -m fastjepa train configs/small_data.yaml data.path=MY_VIDEOS"""
 
 
 def usage() -> str:

@@ -1,6 +1,6 @@
 """Settings to objects."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -114,14 +114,15 @@ def build_step(s: Settings, device: torch.device, *, move: bool = True) -> Step:
         )
         jepa = build_jepa(s, operations).to(place)
         like = torch.empty(0, device=device, dtype=DTYPES[s.optim.dtype])
-        sizes = [next(_attentions(network)) for network in (jepa.encoder, jepa.predictor)]
+        sizes = [attention_sizes(network) for network in (jepa.encoder, jepa.predictor)]
         lines.append(explain_attention(operations, sizes, like))
     lines.append(run_blocks(s.runtime, jepa, device, compiled))
     return Step(jepa, compiled, lines)
 
 
-def _attentions(network: nn.Module) -> Iterator[Attention]:
-    return (module for module in network.modules() if isinstance(module, Attention))
+def attention_sizes(network: nn.Module) -> Attention:
+    """The first attention of a network: the others have heads of the same size."""
+    return next(module for module in network.modules() if isinstance(module, Attention))
 
 
 def build_masks(s: Settings) -> GeneratorCollator:

@@ -271,6 +271,12 @@ class Runtime(Section):
     )
     threads: Count | None = setting(None, "CPU threads of the training process; null leaves it to torch", "free")
     deterministic: bool = setting(False, "deterministic kernels: bitwise repeatable on a GPU, slower", "free")
+    profile: Annotated[str, Field(pattern=r"^[1-9]\d{0,8}\.\.[1-9]\d{0,8}$")] | None = setting(
+        None,
+        "steps that the profiler watches in the first process, such as 10..20: they leave a trace and a table of the "
+        "costliest operations in profile/ of the run folder, and are slower than others; null watches none",
+        "free",
+    )
     watchdog_minutes: float | None = setting(
         15.0,
         "minutes without any progress after which a process says where it stands, with its Python stacks, and ends; "
@@ -288,7 +294,9 @@ class Log(Section):
 
     folder: str = setting("runs", "root of the run folders", "free", min_length=1)
     every: Count = setting(10, "steps between two lines of the log", "free")
-    images: bool = setting(True, "draw the loss curve, some clips and the masks at the end", "free")
+    images: bool = setting(
+        True, "draw the loss curve, some clips and the masks at the end, for TensorBoard and W&B too", "free"
+    )
     tensorboard: bool = setting(False, "write TensorBoard events too (extra `log`)", "free")
     wandb: bool = setting(False, "log to Weights & Biases too (extra `log`)", "free")
 

@@ -16,6 +16,7 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
     yield from _schedule(s)
     yield from _ranges(s)
     yield from _execution(s)
+    yield from _profile(s)
     if s.accept_changes and s.resume in ("auto", "never"):
         yield (
             ("accept_changes", "resume"),
@@ -53,6 +54,7 @@ def _networks(s: Settings) -> Iterator[Mistake]:
 
 # Pieces of the packed step whose kernels can compute the matrix product too.
 WITH_PRODUCT = ("embed", "mlp")
+MOST_PROFILED = 100
 
 
 def _execution(s: Settings) -> Iterator[Mistake]:
@@ -110,6 +112,27 @@ def _execution(s: Settings) -> Iterator[Mistake]:
             f"runtime.{key}: expected {expected} with a predictor head size of {size} (the kernels take 16 to "
             f"128 in steps of 8), given {r.attention if key == 'attention' else _shown(r.kernels)}",
         )
+
+
+def _profile(s: Settings) -> Iterator[Mistake]:
+    given = s.runtime.profile
+    if given is None:
+        return
+    first, last = map(int, given.split(".."))
+    every = s.eval.every
+    expected = ""
+    if last < first:
+        expected = "the first step before the last"
+    elif last > s.last_step:
+        expected = f"steps up to the last of this run, {s.last_step}"
+    elif last - first >= MOST_PROFILED:
+        expected = f"at most {MOST_PROFILED} steps, whose trace is large already"
+    elif every and (last - 1) // every > (first - 1) // every:
+        step = (last - 1) // every * every
+        expected = f"steps without a probe between them (eval.every {every} has one after step {step})"
+    if expected:
+        keys = ("runtime.profile", "runtime.stop_at", "optim.steps", "eval.every")
+        yield keys, f"runtime.profile: expected {expected}, given {given}"
 
 
 def _shown(kernels: str | dict) -> str:

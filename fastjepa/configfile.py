@@ -23,6 +23,14 @@ from fastjepa.expectation import expectation
 MOST_VALUES = 100_000
 LONGEST_KEY = 4096
 USAGE = "usage: python -m fastjepa.train SETTINGS.yaml [key=value ...]"
+HINT = """
+  python -m fastjepa train configs/demo.yaml                            five minutes on a CPU, nothing to download
+  python -m fastjepa train configs/small_data.yaml data.path=MY_VIDEOS  a folder of your own
+  python -m fastjepa train --help optim                                 one group of settings: {}
+
+The same command again continues a run. Ctrl-C saves and leaves; a second one leaves at once.""".format(
+    ", ".join(SECTIONS)
+)
 
 
 class SettingsError(ValueError):
@@ -81,12 +89,20 @@ def restore(stored: Mapping[str, Any], source: str) -> Settings:
     return settings
 
 
-def help_text() -> str:
-    """Every key with its default and help."""
-    lines = [USAGE, "", "Settings, their defaults and what they do:"]
+def help_text(group: str = "") -> str:
+    """Every key, or those of one group, with its default and help. Errors: SettingsError for an unknown group."""
+    if group and group not in SECTIONS:
+        near = difflib.get_close_matches(group, SECTIONS, n=1)
+        hint = f", nearest valid group: {near[0]}" if near else ""
+        raise SettingsError([f"--help: expected one of {', '.join(SECTIONS)}, given {group!r}{hint}"])
+    lines = [USAGE, "", f"Settings{f' of {group}' if group else ''}, their defaults and what they do:"]
+    if not group:
+        lines[1:1] = [HINT]
     section = ""
     for key, field in fields():
         head = key.split(".")[0] if "." in key else ""
+        if group and head != group:
+            continue
         if head != section:
             section = head
             lines += ["", f"{head}: {SECTIONS[head].__doc__}" if head else ""]
@@ -100,13 +116,25 @@ def help_text() -> str:
 def from_command_line(arguments: list[str]) -> tuple[Settings, str]:
     """(settings, name of the run) of `python -m fastjepa.train FILE key=value ...`; prints and exits on mistakes."""
     if not arguments or "-h" in arguments or "--help" in arguments:
-        print(help_text() if arguments else USAGE, file=sys.stdout if arguments else sys.stderr)
-        sys.exit(0 if arguments else 2)
+        if not arguments:
+            print(f"{USAGE}\n{HINT}", file=sys.stderr)  # noqa: T201
+            sys.exit(2)
+        groups = [word for word in arguments if not word.startswith("-") and not _names_a_file(word)]
+        try:
+            print(help_text(groups[0] if groups else ""))  # noqa: T201
+        except SettingsError as error:
+            print(error, file=sys.stderr)  # noqa: T201
+            sys.exit(2)
+        sys.exit(0)
     try:
         return load(arguments[0], arguments[1:]), Path(arguments[0]).stem
     except SettingsError as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)
+
+
+def _names_a_file(word: str) -> bool:
+    return "=" in word or word.endswith((".yaml", ".yml")) or Path(word).exists()
 
 
 def _show(value: Any) -> str:
@@ -183,6 +211,12 @@ def _read(path: Path) -> dict[str, Any]:
         present = path.is_file()
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise SettingsError([f"{path}: cannot be read: {error.strerror}"]) from None
+    if str(path).startswith("-"):
+        raise SettingsError([f"{path}: expected a settings file, such as configs/demo.yaml; settings are key=value"])
+    if not present and path.is_dir():
+        known = ", ".join(sorted(str(one) for one in path.glob("*.y*ml"))[:4])
+        holds = f" that holds {known}" if known else ""
+        raise SettingsError([f"{path}: no such settings file, it is a folder{holds}"])
     if not present:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.4)
         hint = f", nearest: {path.parent / near[0]}" if near else ""

@@ -1,8 +1,11 @@
 """Once in a while, and at the end: probe the features and draw the pictures."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from math import ceil
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,3 +103,34 @@ def draw_pictures(s: Settings, videos: Videos, log: Log) -> None:
     context, target = build_masks(s).draw(0, [0])
     viz.mask_picture(clips[0], context, target, s.data.tubelet, s.data.patch, log.folder / "viz" / "masks.png")
     log.say(f"pictures   {log.folder / 'viz'}: " + ", ".join(p.name for p in sorted((log.folder / "viz").iterdir())))
+
+
+def show_probe(log: Log, step: int) -> None:
+    """Hand what probe/ has of this step to TensorBoard and W&B: its numbers, and its pictures."""
+    folder = log.folder / "probe"
+    for path in sorted(folder.glob(f"*step-{step:07d}.json")):
+        log.scalars(step, dict(_numbers("probe", json.loads(path.read_text()))))
+    show_pictures(log, step, sorted(folder.glob(f"*{step:07d}*.png")))
+
+
+def show_pictures(log: Log, step: int, paths: list[Path]) -> None:
+    """Hand image files of the run folder to TensorBoard and W&B: viz/masks.png is viz/masks there."""
+    for path in paths:
+        name = path.relative_to(log.folder).with_suffix("").as_posix().removesuffix(f"-step-{step:07d}")
+        log.picture(name, path, step)
+
+
+def _numbers(name: str, content: Any) -> Iterator[tuple[str, float]]:
+    """Every number in JSON by its place: probe/motion/trained; entries of a list by their task or kind."""
+    if isinstance(content, bool) or content is None:
+        return
+    if isinstance(content, int | float):
+        yield name, content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            inside = name if key == "results" else f"{name}/{key}"
+            yield from () if key in ("step", "videos") else _numbers(inside, value)
+    elif isinstance(content, list):
+        for number, entry in enumerate(content):
+            own = entry.get("task", number) if isinstance(entry, dict) else None
+            yield from () if own is None else _numbers(f"{name}/{own}", entry)

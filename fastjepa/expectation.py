@@ -39,7 +39,7 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
     text = names[annotation]
     pattern = next((m.pattern for m in metadata if getattr(m, "pattern", None)), None)
     if annotation is str and pattern:
-        return "auto, cpu, cuda or cuda:N"
+        return "steps FROM..TO" if ".." in pattern.replace("\\", "") else "auto, cpu, cuda or cuda:N"
     if annotation is str and any(getattr(m, "min_length", None) for m in metadata):
         return "text that is not empty"
     if annotation in (int, float):

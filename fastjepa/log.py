@@ -7,17 +7,18 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fastjepa import config
 from fastjepa.runfolder import write_atomically
+from fastjepa.sinks import Sinks
 
 
 class Log:
@@ -56,14 +57,23 @@ class Log:
     def stop_progress(self) -> None:
         """Take the bar away."""
 
-    def advance(self, step: int) -> None:
-        """Move the bar."""
+    def advance(self, step: int, seconds_left: float | None = None) -> None:
+        """Move the bar; None where nothing tells yet how long the run takes."""
 
     def rewind(self, step: int) -> None:
         """Drop rows of metrics.jsonl after this step: a resumed run logs them again, each step once."""
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl; numbers that are not finite are written as null."""
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """Show the settings, dotted keys and plain values, in TensorBoard and W&B."""
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Numbers that TensorBoard and W&B get beside the rows of metrics.jsonl: accuracies of a probe, say."""
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """An image file, which TensorBoard and W&B get."""
 
     def status(self, state: str, step: int | None, **more: Any) -> None:
         """Replace status.json: state, step (None for the last one that was said), time of the heartbeat."""
@@ -75,25 +85,22 @@ class RunLog(Log):
     def __init__(self, folder: Path, settings: config.Log, name: str, last_step: int) -> None:
         super().__init__(folder)
         self.last_step = last_step
-        self._step = 0
+        self._step, self._state = 0, ""
         self.console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._text = (folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace")
         self._metrics = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
         self._progress: Progress | None = None
         self._task: Any = None
-        self._board = _tensorboard(folder) if settings.tensorboard else None
-        self._wandb = _wandb(folder, name) if settings.wandb else None
+        self._sinks = Sinks(settings, folder, name, self.say)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop_progress()
-        for sink in (self._text, self._metrics, self._board):
-            if sink is not None:
-                with self._full_disk_is_said():
-                    sink.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._sinks.close(failed=self._state == "failed")
+        for file in (self._text, self._metrics):
+            with self._full_disk_is_said():
+                file.close()
 
     def say(self, text: str) -> None:
         """One line on the console and in train.log."""
@@ -117,10 +124,10 @@ class RunLog(Log):
     def start_progress(self, step: int) -> None:
         """Show the bar, where the console is a terminal."""
         if self.console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[left]}"))
             self._progress = Progress(*columns, console=self.console, transient=True)
             self._progress.start()
-            self._task = self._progress.add_task("train", total=self.last_step, completed=step)
+            self._task = self._progress.add_task("train", total=self.last_step, completed=step, left="")
 
     def stop_progress(self) -> None:
         """Take the bar away."""
@@ -128,10 +135,11 @@ class RunLog(Log):
             self._progress.stop()
             self._progress = None
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, seconds_left: float | None = None) -> None:
         """Move the bar."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+            left = "" if seconds_left is None else f"{duration(seconds_left)} left"
+            self._progress.update(self._task, completed=step, left=left)
 
     def rewind(self, step: int) -> None:
         """Drop rows of metrics.jsonl after this step: a resumed run logs them again, each step once."""
@@ -148,9 +156,8 @@ class RunLog(Log):
         self._metrics.close()
         write_atomically(self.folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows))
         self._metrics = (self.folder / "metrics.jsonl").open("a+", encoding="utf-8")
-        if self._board is not None and len(rows) < len(lines):
-            self._board.close()
-            self._board = _tensorboard(self.folder, purge_step=step + 1)
+        if len(rows) < len(lines):
+            self._sinks.rewind(step)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl; numbers that are not finite are written as null."""
@@ -159,15 +166,23 @@ class RunLog(Log):
             self._metrics.write(json.dumps(clean) + "\n")
             self._metrics.flush()
         numbers = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "step"}
-        if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, row["step"])
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
+        self._sinks.scalars(row["step"], numbers)
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """As `Log`."""
+        self._sinks.settings(values)
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        """As `Log`."""
+        self._sinks.scalars(step, numbers)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """As `Log`."""
+        self._sinks.picture(name, path, step)
 
     def status(self, state: str, step: int | None, **more: Any) -> None:
         """As `Log`."""
-        self._step = self._step if step is None else step
+        self._step, self._state = self._step if step is None else step, state
         content = {"state": state, "step": self._step, "steps": self.last_step, "heartbeat": time.time(), **more}
         with self._full_disk_is_said():
             write_atomically(self.folder / "status.json", json.dumps(content, indent=2))
@@ -191,19 +206,3 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _tensorboard(folder: Path, **options: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("log.tensorboard needs the package tensorboard: pip install 'fastjepa[log]'") from None
-    return SummaryWriter(str(folder / "tensorboard"), **options)
-
-
-def _wandb(folder: Path, name: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("log.wandb needs the package wandb: pip install 'fastjepa[log]'") from None
-    return wandb.init(project="fastjepa", name=name, dir=str(folder), id=folder.name, resume="allow")

@@ -22,7 +22,8 @@ from fastjepa.data.guard import Guard
 from fastjepa.data.loader import Batch, EncodedBatch, make_loader, running
 from fastjepa.data.source import Videos
 from fastjepa.data.upload import uploaded
-from fastjepa.evaluation import draw_pictures, run_probe, should_probe
+from fastjepa.eta import Aside, Eta
+from fastjepa.evaluation import draw_pictures, run_probe, should_probe, show_pictures, show_probe
 from fastjepa.exchange import Exchange
 from fastjepa.exits import Exit
 from fastjepa.findings import Findings
@@ -34,7 +35,8 @@ from fastjepa.noise import noise_draws
 from fastjepa.optim import OptimizerPass
 from fastjepa.parallel import World
 from fastjepa.plan import Plan
-from fastjepa.probe import ProbeStopped
+from fastjepa.probe import MOST_VIDEOS, ProbeStopped
+from fastjepa.profiling import Profiler
 from fastjepa.reporting import Clock, StepDone, console_line, metrics_row, mfu
 from fastjepa.runfolder import RunFolder
 from fastjepa.signals import Interrupts
@@ -90,6 +92,10 @@ class Trainer:
         # What the first process says of the health of the run is measured on its own clips.
         self.alarms = Alarms(s.optim.warmup_steps)
         self.clock = Clock()
+        self.profiler = Profiler(
+            s.runtime.profile if self.world.first else None, self.run.path, self.device, self.log.say
+        )
+        self.eta = Eta(s.last_step, {"probe": self._probes_to_come(), "save": Aside(s.checkpoint.every, True)})
         self._patience = 1.0
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -107,6 +113,7 @@ class Trainer:
             log.say(f"done       this run is at step {first} already, beyond runtime.stop_at {last}: {self.run.path}")
             return Exit.DONE
         log.status("training", first)
+        self.profiler.begin(first)
         log.start_progress(first)
         dataset = build_dataset(self.settings, self.videos, self.decoder)
         self.bad_steps = self._bad_steps(dataset)
@@ -125,6 +132,7 @@ class Trainer:
             running(self._loader(dataset, first, last)) as loaded,
             closing(decoding(loaded)) as decoded,
             closing(uploaded(decoded, self.device)) as batches,
+            closing(self.profiler),
         ):
             ended = self._steps(first, last, batches)
         log.stop_progress()
@@ -137,9 +145,12 @@ class Trainer:
         for step in range(first, last):
             self._patience = PATIENCE if step == first else 1.0
             logging = (step + 1) % s.log.every == 0 or step + 1 == last
-            done = self._step(step, batches, logging)
+            with self.profiler.step(step + 1):
+                done = self._step(step, batches, logging)
             if done is not None:
-                self.log.advance(step + 1)
+                if step == first:
+                    self.eta.stepped(step + 1)
+                self.log.advance(step + 1, self.eta.left(step + 1))
                 self.clock.steps += 1
                 if logging:
                     self.findings.share()
@@ -162,13 +173,16 @@ class Trainer:
             keeper.look()
             if count % s.checkpoint.every == 0 or ending:
                 self.watchdog.stage("saving a checkpoint", count, PATIENCE)
-                keeper.save(count, wait=ending)
+                with self.eta.aside("save"):
+                    keeper.save(count, wait=ending)
             if keeper.hopeless or (ending and keeper.saved_step != count):
                 return self._fail(count, Exit.FAILED, "checkpoints cannot be written")
             if stopping:
                 return self._leave(count)
             if s.eval.every and count % s.eval.every == 0 and count < last:
-                if (ended := self._probe(count)) is not None:
+                with self.eta.aside("probe"):
+                    ended = self._probe(count)
+                if ended is not None:
                     return ended
                 self.clock = Clock()
         return None
@@ -271,14 +285,26 @@ class Trainer:
         parallel.synchronise(self.device)
         row = metrics_row(step, done, update.schedule, update.skipped, clock, self.device, s.optim.global_batch)
         row |= mfu(row["clips_per_s"], self.plan.flop_per_clip, self.device, self.world.size)
+        row |= self.profiler.touches(step, clock.steps)
         self.log.metrics(row)
-        left = (s.last_step - step) * s.optim.global_batch / row["clips_per_s"]
+        if "profiled" in row:
+            self.eta.forget()
+        self.eta.stepped(step)
+        left = self.eta.left(step)
         self.log.say(console_line(row, s.last_step, left))
         for alarm in self.alarms.check(step, row):
             self.log.say(alarm.sentence)
-        self.log.status("training", step, loss=row["loss"], clips_per_s=row["clips_per_s"], seconds_left=left)
+        since = clock.steps * s.optim.global_batch / row["clips_per_s"]
+        told = {"loss": row["loss"], "clips_per_s": row["clips_per_s"], "seconds_left": left, "log_seconds": since}
+        self.log.status("training", step, **told)
 
     # -- endings ------------------------------------------------------------------------------------------------------
+
+    def _probes_to_come(self) -> Aside:
+        """That of probes: until one was seen, reading and encoding a video takes as long as training on a clip."""
+        wanted, _ = should_probe(self.settings, self.videos)
+        clips = min(len(self.videos.paths), MOST_VIDEOS)
+        return Aside(self.settings.eval.every if wanted else 0, wanted, clips / self.settings.optim.global_batch)
 
     def _probe(self, step: int) -> Exit | None:
         """Probe where there is something to probe, in the first process; how the run ended where a signal came."""
@@ -294,6 +320,7 @@ class Trainer:
             try:
                 with self.update.masters.in_place():
                     run_probe(self.settings, self.jepa, self.videos, self.log, step, self._still_probing, state)
+                show_probe(self.log, step)
             except ProbeStopped:
                 stopped = True
             except OSError as error:  # a full disk, say: features can be probed later, training goes on
@@ -325,6 +352,7 @@ class Trainer:
         if self.settings.log.images and self.world.first:
             self.watchdog.stage("drawing pictures", step, PATIENCE)
             draw_pictures(self.settings, self.videos, self.log)
+            show_pictures(self.log, step, sorted((self.run.path / "viz").glob("*.png")))
         self._wait_for_the_first()
         for line in self.findings.summary():
             self.log.say(line)

@@ -92,6 +92,9 @@ class Composite(Operations):
         return self._finish(block, after, mixed, x, kept)
 
 
+_NAMES = {"library": "torch's own functions", "fused": "fastjepa_kernels, fused with the product"}
+
+
 def choices(wanted: str | Mapping[Any, str], architecture: str) -> dict[Piece, tuple[str, str]]:
     """(implementation, why) of every piece: the one that was asked for, or what the table says of the architecture.
 
@@ -167,6 +170,13 @@ def update_kernels(wanted: str | Mapping[Any, str], device: torch.device) -> ker
     return None if name == "library" else name  # type: ignore[return-value]
 
 
+def explained(wanted: str | Mapping[Any, str], attention: str, device: torch.device) -> dict[Piece, str]:
+    """One line for every piece: what computes it on this device, and why."""
+    told = {piece: f"{_NAMES.get(name, f'fastjepa_kernels, {name} implementations')}: {why}"
+            for piece, (name, why) in choices(wanted, _architecture(device)).items()}  # fmt: skip
+    return told | ({"attention": "the library: asked for"} if attention != "auto" else {})
+
+
 def _implementation(name: str) -> Operations:
     if name == "library":
         return LIBRARY
@@ -187,10 +197,9 @@ def _lines(chosen: dict[Piece, tuple[str, str]]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for piece, choice in chosen.items():
         groups.setdefault(choice, []).append(piece)
-    names = {"library": "torch's own functions", "fused": "fastjepa_kernels, fused with the product"}
     lines = []
     for (name, why), pieces in groups.items():
-        told = names.get(name, f"fastjepa_kernels, {name} implementations")
+        told = _NAMES.get(name, f"fastjepa_kernels, {name} implementations")
         which = "" if len(groups) == 1 else f"{', '.join(pieces)}: "
         lines.append(f"kernels    {which}{told}: {why}" if name == "library" else f"kernels    {which}{told}, {why}")
     return lines

@@ -67,15 +67,17 @@ def mfu(clips_per_s: float, flop_per_clip: float, device: torch.device, processe
     return {} if peak is None else {"mfu": clips_per_s * flop_per_clip / (peak * processes)}
 
 
-def console_line(row: dict[str, Any], last_step: int, seconds_left: float) -> str:
+def console_line(row: dict[str, Any], last_step: int, seconds_left: float | None) -> str:
     """The row for a person."""
     ratio = "-" if row["loss_ratio"] is None else f"{row['loss_ratio']:.3f}"
     share = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
     skipped = f"  {row['skipped']} skipped" if row["skipped"] else ""
+    profiled = " while profiled" if row.get("profiled") else ""
+    left = "" if seconds_left is None else f"  {duration(seconds_left)} left"
     return (
         f"step {row['step']}/{last_step}  loss {row['loss']:.4f} ({ratio} of trivial)  rank {row['rank']:.1f}  "
-        f"{row['clips_per_s']:.4g} clips/s{share}  data wait {row['data_wait']:.0%}  {row['memory_gb']:.2g} GB"
-        f"{skipped}  {duration(seconds_left)} left"
+        f"{row['clips_per_s']:.4g} clips/s{profiled}{share}  data wait {row['data_wait']:.0%}  "
+        f"{row['memory_gb']:.2g} GB{skipped}{left}"
     )
 
 

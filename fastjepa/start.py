@@ -71,7 +71,7 @@ def start(settings: Settings, name: str) -> Exit:
             return world.leave(Exit.SAVED_AFTER_SIGNAL, wait=False)
         except (ValueError, OSError) as error:
             if world.first:
-                _complain(str(error))
+                _complain(_sentence(error))
             return world.leave(Exit.WRONG_INPUT)
         except (RuntimeError, MemoryError) as error:
             # In one of the processes: its launcher ends the others. What a run begins with is what the settings ask
@@ -88,6 +88,13 @@ def start(settings: Settings, name: str) -> Exit:
 
 def _complain(text: str) -> None:
     print(text, file=sys.stderr)  # noqa: T201
+
+
+def _sentence(error: BaseException) -> str:
+    """What is said of an error: of one at a file without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -190,6 +197,7 @@ def _train(
             *describe(settings, plan, step.jepa),
         ):
             log.say(line)
+        log.settings(config.flat(settings))
         trainer = Trainer(
             settings, run, log, device, world, step.jepa, ready.exchange, ready.masks, videos, decoder, plan,
             interrupts, watchdog, workers,

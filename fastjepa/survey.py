@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from fastjepa.forecast import expected_rate
 from fastjepa.memory import usable_memory
 from fastjepa.plan import make_plan
 from fastjepa.preparing import Preparation, open_preparation, run_preparation
+from fastjepa.verbs.parsing import Parser
 
 MODELS = {"ViT-L": "vit_large", "ViT-H": "vit_huge"}
 PACE_SECONDS = 2.0  # of decoding
@@ -104,15 +106,15 @@ def _prepare(
         return Exit.SECOND_INTERRUPT
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
+class _Parser(Parser):
+    def error(self, message: str) -> NoReturn:
         """Errors: ValueError instead of an exit."""
         raise ValueError(message)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Errors: ValueError."""
-    parser = _Parser("python -m fastjepa data", description=__doc__, allow_abbrev=False)
+    parser = _Parser("data", "What a collection of videos holds, and whether it is decoded fast enough here.")
     parser.add_argument(
         "path", metavar="PATH", help="what data.path takes: a folder, a list file, a shard (.tar), one video"
     )
@@ -122,7 +124,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prepare", metavar="FOLDER", type=Path, help="encode the videos once more for fast training")
     for name, (kind, default, _, _) in RECIPE.items():
         parser.add_argument(name, metavar="N", help=f"with --prepare: {kind} ({default})")
-    given = parser.parse_args(arguments)
+    given = parser.read(arguments)
     if not given.workers.isdecimal() or int(given.workers) < 1:
         raise ValueError(f"--workers: expected a whole number (at least 1), given {given.workers!r}")
     given.workers = int(given.workers)

@@ -20,7 +20,6 @@ EXPECTED_SKIPS = (
     "root may read everything",
     "mounting is not allowed here",
     "needs root to mount",
-    "tensorboard is not installed",
     "timm is not installed",
     "torchcodec does not load",  # FFmpeg's libraries come with the system
     "the dispatcher says no",

@@ -58,6 +58,7 @@ def one_changed(key, field):
     """Settings that differ from the defaults in one field."""
     head, _, leaf = key.rpartition(".")
     values = {"eval.probe": "none", "compat.ipe_scale": 1.5, "runtime.kernels": "triton", "runtime.compile": True}
+    values["runtime.profile"] = "1..2"
     value = values[key] if key in values else another(field.default, field)
     return Settings(**({head: SECTIONS[head](**{leaf: value})} if head else {leaf: value}))
 
@@ -275,7 +276,7 @@ def test_wrong_settings_end_the_program_with_code_2_and_sentences_only(tmp_path)
         "command line: data.frames: expected a multiple of data.tubelet 2, given 15",
     ]
     done = python("-m", "fastjepa.train")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{configfile.USAGE}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{configfile.USAGE}\n{configfile.HINT}\n")
 
 
 def test_settings_are_read_and_help_is_given_without_importing_torch(tmp_path):

@@ -57,6 +57,7 @@ TEXT = {"data.path", "init.from", "log.folder", "resume"}
 NULL = {"model.predictor_heads", "model.qk_scale", "optim.clip_grad", "runtime.stop_at", "runtime.threads"}
 NULL |= {
     "mask.sets.0.max_keep",
+    "runtime.profile",
     "runtime.watchdog_minutes",
     "init.from",
     "data.duration",

@@ -1,13 +1,10 @@
 """What a run says, and that a resumed run's metrics hold each step once."""
 
-import builtins
 import errno
 import io
 import json
 import os
 import re
-import sys
-import types
 
 import pytest
 from rich.console import Console
@@ -255,80 +252,3 @@ def test_rows_that_did_not_fit_are_written_once_there_is_room(open_log, tmp_path
     assert steps(run) == [1, 2]
     os.close(space)
     full.close()
-
-
-# TensorBoard and Weights & Biases
-
-
-@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_missing_package_is_one_sentence_that_names_the_extra(open_log, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(
-        ValueError, match=rf"^log\.{package} needs the package {package}: pip install 'fastjepa\[log\]'$"
-    ):
-        open_log(**{package: True})
-
-
-def test_neither_is_imported_unless_asked_for(open_log, monkeypatch):
-    real = builtins.__import__
-
-    def watched(name, *rest):
-        assert name.split(".")[0] != "wandb"
-        assert "tensorboard" not in name
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", watched)
-    open_log().metrics({"step": 1})
-
-
-ROW = {"step": 20, "loss": 0.5, "skipped": 0, "loss_ratio": float("nan"), "mfu": None}
-
-
-def test_tensorboard_gets_every_number_of_a_row(open_log, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, folder, **options):
-            calls.append(("open", folder, *options.items()))
-
-        def add_scalar(self, key, value, step):
-            calls.append((key, value, step))
-
-        def close(self):
-            calls.append("close")
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    with open_log(tensorboard=True) as run:
-        run.metrics(ROW)
-    assert calls == [("open", str(run.folder / "tensorboard")), ("loss", 0.5, 20), ("skipped", 0, 20), "close"]
-    assert len(read_metrics(run.folder)) == 1
-    # A resume takes back what is logged again, and only then.
-    calls.clear()
-    with open_log(tensorboard=True) as run:
-        run.rewind(20)
-        run.rewind(19)
-    folder = str(run.folder / "tensorboard")
-    assert calls == [("open", folder), "close", ("open", folder, ("purge_step", 20)), "close"]
-
-
-def test_wandb_gets_every_number_of_a_row_and_continues_the_run_of_this_folder(open_log, monkeypatch):
-    calls = []
-    module = types.ModuleType("wandb")
-    module.init = lambda **options: (
-        calls.append(options)
-        or types.SimpleNamespace(
-            log=lambda numbers, step: calls.append((numbers, step)), finish=lambda: calls.append("finish")
-        )
-    )
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    with open_log(wandb=True) as run:
-        run.metrics(ROW)
-    options, *rest = calls
-    assert options["id"] == run.folder.name
-    assert options["resume"] == "allow"
-    assert options["name"] == "vith-123abc"
-    assert options["dir"] == str(run.folder)
-    assert rest == [({"loss": 0.5, "skipped": 0}, 20), "finish"]

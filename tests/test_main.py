@@ -1,4 +1,5 @@
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def test_info_names_versions_and_devices(capsys):
     out = capsys.readouterr().out
     assert "torch" in out
     assert "cuda" in out
-    decoders = dict(line.removeprefix("decoder ").split(maxsplit=1) for line in out.splitlines() if "decoder " in line)
+    told = [line.strip() for line in out.splitlines()]
+    decoders = dict(line.removeprefix("decoder ").split(maxsplit=1) for line in told if line.startswith("decoder "))
     assert decoders.keys() == {"pyav", "torchcodec", "dali_gpu", "dali_cpu"}
     assert decoders["pyav"] == "ready"
     assert decoders["dali_gpu"] == "there is no CUDA device" or torch.cuda.is_available()
@@ -62,13 +64,69 @@ def test_an_unknown_option_names_the_nearest(capsys):
     parser.add_argument("--device")
     with pytest.raises(ValueError, match="unknown option --devcie=cpu, nearest valid option: --device"):
         parser.read(["--devcie=cpu"])
-    assert main(["info", "more"]) == 2
-    assert "expected no further argument, given 'more'" in capsys.readouterr().err
+    assert main(["info", str(CONFIGS / "demo.yaml"), "more"]) == 2
+    assert "expected one settings file, or run folders, given 2" in capsys.readouterr().err
 
 
 def test_help_names_every_setting(capsys):
     assert main(["--help"]) == 0
     assert "optim.warmup_steps = 12000" in capsys.readouterr().out
+
+
+def test_info_says_what_a_step_takes_and_why(capsys):
+    assert main(["info", str(CONFIGS / "demo.yaml")]) == 0
+    told = capsys.readouterr().out.partition("demo.yaml on ")[2]
+    for piece in (
+        "patches to tokens",
+        "predictor input, noise",
+        "norms",
+        "MLP",
+        "targets and loss",
+        "optimizer and EMA",
+    ):
+        assert re.search(rf"^  {piece} +\S.*: \S.{{15,}}$", told, re.MULTILINE), piece
+    for network in ("encoder", "predictor"):
+        assert re.search(rf"^  attention, {network} +sdpa, the first that fits", told, re.MULTILINE)
+
+
+def test_info_takes_what_settings_ask_for(capsys, tmp_path):
+    (tmp_path / "own.yaml").write_text("runtime: {kernels: {norm: reference}, attention: math, device: cpu}")
+    assert main(["info", str(tmp_path / "own.yaml")]) == 0
+    told = dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line.strip())
+    told = {label: text.strip() for label, text in told.items()}
+    assert told["norms"] == "fastjepa_kernels, reference implementations: asked for"
+    assert told["MLP"].startswith("torch's own functions: no measurement says")
+    assert told["attention, encoder"].startswith("math")
+    assert told["decoding"] == "pyav: there is no GPU to decode on"
+
+
+def test_info_of_what_is_no_run_is_a_sentence(capsys, tmp_path):
+    assert main(["info", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("info: expected a run folder (with a config.yaml) or a settings file")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_is_a_usage_and_no_error(capsys, verb):
+    try:
+        code = main([verb, "--help"])
+    except SystemExit as left:
+        code = left.code
+    printed = capsys.readouterr()
+    assert (code, printed.err) == (0, "")
+    assert printed.out.startswith("usage: python -m fastjepa")
+
+
+def test_help_of_a_group_shows_its_settings_only(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--help", "optim"])
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    assert "  optim.lr = " in out
+    assert "  data.path = " not in out
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--help", "optm"])
+    assert left.value.code == 2
+    assert "nearest valid group: optim" in capsys.readouterr().err
 
 
 def test_train_verb_and_module_are_the_same(capsys, monkeypatch):

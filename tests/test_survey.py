@@ -150,7 +150,7 @@ def test_the_speed_is_measured_and_the_need_is_that_of_the_plan(shelf, capsys, m
         (["{shelf}", "--out", "{shelf}"], "--out: expected a file for the index"),
         (["{shelf}", "--out", "{shelf}/a.mp4"], "--out: expected a file for the index"),
         (["{shelf}", "--out", "{shelf}/a.mp4/x"], "{shelf}/a.mp4"),
-        (["{shelf}", "--fast"], "unrecognized arguments: --fast"),
+        (["{shelf}", "--fast"], "unknown option --fast"),
         (["https://x.y/z"], "data.path: expected a folder, a list file or synthetic://"),
     ],
 )

@@ -1,40 +1,54 @@
-"""`python -m fastjepa info`: versions, devices, decoders."""
+"""`python -m fastjepa info`: what this machine offers and what a run takes of it; or how a run is doing."""
 
-import platform
-from collections.abc import Sequence
-from importlib import metadata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
-from fastjepa.data.decoders import dali, torchcodec
+from fastjepa import machine, runstate
+from fastjepa.config import Settings
+from fastjepa.configfile import load
 from fastjepa.exits import Exit
 from fastjepa.verbs.parsing import Parser, say
 
-PACKAGES = ("fastjepa", "torch", "triton", "numpy", "av", "torchcodec", "nvidia-dali-cuda130", "xformers")
+WIDTH = 28
 
 
 def main(arguments: Sequence[str]) -> Exit:
-    """Print what there is. Errors: ValueError for an argument."""
-    Parser("info", __doc__).read(arguments)
-    for name in PACKAGES:
-        try:
-            say(f"{name:<22}{metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            say(f"{name:<22}not installed")
-    say(f"{'python':<22}{platform.python_version()} on {platform.platform()}")
-    say(f"{'cpu threads':<22}{torch.get_num_threads()}")
-    for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        memory, version = f"{facts.total_memory / 1e9:.0f} GB", f"{facts.major}.{facts.minor}"
-        say(f"cuda:{index:<17}{facts.name}, {memory}, compute capability {version}")
-    if not torch.cuda.is_available():
-        say(f"{'cuda':<22}no device")
-    decoders = {
-        "pyav": "",
-        "torchcodec": torchcodec.why_not(),
-        "dali_gpu": dali.why_not(torch.device("cuda")),
-        "dali_cpu": dali.why_not(torch.device("cpu")),
-    }
-    for name, reason in decoders.items():
-        say(f"{f'decoder {name}':<22}{reason or 'ready'}")
+    """Print what there is. Errors: ValueError for an argument that is neither a run nor settings."""
+    parser = Parser("info", "Versions, devices, decoders, and which implementation a run takes here and why.")
+    parser.add_argument(
+        "of",
+        nargs="*",
+        metavar="RUN | SETTINGS.yaml",
+        help="run folders: are they alive, how far are they; or settings: what they take here, not the defaults",
+    )
+    given = parser.read(arguments)
+    paths = [Path(text).expanduser() for text in given.of]
+    if paths and not paths[0].is_file():
+        for number, run in enumerate(paths):
+            if number:
+                say("")
+            _show("", runstate.told(run))
+        return Exit.DONE
+    if len(paths) > 1:
+        raise ValueError(f"info: expected one settings file, or run folders, given {len(paths)} files")
+    path = paths[0] if paths else None
+    settings = Settings() if path is None else load(path)
+    wanted = settings.runtime.device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else torch.device(wanted)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"runtime.device: there is no CUDA device on this machine, given {wanted}")
+    _show("versions", machine.versions())
+    _show("machine", machine.devices())
+    _show("decoders", machine.decoders())
+    _show(f"a step of {'the default settings' if path is None else path} on {device}", machine.chosen(settings, device))
     return Exit.DONE
+
+
+def _show(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    if title:
+        say(f"{title}:")
+    indent = "  " if title else ""
+    for label, text in lines:
+        say(f"{indent}{label:<{WIDTH - len(indent)}}{text}")

@@ -14,6 +14,13 @@ from fastjepa.plan import describe, make_plan
 from fastjepa.verbs.parsing import say
 
 USAGE = "usage: python -m fastjepa plan SETTINGS.yaml [--gpu NAME] [key=value ...]"
+HELP = f"""{USAGE}
+
+What a run comes to on one GPU, without starting it: tokens, schedule, work and memory, expected clips/s and days.
+
+  SETTINGS.yaml   a recipe, such as configs/vitl.yaml
+  --gpu NAME      for this GPU: {", ".join(gpus.GPUS)}; this machine's where it has one
+  key=value       other settings than those of the file; python -m fastjepa train --help lists all"""
 
 
 def main(arguments: Sequence[str]) -> Exit:
@@ -21,6 +28,9 @@ def main(arguments: Sequence[str]) -> Exit:
 
     Errors: ValueError.
     """
+    if "-h" in arguments or "--help" in arguments:
+        say(HELP)
+        return Exit.DONE
     rest, name = _take_gpu(arguments)
     if not rest:
         raise ValueError(USAGE)

@@ -101,9 +101,13 @@ def features(kind, clips=8, tokens=32, width=64):
     return torch.nn.functional.layer_norm(made, (width,))
 
 
+def measured(kind):
+    return measure(features(kind), [features(kind)], 1.0)
+
+
 def row_of(kind, step):
     """What a run would log of such features."""
-    health = measure(features(kind), 1.0)
+    health = measured(kind)
     row = healthy(1, first=step // 10)[0]
     return row | {"rank": health.rank.item(), "feature_std": health.feature_std.item()}
 
@@ -129,9 +133,9 @@ def test_forced_collapse_is_said_within_two_checks(kind, key, learns):
 
 def test_features_that_are_all_the_same_may_have_a_high_rank():
     """What is left is rounding, which has all directions: that is why the deviation is watched too."""
-    assert measure(features("constant"), 1.0).rank.item() > 40
-    assert measure(features("constant"), 1.0).feature_std.item() < 1e-3
-    assert measure(features("healthy"), 1.0).feature_std.item() == pytest.approx(1, rel=0.05)
+    assert measured("constant").rank.item() > 40
+    assert measured("constant").feature_std.item() < 1e-3
+    assert measured("healthy").feature_std.item() == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize("key", ["rank", "feature_std"])

@@ -12,6 +12,10 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def measured(targets, exponent):
+    return measure(targets, [targets], exponent)
+
+
 # Effective rank
 
 
@@ -61,30 +65,30 @@ def test_features_that_are_not_finite_have_no_rank():
 def test_the_deviation_is_that_over_tokens_and_clips_of_each_channel(spread):
     targets = 3.0 + spread * normal(16, 50, 12)
     targets[..., 4] = 7.0
-    assert measure(targets, 1.0).feature_std.item() == pytest.approx(spread * 11 / 12, rel=0.02)
+    assert measured(targets, 1.0).feature_std.item() == pytest.approx(spread * 11 / 12, rel=0.02)
     by_place = normal(1, 50, 12).expand(16, 50, 12)  # it does not tell clips from places: the trivial loss does
-    assert measure(by_place, 1.0).feature_std.item() == pytest.approx(1, rel=0.1)
+    assert measured(by_place, 1.0).feature_std.item() == pytest.approx(1, rel=0.1)
 
 
 def test_targets_that_depend_on_the_position_only_are_predicted_trivially():
     targets = normal(1, 20, 16).expand(6, 20, 16)
-    health = measure(targets, 1.0)
+    health = measured(targets, 1.0)
     assert health.trivial_loss.item() == pytest.approx(0, abs=1e-6)
     assert health.rank.item() > 5
 
 
 def test_the_trivial_loss_of_a_single_clip_says_nothing():
-    assert measure(normal(1, 20, 16), 1.0).trivial_loss.item() == 0
+    assert measured(normal(1, 20, 16), 1.0).trivial_loss.item() == 0
 
 
 @pytest.mark.parametrize(("exponent", "value"), [(1.0, 0.798), (2.0, 0.5)])
 def test_the_trivial_loss_of_unrelated_clips_is_that_of_normal_features(exponent, value):
-    assert measure(normal(64, 40, 32), exponent).trivial_loss.item() == pytest.approx(value, rel=0.02)
+    assert measured(normal(64, 40, 32), exponent).trivial_loss.item() == pytest.approx(value, rel=0.02)
 
 
 def test_a_loss_ratio_of_one_is_the_best_prediction_that_knows_the_position_only():
     targets = normal(1, 30, 24) + 0.3 * normal(32, 30, 24, seed=1)
-    trivial = measure(targets, 2.0).trivial_loss
+    trivial = measured(targets, 2.0).trivial_loss
     position_only = ((targets.mean(dim=0) - targets).square().mean() / 2).item()
     assert position_only / trivial.item() == pytest.approx(31 / 32, rel=1e-5)  # of the infinite batch
     blind = ((targets.mean(dim=(0, 1)) - targets).square().mean() / 2).item()

@@ -28,18 +28,38 @@ def encode_all(
     With `index` int64 [B, U] those tokens alone: [B, U, E]. All are keys to the end, so that only the last block is
     spared something.
     """
+    return _encode(encoder, patches, operations, index, every=False)[0]
+
+
+def encode_both(
+    encoder: VisionTransformer, patches: Patches, operations: Operations = LIBRARY, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `encode_all` gives, to the last bit, and the features of all tokens too, [B, N, E]: at most a block more."""
+    asked, every = _encode(encoder, patches, operations, index, every=True)
+    assert every is not None
+    return asked, every
+
+
+def _encode(
+    encoder: VisionTransformer, patches: Patches, operations: Operations, index: Tensor | None, *, every: bool
+) -> tuple[Tensor, Tensor | None]:
     assert encoder.out_layers is None, "the packed pass takes no out_layers"
     x = operations.embed_all(encoder, patches)
     clips = len(patches.pixels)
     layout = operations.layout([Stretch(clips, len(x) // clips)], x.device)
     *blocks, last = encoder.blocks
     if index is None:
-        features, _ = _run_blocks(operations, [*blocks, last], encoder.norm, x, layout, kept=True)
-        return features.unflatten(0, (clips, -1))
+        features = _run_blocks(operations, [*blocks, last], encoder.norm, x, layout, kept=True)[0]
+        features = features.unflatten(0, (clips, -1))
+        return features, features
     assert isinstance(last, Block)
     normed, x = _run_blocks(operations, blocks, last.norm1, x, layout)
     wanted = Wanted(flat_rows(index, len(x) // clips), operations.layout([Stretch(*index.shape)], x.device))
-    return operations.last_block(last, encoder.norm, normed, x, layout, wanted, True).unflatten(0, (clips, -1))
+    asked = operations.last_block(last, encoder.norm, normed, x, layout, wanted, True).unflatten(0, (clips, -1))
+    if not every:
+        return asked, None
+    whole, _ = operations.block(len(blocks), last, encoder.norm, normed, x, layout, True)
+    return asked, whole.unflatten(0, (clips, -1))
 
 
 def encode_sets(

@@ -55,8 +55,7 @@ def metrics_row(
         "skipped": skipped,
         **vars(done.health),
     }
-    # One transfer for all of them: each by itself would wait once more.
-    values = dict(zip(figures, torch.stack([figure.double() for figure in figures.values()]).tolist()))
+    values = transferred(figures)
     trivial, loss_jepa = values.pop("trivial_loss"), values.pop("loss_jepa")
     seconds = time.perf_counter() - clock.started
     return {
@@ -74,6 +73,11 @@ def metrics_row(
     }
 
 
+def transferred(figures: dict[str, Tensor]) -> dict[str, float]:
+    """0-dim tensors on the host, all in one transfer: each by itself would wait for the device once more."""
+    return dict(zip(figures, torch.stack([figure.double() for figure in figures.values()]).tolist()))
+
+
 def mfu(clips_per_s: float, flop_per_clip: float, device: torch.device, processes: int) -> dict[str, float]:
     """The share of what the devices could compute, as an entry of a row; nothing where that is not known."""
     peak = peak_flops(device)
@@ -88,8 +92,8 @@ def console_line(row: dict[str, Any], last_step: int, seconds_left: float) -> st
     content = "" if math.isnan(row["content"]) else f"  content {row['content']:.2f}"
     return (
         f"step {row['step']}/{last_step}  loss {row['loss']:.4f} ({ratio} of trivial){content}  "
-        f"rank {row['rank']:.1f}  {row['clips_per_s']:.4g} clips/s{share}  data wait {row['data_wait']:.0%}  {row['memory_gb']:.2g} GB"
-        f"{skipped}  {duration(seconds_left)} left"
+        f"rank {row['rank']:.1f}  {row['clips_per_s']:.4g} clips/s{share}  data wait {row['data_wait']:.0%}  "
+        f"{row['memory_gb']:.2g} GB{skipped}  {duration(seconds_left)} left"
     )
 
 

@@ -31,7 +31,7 @@ POSITION = Verdict("position only", "only the position is predicted so far, as u
 ALIVE = Verdict("alive", "more than the position is predicted")
 STUCK = Verdict("stuck", "nothing but the position is predicted, for longer than is usual")
 COLLAPSING = Verdict("collapsing", "the targets lose what they tell clips apart by, and the predictor does not keep up")
-COLLAPSED = Verdict("collapsed", "the targets hardly tell clips apart any more: a low loss is no progress")
+COLLAPSED = Verdict("collapsed", "the targets tell hardly anything any more: a low loss is no progress")
 DIVERGED = Verdict("diverged", "the loss is not finite, or far above what it was at first")
 UNKNOWN = Verdict("unknown", "clips of one video at a time give no loss to compare with; nothing has collapsed")
 
@@ -79,6 +79,6 @@ class Judge:
         self._alive = usual < (1.0 if self._alive else LEARNS)
         if self._alive:
             return ALIVE
-        if alarms.stuck:
+        if alarms.stuck or self.verdict is STUCK:
             return STUCK
         return POSITION if usual < (KNOWS if self.verdict is EARLY else FORGOT) else EARLY

@@ -34,8 +34,9 @@ COLLAPSES = {"rank": "effective rank", "feature_std": "standard deviation"}
 HALF, QUARTER, MOST, LOST = 0.5, 0.25, 0.6, 1.1
 # Of several rows the median counts: a few clips make an odd batch often.
 SMOOTHED = 3
-# Diverged: predictions that are longer than the targets by so much make the loss so many times what it was at first.
-FAR = 1.5
+# Diverged: predictions are so many times as long as the targets, and the loss so many times what it was at first, or
+# what it is at most where nothing is predicted: features with a deviation of 1 have a mean length below 1.
+TOO_LONG, FAR, NOTHING = 1.5, 1.2, 1.0
 # At first a predictor is no better than the mean of all clips. It learns once its loss is below this share of that.
 LEARNS = 0.97
 STEPS_TO_LEARN, CHECKS_TO_LEARN = 1000, 20
@@ -208,19 +209,24 @@ class _Divergence:
         if loss is not None:
             if len(self.first) < FEWEST:
                 self.first.append(loss)
-            far = loss > FAR * max(self.first) and length is not None and length > FAR
+            far = loss > FAR * self._start and length is not None and length > TOO_LONG
         if keys:
             self.bad = self.bad + 1 if broken or far else 0
         if not self.said and self.bad >= CHECKS_TO_CONFIRM:
             self.said = True
             names = " and ".join(SPIKES[key][0] for key in broken)
-            text = f"{names} not finite" if broken else f"the loss is {loss:.4g}, at first it was {max(self.first):.4g}"
+            text = f"{names} not finite" if broken else f"the loss is {loss:.4g}, far above {self._start:.3g}"
             advice = "go back to a checkpoint before that, with a lower optim.lr or optim.clip_grad"
             return [Alarm("divergence", f"warning: step {step}: the run has diverged: {text}; {advice}", severe=True)]
-        if self.said and not self.bad and loss is not None and loss < max(self.first):
+        if self.said and not self.bad and loss is not None and loss < self._start:
             self.said = False
             return [Alarm("divergence", f"step {step}: the loss is back at {loss:.4g}")]
         return []
+
+    @property
+    def _start(self) -> float:
+        """What the loss was at most before there was anything to compare with."""
+        return min(NOTHING, max(self.first))
 
 
 class _Spike:

@@ -219,6 +219,8 @@ class Trainer:
                     )
                 self.update.backward(out.loss / parts, last)
             if look and last:
+                assert out.every_target is not None
+                assert out.predictions is not None
                 looked = out.every_target, out.predictions
             slots.append(batch.slots)
             losses.append(out.loss.detach())

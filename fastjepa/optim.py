@@ -183,7 +183,8 @@ class OptimizerPass:
         0-dim float32 on the device; measured on the float32 masters, over all shards. Every process has to ask.
         """
         pairs = [(weight.target, weight.master.data) for weight in self.weights if weight.target is not None]
-        apart, length = [], []
+        apart: list[Tensor] = []
+        length: list[Tensor] = []
         # In slices, so that the temporary differences stay small beside a large encoder.
         for start in range(0, len(pairs), 32):
             targets, onlines = map(list, zip(*pairs[start : start + 32]))

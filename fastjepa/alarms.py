@@ -28,10 +28,11 @@ FEWEST, WINDOW, FEWEST_OF_WINDOW = 3, 30, 10
 # A spike: so many deviations (scaled median deviations) and so many times the median above the median.
 SPIKES = {"loss": ("the loss", 8.0, 0.5), "grad_norm": ("the gradient norm", 10.0, 4.0)}
 COLLAPSES = {"rank": "effective rank", "feature_std": "standard deviation"}
-# Content drains away where less than HALF of the highest is left and the predictor does not keep up: its loss is more
-# than LOST times the trivial one (healthy runs at that point: 1.06 at most, collapsing ones 1.15 to 2.7). Below a
-# QUARTER it has drained away. It is back at MOST of the highest, or above LOW of it where the predictor learns.
-HALF, QUARTER, MOST, LOST = 0.5, 0.25, 0.6, 1.1
+# Content drains away where less than HALF of the highest is left and the predictor loses the targets: its loss ratio is
+# LOST times the lowest that it had, or more, counted from 1. (It falls all the time in healthy runs, though slowly in
+# some: to 1.2 there and to 1.1 on a plateau with noised targets; without momentum it doubles.) Below a QUARTER the
+# content has drained away. It is back at MOST of the highest, or above LOW of it where the predictor learns.
+HALF, QUARTER, MOST, LOST = 0.5, 0.25, 0.6, 1.2
 # Of several rows the median counts: a few clips make an odd batch often.
 SMOOTHED = 3
 # Diverged: predictions are so many times as long as the targets, and the loss so many times what it was at first, or
@@ -163,18 +164,19 @@ class _Drain:
     """The content of the targets, together with whether the predictor keeps up with what they become."""
 
     def __init__(self) -> None:
-        self.highest, self.level, self.lost, self.empty = (0.0, 0), 0, 0, 0
+        self.highest, self.lowest = (0.0, 0), math.inf
+        self.level, self.lost, self.empty = 0, 0, 0
         self.last: deque[tuple[float, float]] = deque(maxlen=SMOOTHED)
 
     def check(self, step: int, content: float, ratio: float) -> list[Alarm]:
-        self.highest = max(self.highest, (content, step))
+        self.highest, self.lowest = max(self.highest, (content, step)), min(self.lowest, ratio)
         self.last.append((content, ratio))
         highest, at = self.highest
         if len(self.last) < SMOOTHED or not highest:
             return []
         left, lost = (median(values) for values in zip(*self.last))
         share = left / highest
-        self.lost = self.lost + 1 if share < HALF and lost > LOST else 0
+        self.lost = self.lost + 1 if share < HALF and lost > LOST * max(1.0, self.lowest) else 0
         self.empty = self.empty + 1 if share < QUARTER else 0
         figures = f"the content of {highest:.3g} of step {at} is down to {left:.3g}"
         why = f"and the loss is {lost:.2f} of the trivial one: the targets change faster than the predictor learns"

@@ -27,6 +27,7 @@ CHECKS_TO_CONFIRM = 2
 FEWEST, WINDOW, FEWEST_OF_WINDOW = 3, 30, 10
 # A spike: so many deviations (scaled median deviations) and so many times the median above the median.
 SPIKES = {"loss": ("the loss", 8.0, 0.5), "grad_norm": ("the gradient norm", 10.0, 4.0)}
+GROWN = 1.3  # times the median of the last rows: content that grew
 COLLAPSES = {"rank": "effective rank", "feature_std": "standard deviation"}
 # Content drains away where less than HALF of the highest is left and the predictor loses the targets: its loss ratio is
 # LOST times the lowest that it had, or more, counted from 1. (It falls all the time in healthy runs, though slowly in
@@ -71,6 +72,7 @@ class Alarms:
         self._trivial = _Trivial(warmup_steps)
         self._settled = warmup_steps + STEPS_TO_LEARN
         self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._contents: deque[float] = deque(maxlen=WINDOW)
 
     def check(self, step: int, row: Mapping[str, Any]) -> list[Alarm]:
         """What begins or is over with this row of metrics.jsonl; what is missing, None or not finite is passed over."""
@@ -88,10 +90,16 @@ class Alarms:
         for spike in self._spikes:
             value = _finite(row, spike.key)
             if value is not None:
-                alarms += spike.check(step, value)
+                # A loss that rises with the content of the targets is what a run comes alive by.
+                alarms += spike.check(step, value, excused=spike.key == "loss" and self._grown(content))
         if loss is not None:
             self._losses.append(loss)
+        if content is not None:
+            self._contents.append(content)
         return alarms
+
+    def _grown(self, content: float | None) -> bool:
+        return content is not None and len(self._contents) > 0 and content > GROWN * median(self._contents)
 
     @property
     def collapsed(self) -> bool:
@@ -240,8 +248,8 @@ class _Spike:
         # Of the spike that lasts: what was usual before it, the limit, and since how many checks.
         self.usual, self.limit, self.lasts = 0.0, 0.0, 0
 
-    def check(self, step: int, value: float) -> list[Alarm]:
-        alarms = self._going_on(step, value) if self.lasts else self._beginning(step, value)
+    def check(self, step: int, value: float, *, excused: bool) -> list[Alarm]:
+        alarms = self._going_on(step, value) if self.lasts else [] if excused else self._beginning(step, value)
         self.last.append(value)
         return alarms
 

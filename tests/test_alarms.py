@@ -193,6 +193,16 @@ def test_a_spike_is_said_once_and_so_is_its_end(key, name, factor):
     assert f"{name} is back at {rows[54][key]:.4g}" in found[1][3]
 
 
+def test_a_loss_that_jumps_with_the_content_of_the_targets_is_no_spike():
+    rows = healthy(100, content=0.2)
+    for row in rows[50:]:
+        row["loss"], row["content"] = 3 * row["loss"], 0.5
+    assert follow(rows) == []
+    for row in rows[50:]:
+        row["content"] = 0.2
+    assert next(kind for _, kind, *_ in follow(rows)) == "spike"
+
+
 def test_a_second_spike_is_said_again():
     rows = healthy(100)
     rows[50]["loss"] = rows[60]["loss"] = 2.0

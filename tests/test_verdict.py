@@ -92,7 +92,9 @@ def test_a_healthy_run_comes_alive_and_is_never_called_otherwise(name, steps, ev
     """The demo loses four fifths of its content before it learns, and gets it back; with noise its loss ratio waits."""
     rows = contents(rows_of("demo"))[4::5] if name == "demo" else recorded(name)
     assert rows[-1]["step"] == steps
-    assert course(rows[every - 1 :: every]) == ["early", "position only", "alive"]
+    judge, rows = Judge(Alarms(100)), rows[every - 1 :: every]
+    assert course(rows) == ["early", "position only", "alive"]
+    assert not [text for row in rows for text in judge.check(row["step"], row) if "warning" in text]
 
 
 @pytest.mark.parametrize("name", HEALTHY)

@@ -46,7 +46,8 @@ def test_every_row_has_all_figures_of_health_and_the_verdict(run):
 
 
 def test_steps_that_are_not_finite_have_diverged(run):
-    code, folder = run("optim.lr=100", "optim.steps=40", "optim.clip_grad=null")
+    """Though no row has been logged since."""
+    code, folder = run("optim.lr=100", "optim.steps=40", "optim.clip_grad=null", "log.every=40")
     assert code == Exit.NON_FINITE
     assert json.loads((folder / "status.json").read_text())["verdict"] == "diverged"
 

@@ -38,7 +38,8 @@ class Looks:
         """One step; what a look leaves ends on the host, as in a run."""
         began = time.perf_counter()
         runner, look = self.runner, way == WITH
-        clips, draw = self.batches.at(runner.taken)
+        # Both steps of a round get the same masks, whose lengths a step's time depends on.
+        clips, draw = self.batches.at(runner.taken // 2)
         out = runner.exchange.loss(clips, draw.context, draw.target, None, union=draw.union, look=look)
         runner.update.backward(out.loss)
         loss = out.loss.detach()

@@ -20,7 +20,7 @@ from fastjepa.reporting import transferred
 
 KIND = "health"
 ON_A_DEVICE = True
-ROUNDS = 60
+ROUNDS = 200
 DRAWS = 8
 OFTEN = 10  # log.every where nothing else is asked for
 WITHOUT, WITH = "a step without a look", "a step with a look"

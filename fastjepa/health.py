@@ -47,14 +47,16 @@ def measure(targets: Tensor, predictions: Sequence[Tensor], exponent: float) -> 
     # The mean of B clips lies nearer to each of them than the mean of all clips does: variances shrink by (B - 1) / B.
     clips = len(targets)
     correction = clips / max(1, clips - 1)
-    trivial = correction ** (exponent / 2) * (spread**exponent).mean() / exponent
+    powers = spread if exponent == 1 else spread**exponent
+    trivial = correction ** (exponent / 2) * powers.mean() / exponent
     rows, pooled = targets.flatten(0, 1), targets.mean(dim=1)
     unknown = torch.full((), torch.nan, device=targets.device)
     lengths = [torch.linalg.vector_norm(p, dim=-1, dtype=torch.float32).mean() for p in predictions]
     return Health(
         trivial,
         correction**0.5 * spread.mean() if clips > 1 else unknown,
-        rows.std(dim=0, correction=0).mean(),
+        # Not by std, which takes ten times as long over the first dimension.
+        (rows - rows.mean(dim=0)).square().mean(dim=0).sqrt().mean(),
         effective_rank(rows),
         effective_rank(pooled) if clips > 1 else unknown,
         pairwise_cosine(pooled) if clips > 1 else unknown,

@@ -1,10 +1,13 @@
-"""Is the run healthy? Sentences about collapse, spikes and learning nothing, from the rows of metrics.jsonl alone.
+"""Is the run healthy? Sentences about collapse, divergence, spikes and learning nothing, from rows of metrics.jsonl.
 
 In a JEPA the loss does not tell: it falls where the targets collapse, and it rises while a healthy encoder's features
 grow richer. What tells is how many directions the target features use, and how far they lie apart, against what this
 run had before. An encoder that has learnt nothing yet uses more directions than one that has (random projections), so
-what a healthy run comes to is measured from where its predictor begins to learn. Each alarm is said when it begins and
-when it is over.
+what a healthy run comes to is measured from where its predictor begins to learn.
+
+A young run and a collapsing one both lose the content of their targets. In a healthy one the predictor keeps up, its
+loss falls to that of the trivial predictor; in a collapsing one the targets run away from it, and the loss, though it
+falls, grows to twice the trivial one. Each alarm is said when it begins and when it is over.
 """
 
 import math
@@ -24,7 +27,18 @@ CHECKS_TO_CONFIRM = 2
 FEWEST, WINDOW, FEWEST_OF_WINDOW = 3, 30, 10
 # A spike: so many deviations (scaled median deviations) and so many times the median above the median.
 SPIKES = {"loss": ("the loss", 8.0, 0.5), "grad_norm": ("the gradient norm", 10.0, 4.0)}
+GROWN = 1.3  # times the median of the last rows: content that grew
 COLLAPSES = {"rank": "effective rank", "feature_std": "standard deviation"}
+# Content drains away where less than HALF of the highest is left and the predictor loses the targets: its loss ratio is
+# LOST times the lowest that it had, or more, counted from 1. (It falls all the time in healthy runs, though slowly in
+# some: to 1.2 there and to 1.1 on a plateau with noised targets; without momentum it doubles.) Below a QUARTER the
+# content has drained away. It is back at MOST of the highest, or above LOW of it where the predictor learns.
+HALF, QUARTER, MOST, LOST = 0.5, 0.25, 0.6, 1.2
+# Of several rows the median counts: a few clips make an odd batch often.
+SMOOTHED = 3
+# Diverged: predictions are so many times as long as the targets, and the loss so many times what it was at first, or
+# what it is at most where nothing is predicted: features with a deviation of 1 have a mean length below 1.
+TOO_LONG, FAR, NOTHING = 1.5, 1.2, 1.0
 # At first a predictor is no better than the mean of all clips. It learns once its loss is below this share of that.
 LEARNS = 0.97
 STEPS_TO_LEARN, CHECKS_TO_LEARN = 1000, 20
@@ -32,7 +46,9 @@ STEPS_TO_LEARN, CHECKS_TO_LEARN = 1000, 20
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something begins or is over. `kind` is "collapse", "spike" or "trivial"; `severe`: the run is lost if it goes on.
+    """Something begins or is over; `severe`: the run is lost if it goes on.
+
+    `kind` is "collapse", "divergence", "spike" or "trivial".
 
     `sentence` is for the log.
     """
@@ -50,17 +66,22 @@ class Alarms:
 
     def __init__(self, warmup_steps: int) -> None:
         self._collapses = [_Collapse(key, name) for key, name in COLLAPSES.items()]
+        self._drain = _Drain()
+        self._divergence = _Divergence()
         self._spikes = [_Spike(key, *limits) for key, limits in SPIKES.items()]
         self._trivial = _Trivial(warmup_steps)
         self._settled = warmup_steps + STEPS_TO_LEARN
         self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._contents: deque[float] = deque(maxlen=WINDOW)
 
     def check(self, step: int, row: Mapping[str, Any]) -> list[Alarm]:
         """What begins or is over with this row of metrics.jsonl; what is missing, None or not finite is passed over."""
-        alarms = []
-        ratio, loss = _finite(row, "loss_ratio"), _finite(row, "loss")
+        alarms = self._divergence.check(step, row)
+        ratio, loss, content = _finite(row, "loss_ratio"), _finite(row, "loss"), _finite(row, "content")
         if ratio is not None:
             alarms += self._trivial.check(step, ratio)
+            if content is not None:
+                alarms += self._drain.check(step, content, ratio)
         learns = self._trivial.has_learnt or step > self._settled
         for collapse in self._collapses:
             value = _finite(row, collapse.key)
@@ -69,15 +90,40 @@ class Alarms:
         for spike in self._spikes:
             value = _finite(row, spike.key)
             if value is not None:
-                alarms += spike.check(step, value)
+                # A loss that rises with the content of the targets is what a run comes alive by.
+                alarms += spike.check(step, value, excused=spike.key == "loss" and self._grown(content))
         if loss is not None:
             self._losses.append(loss)
+        if content is not None:
+            self._contents.append(content)
         return alarms
+
+    def _grown(self, content: float | None) -> bool:
+        return content is not None and len(self._contents) > 0 and content > GROWN * median(self._contents)
 
     @property
     def collapsed(self) -> bool:
         """Whether the target features have collapsed and not recovered; after a replay as it was before."""
-        return any(collapse.level == 2 for collapse in self._collapses)
+        return self._level == 2
+
+    @property
+    def collapsing(self) -> bool:
+        """Whether the target features collapse or have collapsed."""
+        return self._level > 0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss is no longer finite, or far above what it was at first."""
+        return self._divergence.said
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it was said that nothing but the position is learnt, and this still holds."""
+        return self._trivial.said
+
+    @property
+    def _level(self) -> int:
+        return max(self._drain.level, *(collapse.level for collapse in self._collapses))
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take in the rows that a resumed run has kept; what they raised has been said."""
@@ -122,6 +168,77 @@ class _Collapse:
         return []
 
 
+class _Drain:
+    """The content of the targets, together with whether the predictor keeps up with what they become."""
+
+    def __init__(self) -> None:
+        self.highest, self.lowest = (0.0, 0), math.inf
+        self.level, self.lost, self.empty = 0, 0, 0
+        self.last: deque[tuple[float, float]] = deque(maxlen=SMOOTHED)
+
+    def check(self, step: int, content: float, ratio: float) -> list[Alarm]:
+        self.highest, self.lowest = max(self.highest, (content, step)), min(self.lowest, ratio)
+        self.last.append((content, ratio))
+        highest, at = self.highest
+        if len(self.last) < SMOOTHED or not highest:
+            return []
+        left, lost = (median(values) for values in zip(*self.last))
+        share = left / highest
+        self.lost = self.lost + 1 if share < HALF and lost > LOST * max(1.0, self.lowest) else 0
+        self.empty = self.empty + 1 if share < QUARTER else 0
+        figures = f"the content of {highest:.3g} of step {at} is down to {left:.3g}"
+        why = f"and the loss is {lost:.2f} of the trivial one: the targets change faster than the predictor learns"
+        if self.level < 2 and self.empty >= CHECKS_TO_CONFIRM and (self.level or self.lost >= CHECKS_TO_CONFIRM):
+            self.level = 2
+            text = f"the target features have collapsed: {figures}; "
+            advice = "what is learnt from here on is lost: go back to a checkpoint before that, with a lower optim.lr"
+            return [Alarm("collapse", f"warning: step {step}: {text}{advice} or an optim.momentum nearer to 1", True)]
+        if self.level < 1 and self.lost >= CHECKS_TO_CONFIRM:
+            self.level = 1
+            text = f"the target features are collapsing: {figures}, {why}; "
+            advice = "a lower optim.lr, or an optim.momentum nearer to 1, may prevent it; keep a checkpoint of before"
+            return [Alarm("collapse", f"warning: step {step}: {text}{advice}")]
+        if self.level and (share > MOST or (share > LOW and lost < LEARNS)):
+            self.level = 0
+            return [Alarm("collapse", f"step {step}: the target features have recovered: their content is {left:.3g}")]
+        return []
+
+
+class _Divergence:
+    """Whether the loss has left what numbers can hold, or what it began with, because the predictions have."""
+
+    def __init__(self) -> None:
+        self.first: list[float] = []
+        self.bad, self.said = 0, False
+
+    def check(self, step: int, row: Mapping[str, Any]) -> list[Alarm]:
+        keys = [key for key in ("loss", "grad_norm") if key in row]
+        broken = [key for key in keys if _finite(row, key) is None]
+        loss, length = _finite(row, "loss"), _finite(row, "norm_ratio")
+        far = False
+        if loss is not None:
+            if len(self.first) < FEWEST:
+                self.first.append(loss)
+            far = loss > FAR * self._start and length is not None and length > TOO_LONG
+        if keys:
+            self.bad = self.bad + 1 if broken or far else 0
+        if not self.said and self.bad >= CHECKS_TO_CONFIRM:
+            self.said = True
+            names = " and ".join(SPIKES[key][0] for key in broken)
+            text = f"{names} not finite" if broken else f"the loss is {loss:.4g}, far above {self._start:.3g}"
+            advice = "go back to a checkpoint before that, with a lower optim.lr or optim.clip_grad"
+            return [Alarm("divergence", f"warning: step {step}: the run has diverged: {text}; {advice}", severe=True)]
+        if self.said and not self.bad and loss is not None and loss < self._start:
+            self.said = False
+            return [Alarm("divergence", f"step {step}: the loss is back at {loss:.4g}")]
+        return []
+
+    @property
+    def _start(self) -> float:
+        """What the loss was at most before there was anything to compare with."""
+        return min(NOTHING, max(self.first))
+
+
 class _Spike:
     """A figure against the median of its last values."""
 
@@ -131,8 +248,8 @@ class _Spike:
         # Of the spike that lasts: what was usual before it, the limit, and since how many checks.
         self.usual, self.limit, self.lasts = 0.0, 0.0, 0
 
-    def check(self, step: int, value: float) -> list[Alarm]:
-        alarms = self._going_on(step, value) if self.lasts else self._beginning(step, value)
+    def check(self, step: int, value: float, *, excused: bool) -> list[Alarm]:
+        alarms = self._going_on(step, value) if self.lasts else [] if excused else self._beginning(step, value)
         self.last.append(value)
         return alarms
 

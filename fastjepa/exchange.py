@@ -33,10 +33,6 @@ class Exchange:
         """The forward pass of a batch of this process: what `JEPA.forward` gives."""
         return self.jepa(*arguments, **more)
 
-    def target_features(self, clips: Tensor) -> Tensor:
-        """As `JEPA.target_features`."""
-        return self.jepa.target_features(clips)
-
     def part(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of a micro-batch; gradients are exchanged in the `last` one of a step."""
         return nullcontext()

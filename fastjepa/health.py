@@ -1,9 +1,11 @@
 """Is the run alive? Figures that the loss alone does not show, computed on the device at log steps.
 
 B clips, N tokens, E width. A collapsing run has a falling loss; what tells is the loss against the best predictor that
-knows only the position, and how many directions the target features use.
+knows only the position, what is left in the target features once their mean at each position is taken away, and how
+many directions they use.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,28 +16,52 @@ MOST_ROWS = 8192
 
 @dataclass
 class Health:
-    """0-dim float32 on the device. `trivial_loss` is 0 for a single clip, which says nothing about it.
+    """0-dim float32 on the device. All are of normalised target features: a healthy run's have a deviation near 1.
 
-    `feature_std`: how far the features of tokens and clips lie apart, the mean over channels of their standard
-    deviation. It is near 1 for normalised features, and 0 where all are the same: the rank of what is left then, mere
-    rounding, may be high.
+    `trivial_loss`: the loss of the best prediction that knows only the position. `content`: the mean distance of a
+    feature from the mean over clips at its position, 0 where only the position is in it, 0.8 (of a normal variable)
+    where nothing of the position is. A single clip says nothing about either, nor about what compares clips: its
+    trivial loss is 0, the others are NaN.
+
+    `rank`: effective rank of the features of all tokens, at most E; `pooled_rank` of those that are averaged over the
+    tokens of a clip, at most B - 1. `feature_std`: how far the features of tokens and clips lie apart, the mean over
+    channels of their standard deviation; 0 where all are the same: the rank of what is left then, mere rounding, may be
+    high. `pooled_cosine`: mean cosine between the averaged features of two clips, 1 where clips cannot be told apart.
+
+    `norm_ratio`: mean length of predictions over that of targets.
     """
 
     trivial_loss: Tensor
-    rank: Tensor
+    content: Tensor
     feature_std: Tensor
+    rank: Tensor
+    pooled_rank: Tensor
+    pooled_cosine: Tensor
+    norm_ratio: Tensor
 
 
 @torch.no_grad()
-def measure(targets: Tensor, exponent: float) -> Health:
-    """Health of normalised target features float32 [B, N, E]."""
+def measure(targets: Tensor, predictions: Sequence[Tensor], exponent: float) -> Health:
+    """Health of normalised target features float32 [B, N, E], and of predictions, [..., E] each."""
     spread = (targets - targets.mean(dim=0)).abs()
     # The mean of B clips lies nearer to each of them than the mean of all clips does: variances shrink by (B - 1) / B.
     clips = len(targets)
-    correction = (clips / max(1, clips - 1)) ** (exponent / 2)
-    rows = targets.flatten(0, 1)
-    trivial = correction * (spread**exponent).mean() / exponent
-    return Health(trivial, effective_rank(rows), rows.std(dim=0, correction=0).mean())
+    correction = clips / max(1, clips - 1)
+    powers = spread if exponent == 1 else spread**exponent
+    trivial = correction ** (exponent / 2) * powers.mean() / exponent
+    rows, pooled = targets.flatten(0, 1), targets.mean(dim=1)
+    unknown = torch.full((), torch.nan, device=targets.device)
+    lengths = [torch.linalg.vector_norm(p, dim=-1, dtype=torch.float32).mean() for p in predictions]
+    return Health(
+        trivial,
+        correction**0.5 * spread.mean() if clips > 1 else unknown,
+        # Not by std, which takes ten times as long over the first dimension.
+        (rows - rows.mean(dim=0)).square().mean(dim=0).sqrt().mean(),
+        effective_rank(rows),
+        effective_rank(pooled) if clips > 1 else unknown,
+        pairwise_cosine(pooled) if clips > 1 else unknown,
+        torch.stack(lengths).mean() / torch.linalg.vector_norm(rows, dim=-1).mean(),
+    )
 
 
 @torch.no_grad()
@@ -46,9 +72,19 @@ def effective_rank(rows: Tensor) -> Tensor:
     """
     rows = rows[:: max(1, -(-len(rows) // MOST_ROWS))].float()
     rows = rows - rows.mean(dim=0)
-    gram = rows.T @ rows
+    # Both products have the same eigenvalues but for zeros: the smaller one is solved faster.
+    gram = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T
     # Features that are not finite have no rank, and the solver refuses them: it gets a harmless matrix instead.
     finite = torch.isfinite(gram).all()
     energy = torch.linalg.eigvalsh(torch.where(finite, gram, torch.eye(len(gram), device=gram.device))).clamp_min(0.0)
     share = energy.sqrt() / energy.sqrt().sum().clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(finite, torch.exp(torch.special.entr(share).sum()), torch.nan)
+
+
+@torch.no_grad()
+def pairwise_cosine(rows: Tensor) -> Tensor:
+    """Mean cosine over all pairs of different rows [M, E], M at least 2, from the sum of their unit vectors."""
+    count = len(rows)
+    units = torch.nn.functional.normalize(rows.float(), dim=-1)
+    # |sum|^2 counts each pair twice, and each row with itself, whose cosine is its length: 0 for a row of zeros.
+    return (units.sum(dim=0).square().sum() - units.square().sum()) / (count * (count - 1))

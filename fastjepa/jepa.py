@@ -23,13 +23,17 @@ Execution = Literal["packed", "reference"]
 
 @dataclass
 class JEPAOutput:
-    """What one forward pass gives: `loss_reg` is None at weight 0, and so are the lists unless they are collected."""
+    """What one forward pass gives: `loss_reg` is None at weight 0, and so is what follows unless it is asked for.
+
+    `every_target` [B, N, E] are the target features of all tokens.
+    """
 
     loss: Tensor
     loss_jepa: Tensor
     loss_reg: Tensor | None = None
     predictions: list[Tensor] | None = None
     targets: list[Tensor] | None = None
+    every_target: Tensor | None = None
 
 
 class JEPA(nn.Module):
@@ -91,6 +95,7 @@ class JEPA(nn.Module):
         draws: Sequence[Draw] | None = None,
         collect: bool = False,
         union: TargetUnion | None = None,
+        look: bool = False,
     ) -> JEPAOutput:
         """The loss of one batch: the mean over mask sets of the mean over clips of each clip's own mean.
 
@@ -98,7 +103,8 @@ class JEPA(nn.Module):
         `masks_target`: M mask sets each, [B, K] int64 or `Ragged`. `draws` hands in (timesteps [B], noise [B, Kt, P]) a
         mask set for the noised predictor. `collect` keeps predictions and targets: [B, Kt, E] a set, or [R, E] rows
         where lengths differ. `union` is that of `masks_target` (see `target_union`): packed execution then finishes
-        those tokens alone; the reference way needs none.
+        those tokens alone; the reference way needs none. `look` keeps predictions and the target features of all
+        tokens, for figures of health: it costs a block at most and changes no bit of the loss.
         Errors: ValueError where the numbers of mask sets, or of their clips, differ, and for clips of other integers.
         """
         if len(masks_context) != len(masks_target) or not masks_context:
@@ -112,9 +118,10 @@ class JEPA(nn.Module):
             if described != len(clips):
                 raise ValueError(f"a mask set describes {described} clips, the batch has {len(clips)}")
         if self.execution == "packed":
-            predictions, targets = self._packed(clips, masks_context, masks_target, draws, union)
+            predictions, targets, every = self._packed(clips, masks_context, masks_target, draws, union, look)
         else:
             predictions, targets = self._reference(clips, masks_context, masks_target, draws)
+            every = targets.every() if look else None
         # Where the targets stand in what the target encoder has finished.
         asked = masks_target if union is None or self.execution == "reference" else union.places
         errors = [targets.error(p, token_set, self.loss_exp) for p, token_set in zip(predictions, asked)]
@@ -124,9 +131,10 @@ class JEPA(nn.Module):
             spread = torch.stack([_spread(p, token_set) for p, token_set in zip(predictions, masks_target)]).mean(dim=0)
             loss_reg = torch.relu(1.0 - spread).mean()
             loss = loss_jepa + self.reg_coeff * loss_reg
-        output = JEPAOutput(loss, loss_jepa, loss_reg)
-        if collect:
+        output = JEPAOutput(loss, loss_jepa, loss_reg, every_target=every)
+        if collect or look:
             output.predictions = [p.detach() for p in predictions]
+        if collect:
             output.targets = [targets.rows(token_set) for token_set in asked]
         return output
 
@@ -157,8 +165,12 @@ class JEPA(nn.Module):
         target: Sequence[TokenSet],
         draws: Sequence[Draw] | None,
         union: TargetUnion | None,
-    ) -> tuple[list[Tensor], Targets]:
-        """The same numbers: patches cut once, both sets in one encoder pass and in one predictor pass."""
+        look: bool,
+    ) -> tuple[list[Tensor], Targets, Tensor | None]:
+        """The same numbers: patches cut once, both sets in one encoder pass and in one predictor pass.
+
+        And with `look` the target features of all tokens.
+        """
         encoder, target_encoder, predictor = self.encoder, self.target_encoder, self.predictor
         assert isinstance(encoder, VisionTransformer) and isinstance(target_encoder, VisionTransformer)  # noqa: PT018
         assert isinstance(predictor, VisionTransformerPredictor)
@@ -166,10 +178,17 @@ class JEPA(nn.Module):
         patches = operations.cut(encoder, clips)
         index, asked = (None, target) if union is None else (union.index, union.places)
         with torch.no_grad():
-            targets = operations.targets(packing.encode_all(target_encoder, patches, operations, index))
+            every = None
+            if look:
+                features, whole = packing.encode_both(target_encoder, patches, operations, index)
+                every = operations.targets(whole).every()
+            else:
+                features = packing.encode_all(target_encoder, patches, operations, index)
+            targets = operations.targets(features)
             goals = None if predictor.mask_tokens is not None else [targets.rows(token_set) for token_set in asked]
         features = packing.encode_sets(encoder, patches, context, operations)
-        return packing.predict_sets(predictor, features, goals, context, target, draws, operations), targets
+        predictions = packing.predict_sets(predictor, features, goals, context, target, draws, operations)
+        return predictions, targets, every
 
     def _floats(self, clips: Tensor) -> Tensor:
         """Clips as an encoder takes them: bytes are normalised in the dtype of its weights."""

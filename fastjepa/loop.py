@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ from fastjepa.profiling import Profiler
 from fastjepa.reporting import Clock, StepDone, console_line, metrics_row, mfu
 from fastjepa.runfolder import RunFolder
 from fastjepa.signals import Interrupts
+from fastjepa.verdict import DIVERGED, Judge
 from fastjepa.watchdog import Watchdog
 
 # How much longer than anything else some things may take: compilation in the first step, a checkpoint on a slow disk.
@@ -90,7 +92,7 @@ class Trainer:
             max_bad_fraction=s.data.max_bad_fraction,
         )
         # What the first process says of the health of the run is measured on its own clips.
-        self.alarms = Alarms(s.optim.warmup_steps)
+        self.judge = Judge(Alarms(s.optim.warmup_steps))
         self.clock = Clock()
         self.profiler = Profiler(
             s.runtime.profile if self.world.first else None, self.run.path, self.device, self.log.say
@@ -112,14 +114,14 @@ class Trainer:
         if first > last:
             log.say(f"done       this run is at step {first} already, beyond runtime.stop_at {last}: {self.run.path}")
             return Exit.DONE
-        log.status("training", first)
         self.profiler.begin(first)
         log.start_progress(first)
         dataset = build_dataset(self.settings, self.videos, self.decoder)
         self.bad_steps = self._bad_steps(dataset)
         self.bad_steps.rewind(first)
         if self.world.first:
-            self.alarms.replay(read_metrics(self.run.path))
+            self.judge.replay(read_metrics(self.run.path))
+        self._status("training", first)
         batch = self.settings.optim.global_batch
         # Of several processes each has its part of a step: its batches are no neighbours.
         apart = batch if self.world.size > 1 else self.plan.batch_size
@@ -192,7 +194,7 @@ class Trainer:
         # More patience than with any work: it is the process which works that has a name to tell.
         self.watchdog.stage("waiting for the other processes", patience=2 * self._patience)
         own = Wish.LEAVE if self._interrupted() else Wish.GO_ON
-        if self.alarms.collapsed and self.settings.runtime.stop_on_collapse:
+        if self.judge.alarms.collapsed and self.settings.runtime.stop_on_collapse:
             own = Wish.STOP_COLLAPSED
         if self.bad_steps.check():
             own = Wish.GIVE_UP
@@ -201,10 +203,10 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch], look: bool) -> StepDone | None:
         """One training step; None where a signal came between its batches: nothing has changed then.
 
-        `look` measures the health of the last batch's target features, before they are updated.
+        `look` measures the health of the last batch, with the weights that its loss was computed with.
         """
         s, parts = self.settings, self.plan.accumulation
-        total, features = torch.zeros(2, device=self.device), None
+        total, looked = torch.zeros(2, device=self.device), None
         slots, losses = [], []
         for part in range(parts):
             if part and self._wish() is Wish.LEAVE:
@@ -222,20 +224,31 @@ class Trainer:
             with self.exchange.part(last):
                 with parallel.autocast(self.device, s.optim.dtype):
                     out = self.exchange.loss(
-                        batch.clips, batch.masks_context, batch.masks_target, draws, union=batch.union
+                        batch.clips,
+                        batch.masks_context,
+                        batch.masks_target,
+                        draws,
+                        union=batch.union,
+                        look=look and last,
                     )
-                    if look and last:
-                        # One clip of each video: clips of the same one are too alike to tell what is trivial.
-                        features = self.exchange.target_features(batch.clips[:: s.data.clips_per_video])
                 self.update.backward(out.loss / parts, last)
+            if look and last:
+                assert out.every_target is not None
+                assert out.predictions is not None
+                looked = out.every_target, out.predictions
             slots.append(batch.slots)
             losses.append(out.loss.detach())
             total += torch.stack([out.loss.detach(), out.loss_jepa.detach()]) / parts
         loss, loss_jepa = self.exchange.mean(total)
-        measured = None if features is None else health.measure(features, s.loss.exponent)
+        distance = self.update.ema_distance() if look else None
         norms = self.update.step(step, loss)
         self.bad_steps.note(step + 1, slots, losses, loss, norms)
-        return StepDone(loss, loss_jepa, norms.total, measured)
+        measured = None
+        if looked is not None:
+            features, predictions = looked
+            # One clip of each video: clips of the same one are too alike to tell what is trivial.
+            measured = health.measure(features[:: s.data.clips_per_video], predictions, s.loss.exponent)
+        return StepDone(loss, loss_jepa, norms, measured, distance)
 
     def _bad_steps(self, dataset: ClipDataset) -> BadSteps:
         reasons = (self.findings.bad.reasons, self.findings.short.reasons)
@@ -286,17 +299,22 @@ class Trainer:
         row = metrics_row(step, done, update.schedule, update.skipped, clock, self.device, s.optim.global_batch)
         row |= mfu(row["clips_per_s"], self.plan.flop_per_clip, self.device, self.world.size)
         row |= self.profiler.touches(step, clock.steps)
-        self.log.metrics(row)
+        said = self.judge.check(step, row)
+        self.log.metrics(row | {"verdict": self.judge.verdict.word})
         if "profiled" in row:
             self.eta.forget()
         self.eta.stepped(step)
         left = self.eta.left(step)
         self.log.say(console_line(row, s.last_step, left))
-        for alarm in self.alarms.check(step, row):
-            self.log.say(alarm.sentence)
+        for sentence in said:
+            self.log.say(sentence)
         since = clock.steps * s.optim.global_batch / row["clips_per_s"]
         told = {"loss": row["loss"], "clips_per_s": row["clips_per_s"], "seconds_left": left, "log_seconds": since}
-        self.log.status("training", step, **told)
+        self._status("training", step, **told)
+
+    def _status(self, state: str, step: int, **more: Any) -> None:
+        verdict = self.judge.verdict
+        self.log.status(state, step, verdict=verdict.word, verdict_text=verdict.sentence, **more)
 
     # -- endings ------------------------------------------------------------------------------------------------------
 
@@ -346,7 +364,7 @@ class Trainer:
 
     def _finish(self, step: int) -> Exit:
         self.findings.share()
-        self.log.status("evaluating", step)
+        self._status("evaluating", step)
         if (ended := self._probe(step)) is not None:
             return ended
         if self.settings.log.images and self.world.first:
@@ -356,7 +374,8 @@ class Trainer:
         self._wait_for_the_first()
         for line in self.findings.summary():
             self.log.say(line)
-        self.log.status("done", step)
+        self._status("done", step)
+        self.log.say(f"verdict    {self.judge.verdict}")
         self.log.say(f"done       {step} steps: {self.run.path}")
         return Exit.DONE
 
@@ -366,6 +385,7 @@ class Trainer:
         path = self._own("non_finite.json")
         schedule = self.update.schedule
         more = {"step": step, "lr": schedule.lr_at(step - 1), "weight_decay": schedule.weight_decay_at(step - 1)}
+        self.judge.verdict = DIVERGED  # these steps may not have come to a row yet
         self.bad_steps.diagnose(path, self.update.norms_of_bad_step(), more)
         reason = self.bad_steps.reason or "another process had too many steps that were not finite"
         return self._fail(step, Exit.NON_FINITE, f"{reason}; what is known of them is in {path}")
@@ -380,7 +400,7 @@ class Trainer:
             else f"the last checkpoint is of step {self.keeper.saved_step}"
         )
         self.log.say(f"stopped    at step {step}: {reason}; {kept}")
-        self.log.status("failed", step, reason=reason)
+        self._status("failed", step, reason=reason)
         return code
 
     def _leave(self, step: int) -> Exit:
@@ -388,5 +408,5 @@ class Trainer:
         self.log.stop_progress()
         reason = self.interrupts.received or "a signal to another process"
         self.log.say(f"stopped    by {reason}, saved at step {step}; the same command continues")
-        self.log.status("stopped", step, reason=reason)
+        self._status("stopped", step, reason=reason)
         return Exit.SAVED_AFTER_SIGNAL

@@ -176,6 +176,23 @@ class OptimizerPass:
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
         return norms
 
+    @torch.no_grad()
+    def ema_distance(self) -> Tensor:
+        """How far the target encoder is from the encoder: |target - encoder| / |encoder| over all trained weights.
+
+        0-dim float32 on the device; measured on the float32 masters, over all shards. Every process has to ask.
+        """
+        pairs = [(weight.target, weight.master.data) for weight in self.weights if weight.target is not None]
+        apart: list[Tensor] = []
+        length: list[Tensor] = []
+        # In slices, so that the temporary differences stay small beside a large encoder.
+        for start in range(0, len(pairs), 32):
+            targets, onlines = map(list, zip(*pairs[start : start + 32]))
+            apart += torch._foreach_norm(torch._foreach_sub(targets, onlines), 2)
+            length += torch._foreach_norm(onlines, 2)
+        norms = self.exchange.norms(torch.stack([torch.linalg.vector_norm(torch.stack(n)) for n in (apart, length)]))
+        return norms[0] / norms[1]
+
     def _norms(self, loss: Tensor) -> StepNorms:
         parts = [norms_of([w for w in self.weights if w.of_encoder is network]) for network in (True, False)]
         norms = self.exchange.norms(torch.stack([torch.linalg.vector_norm(each) for _, each in parts]))

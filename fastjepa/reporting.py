@@ -1,5 +1,6 @@
 """The row of metrics.jsonl and the line on the console that a log step leaves."""
 
+import math
 import resource
 import time
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastjepa import health
 from fastjepa.gpus import peak_flops
 from fastjepa.log import duration
-from fastjepa.optim import Schedule
+from fastjepa.optim import Schedule, StepNorms
 
 
 @dataclass
@@ -25,16 +26,17 @@ class Clock:
 
 @dataclass
 class StepDone:
-    """What a step leaves behind, 0-dim on the device; health on log steps only.
+    """What a step leaves behind, 0-dim on the device; health and EMA distance on log steps only.
 
     `loss` is what was minimised, `loss_jepa` the prediction error in it, without the regulariser; both are means over
-    all processes, health is that of the clips of this one.
+    all processes. Norms and EMA distance are those of all weights, health is that of the clips of this process.
     """
 
     loss: Tensor
     loss_jepa: Tensor
-    grad_norm: Tensor
+    norms: StepNorms
     health: health.Health | None
+    ema_distance: Tensor | None
 
 
 def metrics_row(
@@ -42,23 +44,38 @@ def metrics_row(
 ) -> dict[str, Any]:
     """What metrics.jsonl gets of a log step; waits for the device. `clips` are those of a step, over all processes."""
     assert done.health is not None, "a step is reported only after its health was measured"
+    assert done.ema_distance is not None
+    figures = {
+        "loss": done.loss,
+        "loss_jepa": done.loss_jepa,
+        "grad_norm": done.norms.total,
+        "grad_norm_encoder": done.norms.encoder,
+        "grad_norm_predictor": done.norms.predictor,
+        "ema_distance": done.ema_distance,
+        "skipped": skipped,
+        **vars(done.health),
+    }
+    values = transferred(figures)
+    trivial, loss_jepa = values.pop("trivial_loss"), values.pop("loss_jepa")
     seconds = time.perf_counter() - clock.started
-    value, trivial = done.loss.item(), done.health.trivial_loss.item()
     return {
         "step": step,
-        "loss": value,
-        "loss_ratio": done.loss_jepa.item() / trivial if trivial > 0 else None,
+        "loss": values.pop("loss"),
+        "loss_ratio": loss_jepa / trivial if trivial > 0 else None,
         "lr": schedule.lr_at(step - 1),
         "weight_decay": schedule.weight_decay_at(step - 1),
         "momentum": schedule.momentum_at(step - 1),
-        "grad_norm": done.grad_norm.item(),
-        "rank": done.health.rank.item(),
-        "feature_std": done.health.feature_std.item(),
-        "skipped": int(skipped.item()),
+        "skipped": int(values.pop("skipped")),
+        **values,
         "clips_per_s": clock.steps * clips / seconds,
         "data_wait": clock.waited / seconds,
         "memory_gb": _memory_gb(device),
     }
+
+
+def transferred(figures: dict[str, Tensor]) -> dict[str, float]:
+    """0-dim tensors on the host, all in one transfer: each by itself would wait for the device once more."""
+    return dict(zip(figures, torch.stack([figure.double() for figure in figures.values()]).tolist()))
 
 
 def mfu(clips_per_s: float, flop_per_clip: float, device: torch.device, processes: int) -> dict[str, float]:
@@ -74,9 +91,10 @@ def console_line(row: dict[str, Any], last_step: int, seconds_left: float | None
     skipped = f"  {row['skipped']} skipped" if row["skipped"] else ""
     profiled = " while profiled" if row.get("profiled") else ""
     left = "" if seconds_left is None else f"  {duration(seconds_left)} left"
+    content = "" if math.isnan(row["content"]) else f"  content {row['content']:.2f}"
     return (
-        f"step {row['step']}/{last_step}  loss {row['loss']:.4f} ({ratio} of trivial)  rank {row['rank']:.1f}  "
-        f"{row['clips_per_s']:.4g} clips/s{profiled}{share}  data wait {row['data_wait']:.0%}  "
+        f"step {row['step']}/{last_step}  loss {row['loss']:.4f} ({ratio} of trivial){content}  "
+        f"rank {row['rank']:.1f}  {row['clips_per_s']:.4g} clips/s{profiled}{share}  data wait {row['data_wait']:.0%}  "
         f"{row['memory_gb']:.2g} GB{skipped}{left}"
     )
 

@@ -101,9 +101,13 @@ def features(kind, clips=8, tokens=32, width=64):
     return torch.nn.functional.layer_norm(made, (width,))
 
 
+def measured(kind):
+    return measure(features(kind), [features(kind)], 1.0)
+
+
 def row_of(kind, step):
     """What a run would log of such features."""
-    health = measure(features(kind), 1.0)
+    health = measured(kind)
     row = healthy(1, first=step // 10)[0]
     return row | {"rank": health.rank.item(), "feature_std": health.feature_std.item()}
 
@@ -129,9 +133,9 @@ def test_forced_collapse_is_said_within_two_checks(kind, key, learns):
 
 def test_features_that_are_all_the_same_may_have_a_high_rank():
     """What is left is rounding, which has all directions: that is why the deviation is watched too."""
-    assert measure(features("constant"), 1.0).rank.item() > 40
-    assert measure(features("constant"), 1.0).feature_std.item() < 1e-3
-    assert measure(features("healthy"), 1.0).feature_std.item() == pytest.approx(1, rel=0.05)
+    assert measured("constant").rank.item() > 40
+    assert measured("constant").feature_std.item() < 1e-3
+    assert measured("healthy").feature_std.item() == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize("key", ["rank", "feature_std"])
@@ -187,6 +191,16 @@ def test_a_spike_is_said_once_and_so_is_its_end(key, name, factor):
     assert [(step, kind) for step, kind, *_ in found] == [(510, "spike"), (550, "spike")]
     assert f"warning: step 510: {name} jumped to {rows[50][key]:.4g}" in found[0][3]
     assert f"{name} is back at {rows[54][key]:.4g}" in found[1][3]
+
+
+def test_a_loss_that_jumps_with_the_content_of_the_targets_is_no_spike():
+    rows = healthy(100, content=0.2)
+    for row in rows[50:]:
+        row["loss"], row["content"] = 3 * row["loss"], 0.5
+    assert follow(rows) == []
+    for row in rows[50:]:
+        row["content"] = 0.2
+    assert next(kind for _, kind, *_ in follow(rows)) == "spike"
 
 
 def test_a_second_spike_is_said_again():

@@ -181,6 +181,24 @@ def test_only_the_targets_pass_through_the_last_block_of_the_target_encoder(leng
     assert union.index.numel() < 4 * 32
 
 
+@pytest.mark.parametrize("execution", ["packed", "reference"])
+@pytest.mark.parametrize("with_union", [True, False])
+def test_a_look_gives_all_target_features_and_changes_no_bit(execution, with_union):
+    jepa = make(execution)
+    context, target = masks(4, group=2)
+    union = target_union(target, 32) if with_union else None
+    plain = jepa(clips(4), context, target, union=union)
+    looked = jepa(clips(4), context, target, union=union, look=True)
+    assert torch.equal(plain.loss, looked.loss)
+    assert plain.every_target is plain.predictions is None
+    assert not looked.every_target.requires_grad
+    torch.testing.assert_close(looked.every_target, jepa.target_features(clips(4)), rtol=1e-12, atol=1e-12)
+    assert [len(p) for p in looked.predictions] == [one.index.numel() for one in target]
+    weights = [weight for weight in jepa.encoder.parameters() if weight.requires_grad]
+    for one, other in zip(*(torch.autograd.grad(out.loss, weights) for out in (plain, looked))):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("set_kind", ["dense", "groups"])
 def test_collected_lists_have_a_tensor_a_mask_set(set_kind):
     jepa = make()

@@ -86,6 +86,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.signals", {"exits"}),
         ("fastjepa.badsteps", {"data", "optim", "runfolder"}),
         ("fastjepa.alarms", set()),
+        ("fastjepa.verdict", {"alarms"}),
         ("fastjepa.watchdog", {"watcher"}),
         ("fastjepa.watcher", set()),
     ],

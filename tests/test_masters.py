@@ -193,6 +193,19 @@ def test_a_parameter_without_a_gradient_is_left_alone_and_its_target_is_averaged
     assert_close(*results)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_the_distance_of_the_target_encoder_is_that_of_the_float32_weights(way):
+    jepa, update = make(**WAYS[way])
+    assert update.ema_distance().item() == 0
+    train(update, range(3))
+    tensors = update.tensors()
+    trained = [name for name, p in jepa.named_parameters() if name.startswith("encoder.") and p.requires_grad]
+    apart = torch.cat([(tensors[f"target_{name}"] - tensors[name]).flatten() for name in trained])
+    length = torch.cat([tensors[name].flatten() for name in trained])
+    assert update.ema_distance().item() == pytest.approx((apart.norm() / length.norm()).item(), rel=1e-4)
+    assert update.ema_distance().dtype == torch.float32
+
+
 def test_one_call_moves_everything(monkeypatch):
     calls = []
     monkeypatch.setattr(

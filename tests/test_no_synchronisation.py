@@ -127,12 +127,14 @@ def prepared(operations, targets, lengths):
 
 
 def steps(jepa, arguments, update, region):
-    """Two whole training steps: the second finds moments and gradients of the first."""
+    """Two whole training steps: the second finds moments and gradients of the first, and looks at what it computes."""
     *given, union = arguments
     for number in range(2):
         with region:
-            loss = jepa(*given, union=union).loss
+            loss = jepa(*given, union=union, look=number == 1).loss
         update.backward(loss)
+        if number:
+            update.ema_distance()
         update.step(number, loss.detach())
 
 

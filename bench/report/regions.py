@@ -58,6 +58,9 @@ REGIONS = {
     "saving": Region(
         ("saving",), tables.plain, BENCHES, on_a_cpu="The demo's step on a CPU: no figure for a large model or a GPU."
     ),
+    "health": Region(
+        ("health",), tables.plain, BENCHES, on_a_cpu="The demo's step on a CPU: no figure for a large model or a GPU."
+    ),
     "step": Region(("step",), tables.steps, "`bench/gpu.sh step` on a machine with a GPU", "Clips a second of steps"),
     "public": Region(
         ("public",),

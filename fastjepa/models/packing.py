@@ -28,18 +28,57 @@ def encode_all(
     With `index` int64 [B, U] those tokens alone: [B, U, E]. All are keys to the end, so that only the last block is
     spared something.
     """
+    return _encode(encoder, patches, operations, index, every=False)[0]
+
+
+def encode_both(
+    encoder: VisionTransformer, patches: Patches, operations: Operations = LIBRARY, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `encode_all` gives, to the last bit, and the features of all tokens too, [B, N, E].
+
+    The last block then finishes the tokens that `index` does not name as well.
+    """
+    asked, every = _encode(encoder, patches, operations, index, every=True)
+    assert every is not None
+    return asked, every
+
+
+def _encode(
+    encoder: VisionTransformer, patches: Patches, operations: Operations, index: Tensor | None, *, every: bool
+) -> tuple[Tensor, Tensor | None]:
     assert encoder.out_layers is None, "the packed pass takes no out_layers"
     x = operations.embed_all(encoder, patches)
     clips = len(patches.pixels)
     layout = operations.layout([Stretch(clips, len(x) // clips)], x.device)
     *blocks, last = encoder.blocks
     if index is None:
-        features, _ = _run_blocks(operations, [*blocks, last], encoder.norm, x, layout, kept=True)
-        return features.unflatten(0, (clips, -1))
+        features = _run_blocks(operations, [*blocks, last], encoder.norm, x, layout, kept=True)[0]
+        features = features.unflatten(0, (clips, -1))
+        return features, features
     assert isinstance(last, Block)
     normed, x = _run_blocks(operations, blocks, last.norm1, x, layout)
-    wanted = Wanted(flat_rows(index, len(x) // clips), operations.layout([Stretch(*index.shape)], x.device))
-    return operations.last_block(last, encoder.norm, normed, x, layout, wanted, True).unflatten(0, (clips, -1))
+    tokens = len(x) // clips
+
+    def finished(some: Tensor) -> Tensor:
+        wanted = Wanted(flat_rows(some, tokens), operations.layout([Stretch(*some.shape)], x.device))
+        return operations.last_block(last, encoder.norm, normed, x, layout, wanted, True).unflatten(0, (clips, -1))
+
+    asked = finished(index)
+    if not every or index.shape[1] == tokens:
+        return asked, _in_order(asked, index) if every else None
+    others = _others(index, tokens)
+    return asked, _in_order(torch.cat([asked, finished(others)], dim=1), torch.cat([index, others], dim=1))
+
+
+def _others(index: Tensor, tokens: int) -> Tensor:
+    """The tokens of each clip that [B, U] does not name: [B, tokens - U], without asking the device."""
+    named = torch.zeros(len(index), tokens, dtype=torch.uint8, device=index.device).scatter_(1, index, 1)
+    return named.argsort(dim=1, stable=True)[:, : tokens - index.shape[1]]
+
+
+def _in_order(features: Tensor, place: Tensor) -> Tensor:
+    """[B, N, E] features of all tokens, sorted by the places [B, N] at which they stand."""
+    return torch.empty_like(features).scatter_(1, place.unsqueeze(-1).expand_as(features), features)
 
 
 def encode_sets(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastjepa.exchange import Exchange
@@ -51,17 +51,13 @@ class Sharded(Exchange):
         self._root = _Root(jepa, list(units.values()))
         done = {parameter for unit in units.values() for parameter in unit.parameters()}
         fully_shard(self._root, mesh=mesh, mp_policy=wide, reshard_after_forward=True, ignored_params=done)
-        register_fsdp_forward_method(self._root, "target_features")
         for parameter in jepa.parameters():
             assert isinstance(parameter, DTensor), "every weight is in a unit or in the root"
 
     def loss(self, *arguments: Any, **more: Any) -> JEPAOutput:
-        """As `JEPA.forward`, without collected predictions."""
-        return JEPAOutput(*self._root(arguments, more))
-
-    def target_features(self, clips: Tensor) -> Tensor:
-        """As `JEPA.target_features`."""
-        return self._root.target_features(clips)
+        """As `JEPA.forward`; of what is kept on request, that of `look` alone."""
+        loss, loss_jepa, loss_reg, predictions, every = self._root(arguments, more)
+        return JEPAOutput(loss, loss_jepa, loss_reg, predictions, every_target=every)
 
     def collect(self, weights: list[Weight], last: bool, parts: int) -> None:
         """Each backward pass adds to the gradients of the shards; after the last they are the masters'."""
@@ -126,9 +122,6 @@ class _Root(nn.Module):
         super().__init__()
         self.jepa, self.units = jepa, nn.ModuleList(units)
 
-    def forward(self, arguments: tuple, more: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, arguments: tuple, more: dict[str, Any]) -> tuple[Any, ...]:
         out = self.jepa(*arguments, **more)
-        return out.loss, out.loss_jepa, out.loss_reg
-
-    def target_features(self, clips: Tensor) -> Tensor:
-        return self.jepa.target_features(clips)
+        return out.loss, out.loss_jepa, out.loss_reg, out.predictions, out.every_target

@@ -64,7 +64,9 @@ class Case:
 
 @dataclass
 class Trained:
-    """What steps have left: per step (loss, norms of encoder and predictor, sum of target features of a clip); the end.
+    """What steps have left; the end.
+
+    Per step: loss, norms of encoder and predictor, sum of all target features of a clip, EMA distance before the step.
 
     `tensors` are whole ones; `changed` names what each step has changed; `held` are bytes of weights and moments that
     this process holds.
@@ -137,15 +139,17 @@ def _step(
             batch[0, 0, 0, 0, 0] = fault.value
         with exchange.part(last):
             with parallel.autocast(CPU, "bfloat16" if case.half else "float32"), _spoiled(exchange, fault):
-                out = exchange.loss(batch, context, target, draws)
+                out = exchange.loss(batch, context, target, draws, look=part == 0)
                 if part == 0:
-                    features = exchange.target_features(batch[:1]).double().abs().sum().item()
+                    assert out.every_target is not None
+                    features = out.every_target[0].double().abs().sum().item()
             loss = out.loss + fault.value if fault is not None and fault.where == "loss" else out.loss
             update.backward(loss / case.parts, last)
         total += loss.detach() / case.parts
     mean = exchange.mean(total)
+    distance = update.ema_distance().item()
     norms = update.step(step, mean)
-    return (mean.item(), norms.encoder.item(), norms.predictor.item(), features)
+    return (mean.item(), norms.encoder.item(), norms.predictor.item(), features, distance)
 
 
 def _draws(case: Case, exchange: Exchange, slots: range, target: list[TokenSet]) -> Any:

@@ -53,7 +53,7 @@ def test_two_processes_are_one_with_all_clips_in_float64(alone, in_two):
     assert found["norms"] <= 1e-12
     assert found["weights"] <= 1e-12
     assert found["moments"] <= 1e-11
-    norms = [encoder**2 + predictor**2 for _, encoder, predictor, _ in alone["float64"].steps]
+    norms = [encoder**2 + predictor**2 for _, encoder, predictor, *_ in alone["float64"].steps]
     assert min(norms) > 0.1**2, "so small a limit clips every step"
 
 

@@ -109,8 +109,8 @@ def gathered() -> dict:
         seen["idle"]["made"] = whole_ones()
         loss = exchange.loss(clips, context, target).loss
         seen["idle"]["forward"] = whole_ones()
-        exchange.target_features(clips)
-        seen["idle"]["features"] = whole_ones()
+        exchange.loss(clips, context, target, look=True)
+        seen["idle"]["look"] = whole_ones()
     update.backward(loss)
     seen["idle"]["backward"] = whole_ones()
     update.step(0, loss.detach())
@@ -121,12 +121,12 @@ def gathered() -> dict:
 
 def test_a_block_is_whole_while_it_runs_and_nothing_is_between_passes():
     for seen in run_processes(gathered, 2):
-        # A pass: the target encoder's, the encoder's, the predictor's, whose last blocks go another way; then features.
+        # A pass: the target encoder's, the encoder's, the predictor's, whose last blocks go another way.
         assert len(seen["running"]) >= 5
         for whole in seen["running"]:
             assert len(whole) == 1, f"one block at a time, not {whole}"
         assert seen["dtypes"] == {(HALF, torch.float32, torch.float32)}, "norms keep float32, as they do in one process"
-        assert seen["idle"] == {name: [] for name in ("made", "forward", "features", "backward", "step")}
+        assert seen["idle"] == {name: [] for name in ("made", "forward", "look", "backward", "step")}
         assert seen["gradients"] == []
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +64,9 @@ class Log:
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl; numbers that are not finite are written as null."""
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Figures that are no row of metrics.jsonl, such as those of a probe, for TensorBoard and Weights & Biases."""
 
     def status(self, state: str, step: int | None, **more: Any) -> None:
         """Replace status.json: state, step (None for the last one that was said), time of the heartbeat."""
@@ -158,12 +161,15 @@ class RunLog(Log):
         with self._full_disk_is_said():
             self._metrics.write(json.dumps(clean) + "\n")
             self._metrics.flush()
-        numbers = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "step"}
+        self.scalars(row["step"], {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "step"})
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        """As `Log`."""
         if self._board is not None:
             for key, value in numbers.items():
-                self._board.add_scalar(key, value, row["step"])
+                self._board.add_scalar(key, value, step)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
+            self._wandb.log(dict(numbers), step=step)
 
     def status(self, state: str, step: int | None, **more: Any) -> None:
         """As `Log`."""

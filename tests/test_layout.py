@@ -64,6 +64,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.survey", {"build", "config", "data", "exits", "forecast", "gpus", "memory", "plan", "preparing"}),
         ("fastjepa.opened", {"build", "config", "configfile", "fit", "interop", "models"}),
         ("fastjepa.verbs.parsing", set()),
+        ("fastjepa.probe", {"data", "models", "probe", "streams"}),
         ("fastjepa.health", set()),
         ("fastjepa.costs", set()),
         ("fastjepa.gpus", set()),

@@ -41,8 +41,7 @@ def main(arguments: Sequence[str]) -> Exit:
     folder = given.out or (opened.run / "probe" if opened.run else Path(f"probe-{opened.path.name.split('.')[0]}"))
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(len(split) for split in videos.splits.values())
-    step = "" if opened.step is None else f", step {opened.step}"
-    say(f"weights    {opened.path}: {given.network} of {opened.description}{step}")
+    say(f"weights    {opened.path}: {given.network} of {opened.description}")
     say(f"videos     {videos.description}")
     how, said = evaluation.within_space(how, opened.encoder, videos, folder)
     if said:

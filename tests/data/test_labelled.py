@@ -87,5 +87,5 @@ def test_a_test_collection_is_what_is_tested_on_and_nothing_else(tmp_path):
 def test_a_class_that_cannot_be_learned_is_named(tmp_path):
     train = listed(tmp_path, "train.csv", [("a.mp4", "x"), ("b.mp4", "y")])
     test = listed(tmp_path, "val.csv", [("c.mp4", "x"), ("d.mp4", "new")])
-    with pytest.raises(ValueError, match="classes that the others have not: new$"):
+    with pytest.raises(ValueError, match=r"classes that the others have not: new$"):
         tested_on(train, test)

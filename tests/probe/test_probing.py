@@ -22,6 +22,7 @@ from fastjepa.probe import Baselines, Cut, Protocol, features
 from fastjepa.probe.baselines import Baseline
 
 CPU = torch.device("cpu")
+LINEAR = Protocol(("linear",), Cut(4, 1, 16))
 
 
 def go_on() -> bool:
@@ -171,7 +172,7 @@ def test_what_needs_no_training_is_measured_once(videos, tmp_path):
         drawn.append(1)
         return encoder
 
-    def go(how=Protocol(("linear",), Cut(4, 1, 16)), of=videos):
+    def go(how=LINEAR, of=videos):
         known = evaluation.baselines(s, of, how, tmp_path)
         return probe.probe(
             lambda: encoder, untrained, of, Reader(of.paths, 2), how, go_on, folder=tmp_path, known=known

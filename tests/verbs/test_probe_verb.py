@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         (folder / "tiny.yaml").write_text(SETTINGS)
-        overrides = [f"log.folder={folder / 'runs'}", "optim.steps=2", "optim.warmup_steps=0", "checkpoint.every=1"]
+        overrides = [f"log.folder={folder / 'runs'}", "optim.steps=2", "checkpoint.every=1"]
         assert start(configfile.load(folder / "tiny.yaml", overrides), "tiny") == Exit.DONE
         yield next((folder / "runs").glob("tiny-*"))
 

@@ -14,7 +14,7 @@ from fastjepa import config, probe, viz
 from fastjepa.build import build_dataset, build_masks, build_reader, draw_encoder
 from fastjepa.config import Settings
 from fastjepa.data.crashes import LISTED, Crashes
-from fastjepa.data.labelled import open_labelled, tested_on
+from fastjepa.data.labelled import open_labelled, with_test
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
 from fastjepa.log import Log, read_metrics
@@ -54,7 +54,7 @@ def probed_videos(s: Settings, videos: Videos) -> Videos:
     if s.eval.test is None or not own.tasks:
         return own
     try:
-        return tested_on(own, _opened("eval.test", s.eval.test, s.optim.seed))
+        return with_test(own, _opened("eval.test", s.eval.test, s.optim.seed))
     except ValueError as error:
         raise ValueError(f"eval.test: {str(error).removeprefix('eval.test: ')}") from None
 

@@ -61,7 +61,7 @@ def class_folders(root: Path) -> Videos:
     return collected(named, root, f"in {len(classes)} class folders of {root}", listed=False)
 
 
-def tested_on(videos: Videos, test: Videos) -> Videos:
+def with_test(videos: Videos, test: Videos) -> Videos:
     """One collection for probes: learned from and chosen on `videos`, tested on `test`.
 
     Classes are one by their names. Errors: ValueError where the two have no task in common, or `test` a class that

@@ -20,7 +20,7 @@ from fastjepa.build import build_reader
 from fastjepa.config import Settings
 from fastjepa.data.crashes import LISTED, Crashes
 from fastjepa.data.dataset import Reader
-from fastjepa.data.labelled import open_labelled, tested_on
+from fastjepa.data.labelled import open_labelled, with_test
 from fastjepa.data.source import Videos
 from fastjepa.exits import Exit
 from fastjepa.log import duration
@@ -163,7 +163,7 @@ def _videos(data: str | None, test: str | None, s: Settings) -> Videos:
     if test is None:
         return videos
     try:
-        return tested_on(videos, _labelled("--test", test, s))
+        return with_test(videos, _labelled("--test", test, s))
     except ValueError as error:
         raise ValueError(f"--test: {str(error).removeprefix('--test: ')}") from None
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastjepa.data.labelled import class_folders, open_labelled, tested_on
+from fastjepa.data.labelled import class_folders, open_labelled, with_test
 from fastjepa.data.source import open_videos
 
 
@@ -72,7 +72,7 @@ def listed(folder, name, rows):
 def test_a_test_collection_is_what_is_tested_on_and_nothing_else(tmp_path):
     train = listed(tmp_path, "train.csv", [(f"t{number}.mp4", "abc"[number % 3]) for number in range(12)])
     test = listed(tmp_path, "val.csv", [("v0.mp4", "c"), ("v1.mp4", "b")])  # numbers classes otherwise
-    both = tested_on(train, test)
+    both = with_test(train, test)
     (task,) = both.tasks.values()
     named = {path.rpartition("/")[2]: task.classes[label] for path, label in zip(both.paths, task.labels)}
     assert named["v0.mp4"] == "c"
@@ -88,4 +88,4 @@ def test_a_class_that_cannot_be_learned_is_named(tmp_path):
     train = listed(tmp_path, "train.csv", [("a.mp4", "x"), ("b.mp4", "y")])
     test = listed(tmp_path, "val.csv", [("c.mp4", "x"), ("d.mp4", "new")])
     with pytest.raises(ValueError, match=r"classes that the others have not: new$"):
-        tested_on(train, test)
+        with_test(train, test)

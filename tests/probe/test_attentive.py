@@ -13,6 +13,7 @@ from fastjepa import evaluation, probe
 from fastjepa.data.dataset import Reader
 from fastjepa.data.source import open_videos
 from fastjepa.exits import Exit
+from fastjepa.models.clip_aggregation import mean_probabilities
 from fastjepa.probe import Cut, ProbeStopped, Protocol, attentive, linear_accuracy, probing
 from fastjepa.probe.scores import accuracy
 from fastjepa.probe.tokens import TokenFile
@@ -84,6 +85,18 @@ def test_the_choice_is_made_on_validation_and_reported_on_test(tmp_path, monkeyp
         found = attentive.classify(file, labels, rows, 2, 2, (0, 0), CPU, go_on)
     assert accuracy(found.probabilities, labels[rows["test"]]) == 4 / 20
     assert found.choice == {"lr": 1e-3, "weight_decay": 0.1, "validation": 0.8}
+
+
+def test_the_probabilities_of_a_video_are_the_mean_over_its_views(tmp_path, monkeypatch):
+    """Three views of each of five videos, in batches that do not divide them, beside the published prediction."""
+    monkeypatch.setattr(attentive, "BATCH", 7)
+    logits = torch.randn(15, 2, 4, generator=torch.Generator().manual_seed(0))  # of each row by two classifiers
+    rows = torch.randperm(15, generator=torch.Generator().manual_seed(1)).view(5, 3)
+    with TokenFile(tmp_path) as file:
+        monkeypatch.setattr(file, "read", lambda numbers, device: logits[numbers])
+        have = attentive.probabilities(lambda x: x.transpose(0, 1), file, rows, CPU, go_on)
+    want = [mean_probabilities([logits[rows[:, view], head] for view in range(3)]) for head in range(2)]
+    assert torch.allclose(have, torch.stack(want))
 
 
 # The probe of encoders

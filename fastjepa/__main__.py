@@ -20,6 +20,11 @@ VERBS = {
         "what a collection of videos holds, which files are bad, whether this machine decodes fast enough; "
         "or encode it once more for fast training",
     ),
+    "probe": (
+        "fastjepa.verbs.probe",
+        "WEIGHTS [--probe knn,linear,attentive] [--data PATH] ...",
+        "what the features of a run or of published weights learned: kNN, linear and attentive classifiers",
+    ),
     "info": (
         "fastjepa.verbs.info",
         "[RUN | SETTINGS.yaml]",

@@ -21,7 +21,7 @@ from fastjepa.data.source import Videos
 from fastjepa.exchange import Exchange
 from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, MaskCollator, RandomTubeMaskCollator
-from fastjepa.models import VisionTransformer, build_vit, vit_predictor
+from fastjepa.models import VisionTransformer, VisionTransformerPredictor, build_vit, vit_predictor
 from fastjepa.models.initialise import redraw_linears
 from fastjepa.models.layers import Attention
 from fastjepa.models.operations import LIBRARY, Operations
@@ -37,19 +37,8 @@ GPU_THREADS = 16
 def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
     """Encoder, predictor and target encoder on the CPU, in float32: the same weights for the same seed."""
     torch.manual_seed(s.optim.seed)
-    shared = _shared(s)
-    encoder = build_vit(s.model.name, **shared)
-    predictor = vit_predictor(
-        embed_dim=encoder.embed_dim,
-        predictor_embed_dim=s.model.predictor_dim,
-        depth=s.model.predictor_depth,
-        num_heads=s.model.predictor_heads or encoder.num_heads,
-        use_mask_tokens=s.model.targets == "mask_tokens",
-        num_mask_tokens=s.mask.number_of_sets,
-        zero_init_mask_tokens=s.model.zero_init_mask_tokens,
-        noise=s.model.noise,
-        **shared,
-    )
+    encoder = build_encoder(s)
+    predictor = _predictor(s, encoder)
     if s.compat.reinit:
         redraw_linears(encoder, s.model.init_std)
         redraw_linears(predictor, s.model.init_std)
@@ -63,8 +52,32 @@ def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
     )
 
 
+def draw_encoder(s: Settings) -> VisionTransformer:
+    """The encoder that `build_jepa` begins with, alone: the same weights for the same seed, without gradients."""
+    torch.manual_seed(s.optim.seed)
+    encoder = build_encoder(s)
+    if s.compat.reinit:
+        _predictor(s, encoder)  # its draws come before the encoder's second ones
+        redraw_linears(encoder, s.model.init_std)
+    return encoder.requires_grad_(False)
+
+
+def _predictor(s: Settings, encoder: VisionTransformer) -> VisionTransformerPredictor:
+    return vit_predictor(
+        embed_dim=encoder.embed_dim,
+        predictor_embed_dim=s.model.predictor_dim,
+        depth=s.model.predictor_depth,
+        num_heads=s.model.predictor_heads or encoder.num_heads,
+        use_mask_tokens=s.model.targets == "mask_tokens",
+        num_mask_tokens=s.mask.number_of_sets,
+        zero_init_mask_tokens=s.model.zero_init_mask_tokens,
+        noise=s.model.noise,
+        **_shared(s),
+    )
+
+
 def build_encoder(s: Settings) -> VisionTransformer:
-    """An encoder alone, for weights that are loaded into it; nothing is seeded."""
+    """An encoder alone; nothing is seeded."""
     return build_vit(s.model.name, **_shared(s))
 
 

@@ -315,10 +315,20 @@ class Eval(Section):
     """Evaluation of the features during and after the run."""
 
     every: int = setting(0, "steps between two probes; 0 probes at the end only", "free", ge=0)
-    probe: Literal["auto", "linear", "attentive", "none"] = setting(
+    probe: Literal["auto", "knn", "linear", "attentive", "all", "none"] = setting(
         "auto",
-        "what classifies target features: linear on their mean, attentive on all tokens (slower); auto is linear where "
-        "the data has labels",
+        "what classifies target features: knn (nearest neighbours) and linear on their mean, attentive on all tokens "
+        "(slower), all three; auto is knn and linear where there are labels",
+        "free",
+    )
+    data: Annotated[str, Field(min_length=1)] | None = setting(
+        None,
+        "labelled videos or images that are probed in place of data.path: a list, shards, or a folder of class folders",
+        "free",
+    )
+    test: Annotated[str, Field(min_length=1)] | None = setting(
+        None,
+        "labelled videos or images that probes are tested on; null keeps a quarter of the others for that",
         "free",
     )
 

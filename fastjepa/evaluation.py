@@ -1,38 +1,118 @@
 """Once in a while, and at the end: probe the features and draw the pictures."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+from collections.abc import Callable
+from functools import cache
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastjepa import probe, viz
-from fastjepa.build import build_dataset, build_jepa, build_masks, build_reader
+from fastjepa import config, probe, viz
+from fastjepa.build import build_dataset, build_masks, build_reader, draw_encoder
 from fastjepa.config import Settings
 from fastjepa.data.crashes import LISTED, Crashes
+from fastjepa.data.labelled import open_labelled, with_test
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
 from fastjepa.log import Log, read_metrics
 from fastjepa.models import VisionTransformer
+from fastjepa.opened import load_encoder
+from fastjepa.probe import Protocol
 
 CLIPS_SHOWN = 4
+BASELINES = "untrained.json"
+# What eval.probe stands for.
+ASKED = {"auto": (probe.KNN, probe.LINEAR), "all": probe.KINDS, "none": ()}
 
 
 def should_probe(s: Settings, videos: Videos) -> tuple[bool, str]:
     """(whether features are probed, why not). Errors: ValueError where a probe is asked for that needs labels."""
     if s.eval.probe == "none":
         return False, ""
-    if not videos.tasks:
-        if s.eval.probe != "auto":
+    if not probed_videos(s, videos).tasks:
+        where = "eval.data" if s.eval.data else "eval.test" if s.eval.test else "data.path"
+        if s.eval.probe != "auto" or where != "data.path":
             raise ValueError(
-                f"eval.probe: {s.eval.probe} needs labels, and data.path has none (a list file can carry them)"
+                f"eval.probe: {s.eval.probe} needs labels, and {where} has none (a list file can carry them, and "
+                "eval.data can name a folder of class folders)"
             )
         return False, "no probe: the videos have no labels"
     return True, ""
+
+
+def probed_videos(s: Settings, videos: Videos) -> Videos:
+    """The labelled videos that a run is probed on: its own, or those of eval.data and eval.test.
+
+    Errors: ValueError, OSError.
+    """
+    if s.eval.data is None and s.eval.test is None:
+        return videos
+    own = videos if s.eval.data is None else _opened("eval.data", s.eval.data, s.optim.seed)
+    if s.eval.test is None or not own.tasks:
+        return own
+    try:
+        return with_test(own, _opened("eval.test", s.eval.test, s.optim.seed))
+    except ValueError as error:
+        raise ValueError(f"eval.test: {str(error).removeprefix('eval.test: ')}") from None
+
+
+@cache
+def _opened(setting: str, path: str, seed: int) -> Videos:
+    """A labelled collection, searched once in a process."""
+    try:
+        return open_labelled(path, seed)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {str(error).removeprefix('data.path: ')}") from None
+
+
+def protocol(s: Settings, kinds: tuple[str, ...], heads: int, segments: int = 1, views: int = 1) -> Protocol:
+    """How an encoder with these settings is probed; `heads` are its attention heads."""
+    d = s.data
+    cut = probe.Cut(d.frames, d.stride, d.crop, d.duration, d.fps, segments, views)
+    return Protocol(kinds, cut, heads, s.optim.seed)
+
+
+def baselines(s: Settings, videos: Videos, how: Protocol, folder: Path) -> probe.Baselines:
+    """Those of `folder`, under a key of all that they depend on."""
+    networks = {
+        key: value
+        for key, value in config.flat(s).items()
+        if key.startswith(("model.", "compat.", "mask.", "data.frame_rate", "data.patch", "data.tubelet"))
+    }
+    labels = {name: [task.classes, task.labels.tolist()] for name, task in videos.tasks.items()}
+    splits = {name: split.tolist() for name, split in videos.splits.items()}
+    cut = [how.cut, how.heads, how.seed, how.most]
+    content = json.dumps([networks, videos.fingerprint, videos.paths, labels, splits, repr(cut)], default=str)
+    key = hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()[:16]
+    return probe.Baselines(key, folder / BASELINES)
+
+
+def untrained_encoder(s: Settings, device: torch.device) -> VisionTransformer:
+    """The encoder that a run with these settings begins with; the state of the generators stays as it is."""
+    # Weights are drawn on the CPU, but torch.manual_seed moves the generator of the GPU too.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return draw_encoder(s).to(device).eval()
+
+
+def within_space(how: Protocol, encoder: VisionTransformer, videos: Videos, folder: Path) -> tuple[Protocol, str]:
+    """The protocol with as many videos as may keep their tokens in `folder`, and what is to be said of it.
+
+    Only the attentive probe keeps tokens.
+    """
+    total = sum(len(split) for split in videos.splits.values())
+    wanted = min(total, how.most)
+    if probe.ATTENTIVE not in how.kinds or not total:
+        return how, ""
+    learned = len(videos.splits["train"])
+    rows = (learned + (total - learned) * how.cut.views) / total  # of a video
+    most = int(probe.most_clips(encoder.num_patches * how.cut.segments, encoder.embed_dim, folder) / rows)
+    if most >= wanted:
+        return how, ""
+    said = f"probe of only {most} videos: the tokens of more do not fit in {folder} (or in 16 GB)"
+    return Protocol(how.kinds, how.cut, how.heads, how.seed, most), said
 
 
 def run_probe(
@@ -44,47 +124,54 @@ def run_probe(
     stopped: Callable[[], bool],
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Probe the target encoder beside an untrained one; console, probe/ and metrics of this step.
+    """Probe the target encoder beside an untrained one; console, probe/ and the curves of this step.
 
-    `state` are the weights of the target encoder where the networks of this process hold a part of them only.
-    `stopped` is asked often.
+    `state` are the weights of the target encoder where the networks of this process hold a part of them only; it is
+    emptied. `stopped` is asked often. At most one encoder is held beside those of `jepa`.
     """
     log.say(f"probing the features of step {step} ...")
     device = next(jepa.parameters()).device
     training = jepa.training
-    # Weights are drawn on the CPU, but torch.manual_seed moves the generator of the GPU too.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        untrained = build_jepa(s).target_encoder.to(device).eval()
+    target = jepa.target_encoder.eval()
+    assert isinstance(target, VisionTransformer)
+    kinds = ASKED.get(s.eval.probe, (s.eval.probe,))
+    videos = probed_videos(s, videos)
+    how, said = within_space(protocol(s, kinds, target.num_heads), target, videos, log.folder)
+    too_few = "too few of the labelled videos can be read"
+    if said:
+        log.say(said)
+        too_few = f"those of {how.most} videos are too few"
     reader = build_reader(s, videos)  # without a cache: every video is read once
     Crashes(videos.paths, log.folder / LISTED, log.say).keep_from(reader)
-    shape = probe.Cut(s.data.frames, s.data.stride, s.data.crop, s.data.duration, s.data.fps)
-    kind = "attentive" if s.eval.probe == "attentive" else "linear"
-    too_few = "too few of the labelled videos can be read"
-    trained = jepa.target_encoder.eval()
-    if state is not None:
-        trained = deepcopy(untrained)
-        trained.load_state_dict(state)
+
+    def trained() -> VisionTransformer:
+        if state is None:
+            return target
+        whole = load_encoder(s, state, "the target encoder").to(device)
+        state.clear()
+        return whole
+
     try:
-        if kind == "attentive":
-            assert isinstance(trained, VisionTransformer)
-            most = probe.most_clips(trained.num_patches, trained.embed_dim, log.folder)
-            if most < len(videos.paths) and most < probe.MOST_VIDEOS:
-                log.say(f"probe of only {most} videos: the tokens of more do not fit in {log.folder} (or in 16 GB)")
-                too_few = f"those of {most} videos are too few"
-            results = probe.attentive_probe(
-                trained, untrained, videos, reader, shape, stopped,
-                heads=trained.num_heads, seed=s.optim.seed, folder=log.folder, most=most,
-            )  # fmt: skip
-        else:
-            results = probe.probe(trained, untrained, videos, reader, shape, stopped)
+        results = probe.probe(
+            trained,
+            lambda: untrained_encoder(s, device),
+            videos,
+            reader,
+            how,
+            stopped,
+            folder=log.folder,
+            known=baselines(s, videos, how, log.folder / "probe"),
+        )
     finally:
         jepa.train(training)
     if not results:
         log.say(f"no probe: {too_few}")
         return
-    probe.write(results, step, log.folder / "probe", kind)
-    for line in probe.table(results, kind):
-        log.say(line)
+    for kind, rows in results.items():
+        probe.write(rows, step, log.folder / "probe", kind)
+        for line in probe.table(rows, kind):
+            log.say(line)
+    log.scalars(step, probe.numbers(results))
 
 
 def draw_pictures(s: Settings, videos: Videos, log: Log) -> None:
@@ -105,32 +192,8 @@ def draw_pictures(s: Settings, videos: Videos, log: Log) -> None:
     log.say(f"pictures   {log.folder / 'viz'}: " + ", ".join(p.name for p in sorted((log.folder / "viz").iterdir())))
 
 
-def show_probe(log: Log, step: int) -> None:
-    """Hand what probe/ has of this step to TensorBoard and W&B: its numbers, and its pictures."""
-    folder = log.folder / "probe"
-    for path in sorted(folder.glob(f"*step-{step:07d}.json")):
-        log.scalars(step, dict(_numbers("probe", json.loads(path.read_text()))))
-    show_pictures(log, step, sorted(folder.glob(f"*{step:07d}*.png")))
-
-
 def show_pictures(log: Log, step: int, paths: list[Path]) -> None:
     """Hand image files of the run folder to TensorBoard and W&B: viz/masks.png is viz/masks there."""
     for path in paths:
         name = path.relative_to(log.folder).with_suffix("").as_posix().removesuffix(f"-step-{step:07d}")
         log.picture(name, path, step)
-
-
-def _numbers(name: str, content: Any) -> Iterator[tuple[str, float]]:
-    """Every number in JSON by its place: probe/motion/trained; entries of a list by their task or kind."""
-    if isinstance(content, bool) or content is None:
-        return
-    if isinstance(content, int | float):
-        yield name, content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            inside = name if key == "results" else f"{name}/{key}"
-            yield from () if key in ("step", "videos") else _numbers(inside, value)
-    elif isinstance(content, list):
-        for number, entry in enumerate(content):
-            own = entry.get("task", number) if isinstance(entry, dict) else None
-            yield from () if own is None else _numbers(f"{name}/{own}", entry)

@@ -24,7 +24,7 @@ from fastjepa.data.loader import Batch, EncodedBatch, make_loader, running
 from fastjepa.data.source import Videos
 from fastjepa.data.upload import uploaded
 from fastjepa.eta import Aside, Eta
-from fastjepa.evaluation import draw_pictures, run_probe, should_probe, show_pictures, show_probe
+from fastjepa.evaluation import draw_pictures, run_probe, should_probe, show_pictures
 from fastjepa.exchange import Exchange
 from fastjepa.exits import Exit
 from fastjepa.findings import Findings
@@ -338,7 +338,6 @@ class Trainer:
             try:
                 with self.update.masters.in_place():
                     run_probe(self.settings, self.jepa, self.videos, self.log, step, self._still_probing, state)
-                show_probe(self.log, step)
             except ProbeStopped:
                 stopped = True
             except OSError as error:  # a full disk, say: features can be probed later, training goes on

@@ -12,7 +12,7 @@ from fastjepa.config import Data, Eval, Log, Mask, MaskSet, Model, Settings
 from fastjepa.data.source import open_videos
 from fastjepa.evaluation import draw_pictures, run_probe, should_probe
 from fastjepa.log import RunLog
-from fastjepa.probe import Accuracy, ProbeStopped
+from fastjepa.probe import Accuracy, ProbeStopped, Protocol
 
 
 def settings(wanted: str = "auto") -> Settings:
@@ -79,18 +79,19 @@ def test_the_target_encoder_is_probed_beside_the_weights_that_the_run_began_with
     random_state = torch.get_rng_state()
     calls = []
 
-    def watched(trained, untrained, videos_, reader, cut_out, stopped):
-        assert trained is jepa.target_encoder
-        assert not trained.training
-        assert not untrained.training
-        assert all(torch.equal(value, start[name]) for name, value in untrained.state_dict().items())
-        calls.append((videos_, reader.paths, cut_out, stopped()))
-        return RESULTS
+    def watched(trained, untrained, videos_, reader, protocol, stopped, **named):
+        assert trained() is jepa.target_encoder
+        assert not trained().training
+        assert not untrained().training
+        assert all(torch.equal(value, start[name]) for name, value in untrained().state_dict().items())
+        calls.append((videos_, reader.paths, protocol, stopped(), named["folder"]))
+        return {"linear": RESULTS}
 
     monkeypatch.setattr(probe, "probe", watched)
     jepa.train()
     run_probe(s, jepa, videos, run_log, 30, lambda: False)
-    assert calls == [(videos, videos.paths, probe.Cut(4, 1, 32), False)]
+    protocol = Protocol(("knn", "linear"), probe.Cut(4, 1, 32), heads=2, seed=s.optim.seed)
+    assert calls == [(videos, videos.paths, protocol, False, run_log.folder)]
     assert jepa.training
     assert jepa.target_encoder.training == jepa.encoder.training
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -104,7 +105,12 @@ def test_the_probe_cuts_clips_by_the_rule_of_the_run(videos, run_log, monkeypatc
     s = settings()
     s = s.model_copy(update={"data": s.data.model_copy(update={"stride": 4, **rule})})
     calls = []
-    monkeypatch.setattr(probe, "probe", lambda a, b, c, reader, cut_out, d: calls.append((reader, cut_out)) or RESULTS)
+
+    def watched(trained, untrained, videos_, reader, protocol, stopped, **named):
+        calls.append((reader, protocol.cut))
+        return {"linear": RESULTS}
+
+    monkeypatch.setattr(probe, "probe", watched)
     run_probe(s, build_jepa(s), videos, run_log, 30, lambda: False)
     ((reader, cut_out),) = calls
     assert cut_out == probe.Cut(4, 4, 32, **rule)

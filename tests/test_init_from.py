@@ -225,9 +225,9 @@ def test_wrong_weights_cost_nothing(run, file, capsys, kind):
 def test_the_untrained_encoder_of_the_probe_is_not_the_loaded_one(run, recipe, file, source, monkeypatch):
     seen = []
 
-    def probe(trained, untrained, *_):
-        seen.append([{k: t.clone() for k, t in net.state_dict().items()} for net in (trained, untrained)])
-        return []
+    def probe(trained, untrained, *_, **named):
+        seen.append([{k: t.clone() for k, t in make().state_dict().items()} for make in (trained, untrained)])
+        return {}
 
     monkeypatch.setattr(evaluation.probe, "probe", probe)
     code, _ = run(f"init.from={file}", "eval.probe=linear", *NO_MOVEMENT)

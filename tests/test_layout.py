@@ -72,6 +72,7 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.profiling", set()),
         ("fastjepa.log", {"config", "runfolder", "sinks"}),
         ("fastjepa.runstate", {"log"}),
+        ("fastjepa.probe", {"data", "models", "probe", "streams"}),
         ("fastjepa.health", set()),
         ("fastjepa.costs", set()),
         ("fastjepa.gpus", set()),

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import matplotlib.axes
 import numpy as np
@@ -18,7 +19,7 @@ from fastjepa.data.source import open_videos
 from fastjepa.data.transforms import cut
 from fastjepa.masks import Ragged
 from fastjepa.pixels import normalise
-from fastjepa.probe import Accuracy, Cut, ProbeStopped, linear_accuracy
+from fastjepa.probe import Accuracy, Cut, ProbeStopped, Protocol, linear_accuracy
 
 CUT = Cut(frames=8, stride=1, crop=32)
 
@@ -84,7 +85,7 @@ def test_the_penalty_is_chosen_on_validation_and_reported_on_test(monkeypatch):
         features[20 + test :, column] = -1
     features[:10] = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(5)[:, None]  # mean 0
 
-    def fixed(x, y, classes, penalty):
+    def fixed(x, y, classes, penalty, axes):
         assert torch.equal(y, labels[:10])
         weight = torch.zeros(4, 2, dtype=torch.float64)
         weight[list(right).index(penalty), 1] = 1.0
@@ -120,6 +121,13 @@ class Stub(torch.nn.Module):
 
 def go_on() -> bool:
     return False
+
+
+def probed(trained, untrained, videos, reader, cut_out, stopped) -> list[Accuracy]:
+    """The linear probe of two encoders."""
+    how = Protocol(("linear",), cut_out)
+    found = probe.probe(lambda: trained, lambda: untrained, videos, reader, how, stopped, folder=Path())
+    return found.get("linear", [])
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +167,7 @@ def few_pixels(monkeypatch):
 
 def test_features_that_know_beat_features_that_do_not(videos, knowing):
     trained, untrained = Stub(knowing), Stub(ignorant)
-    results = probe.probe(trained, untrained, videos, Reader(videos.paths, 2), CUT, go_on)
+    results = probed(trained, untrained, videos, Reader(videos.paths, 2), CUT, go_on)
     assert [r.task for r in results] == ["motion", "shape"]
     for r in results:
         assert r.trained == 1.0
@@ -171,7 +179,7 @@ def test_features_that_know_beat_features_that_do_not(videos, knowing):
 
 
 def test_the_two_encoders_are_not_exchanged(videos, knowing, few_pixels):
-    results = probe.probe(Stub(ignorant), Stub(knowing), videos, Reader(videos.paths, 2), CUT, go_on)
+    results = probed(Stub(ignorant), Stub(knowing), videos, Reader(videos.paths, 2), CUT, go_on)
     assert all(r.untrained == 1.0 and r.trained < 0.6 for r in results)
 
 
@@ -210,7 +218,7 @@ def test_unreadable_videos_are_left_out_and_the_others_keep_their_labels(videos,
     bad = {int(videos.splits["test"][0]), int(videos.splits["train"][3]), 0}
     paths = [str(tmp_path / "bad.mp4") if n in bad else path for n, path in enumerate(videos.paths)]
     encoder = Stub(knowing)
-    results = probe.probe(encoder, Stub(ignorant), replace(videos, paths=paths), Reader(paths, 2), CUT, go_on)
+    results = probed(encoder, Stub(ignorant), replace(videos, paths=paths), Reader(paths, 2), CUT, go_on)
     assert sum(shape[0] for shape in encoder.shapes) == 48 - len(bad)
     tested = len(set(videos.splits["test"].tolist()) - bad)
     assert tested < 12
@@ -221,14 +229,14 @@ def test_unreadable_videos_are_left_out_and_the_others_keep_their_labels(videos,
 def test_there_is_no_result_where_a_split_cannot_be_read(videos, knowing, few_pixels, lost):
     bad = range(48) if lost == "all" else videos.splits[lost].tolist()
     paths = ["absent.mp4" if n in bad else path for n, path in enumerate(videos.paths)]
-    assert probe.probe(Stub(knowing), Stub(ignorant), replace(videos, paths=paths), Reader(paths, 2), CUT, go_on) == []
+    assert probed(Stub(knowing), Stub(ignorant), replace(videos, paths=paths), Reader(paths, 2), CUT, go_on) == []
 
 
 def test_a_request_to_stop_ends_the_probe_at_the_next_batch(videos, knowing):
     encoder = Stub(knowing)
     answers = iter([False, False, True])
     with pytest.raises(ProbeStopped):
-        probe.probe(encoder, Stub(ignorant), videos, Reader(videos.paths, 2), CUT, lambda: next(answers))
+        probed(encoder, Stub(ignorant), videos, Reader(videos.paths, 2), CUT, lambda: next(answers))
     assert len(encoder.shapes) == 2
 
 
@@ -241,7 +249,7 @@ def test_chance_is_the_majority_class_of_train_on_test(videos, knowing, few_pixe
     labels[videos.splits["test"][5:]] = 1  # the majority of test, which must not count
     tasks = {"label": replace(videos.tasks["shape"], labels=labels)}
     paths = ["absent.mp4" if n in lost else path for n, path in enumerate(videos.paths)]
-    (result,) = probe.probe(
+    (result,) = probed(
         Stub(knowing), Stub(ignorant), replace(videos, tasks=tasks, paths=paths), Reader(paths, 2), CUT, go_on
     )
     tested = [n for n in videos.splits["test"].tolist() if n not in lost]

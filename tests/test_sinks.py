@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from fastjepa.config import Log
-from fastjepa.evaluation import show_pictures, show_probe
 from fastjepa.log import RunLog, read_metrics
 
 ROW = {"step": 20, "loss": 0.5, "skipped": 0, "loss_ratio": float("nan"), "mfu": None}
@@ -182,29 +181,9 @@ def test_a_run_hands_over_its_probe_and_its_pictures(run, wandb):
     for content, step in wandb.calls[2:-1]:
         for name, value in content.items():
             (pictures if isinstance(value, tuple) else numbers).setdefault(name, []).append(step)
-    assert numbers["probe/motion/trained"] == [5, 10]
-    assert numbers["probe/shape/untrained"] == [5, 10]
+    assert numbers["probe/linear/motion"] == [5, 10]
+    assert numbers["probe/linear/shape"] == [5, 10]
     assert numbers["loss"] == [5, 10]
     assert {"viz/loss", "viz/masks", "viz/clips"} <= pictures.keys()
     assert wandb.calls[1][0] == "config"
     assert wandb.calls[1][1]["optim.steps"] == 10
-
-
-def test_numbers_of_a_probe_are_named_by_their_place(open_log, wandb):
-    with open_log(wandb=True) as run:
-        folder = run.folder / "probe"
-        picture(folder / "confusion-motion-step-0000020.png")
-        picture(folder / "confusion-motion-step-0000010.png")
-        (folder / "step-0000020.json").write_text(
-            '{"step": 20, "probe": "attentive", "results": [{"task": "motion", "trained": 0.5, "videos": 12, '
-            '"choice": {"lr": 0.1, "edge": true}}]}'
-        )
-        show_probe(run, 20)
-        show_pictures(run, 20, [])
-    assert wandb.calls[1:-1] == [
-        ({"probe/motion/trained": 0.5, "probe/motion/choice/lr": 0.1}, 20),
-        (
-            {"probe/confusion-motion": ("image", str(folder / "confusion-motion-step-0000020.png"))},
-            20,
-        ),
-    ]

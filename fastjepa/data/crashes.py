@@ -18,18 +18,23 @@ class Crashes:
     Earlier slots had its clip: a run that goes on from there must find it again. `paths`: the list that videos are
     numbers of. `listed`: a line each with path, reason and slot, appended to; each of several training processes has
     one of its own (crashed_videos-3.jsonl), and knows at its start what all of them say. `say` is told what is wrong
-    with those files.
+    with those files. Those that are not a process's `own` it reads, and never writes.
     """
 
     def __init__(
-        self, paths: Sequence[str], listed: Path | None = None, say: Callable[[str], None] = warnings.warn
+        self,
+        paths: Sequence[str],
+        listed: Path | None = None,
+        say: Callable[[str], None] = warnings.warn,
+        *,
+        own: bool = True,
     ) -> None:
-        self.paths, self.listed, self.say = paths, listed, say
+        self.paths, self.listed, self.say = paths, listed if own else None, say
         self.known: dict[int, tuple[int, str]] = {}
         if listed is not None:
             name = re.sub(r"-[0-9]+$", "", listed.stem)
             for file in sorted(listed.parent.glob(f"{name}*{listed.suffix}")):
-                self._read(file, own=file == listed)
+                self._read(file, own=own and file == listed)
 
     def _read(self, listed: Path, *, own: bool) -> None:
         lines = listed.read_bytes().splitlines(keepends=True)

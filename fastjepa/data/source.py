@@ -77,7 +77,7 @@ def open_videos(
         kind = kind_of(place.name)
         if kind is None:
             return _list_file(place)
-        videos = _collected([Named(str(place), kind)], place.parent, f"in {place}", listed=True)
+        videos = collected([Named(str(place), kind)], place.parent, f"in {place}", listed=True)
         return videos if kind == SHARD else replace(videos, description=f"the {kind} {place}")
     siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, siblings, n=1)
@@ -90,7 +90,7 @@ def _folder(root: Path, closed: Callable[[OSError], None]) -> Videos:
     if not named:
         looked_for = " ".join(sorted(EXTENSIONS | IMAGE_EXTENSIONS | {SUFFIX}))
         raise ValueError(f"data.path: no video file under {root} (looked for {looked_for})")
-    return _collected(named, root, f"under {root}", listed=False)
+    return collected(named, root, f"under {root}", listed=False)
 
 
 def _refuse(error: OSError) -> None:
@@ -122,7 +122,7 @@ def _list_file(path: Path) -> Videos:
         named.append(Named(name if os.path.isabs(name) else str(path.parent / name), kind, label))
     if not named:
         raise ValueError(f"data.path: the list {path} names no video")
-    return _collected(named, path.parent, f"listed in {path}", listed=True)
+    return collected(named, path.parent, f"listed in {path}", listed=True)
 
 
 # A quoted or bare path, then optionally `::`, a comma, a tab or blanks and a label. A bare path may hold blanks, so
@@ -140,8 +140,11 @@ def _split_line(line: str) -> tuple[str, str | None]:
     return name.strip(), match["word"] or match["after"]
 
 
-def _collected(named: list[Named], root: Path, where: str, *, listed: bool) -> Videos:
-    """Errors: ValueError where there is nothing to read, or a compressed archive was named."""
+def collected(named: list[Named], root: Path, where: str, *, listed: bool) -> Videos:
+    """The videos among `named`, with their labels; names in the fingerprint are relative to `root`.
+
+    Errors: ValueError where there is nothing to read, or a compressed archive was named.
+    """
     if listed and (packed := [one.path for one in named if one.kind == PACKED]):
         raise ValueError(
             f"data.path: {packed[0]} is compressed and cannot be read at a place: unpack it to a plain .tar"

@@ -1,27 +1,25 @@
 """An attentive classifier on the single tokens: a learned query decides which of them to read.
 
 First-generation protocol (V-JEPA, arXiv 2404.08471, appendix): one cross-attention block with the encoder's number of
-heads, AdamW, cosine learning rate without warm-up, gradients clipped to norm 1, biases and norms without decay. As in
-the second generation a grid of learning rates and weight decays is trained at once; here validation chooses, and test
-is reported. Differs: one clip a video, the same in every epoch, so that its tokens are computed once.
+heads, AdamW, cosine learning rate without warm-up, gradients clipped to norm 1, biases and norms without decay; the
+segments of a video are one sequence, the prediction is the mean of the probabilities of its views. As in the second
+generation a grid of learning rates and weight decays is trained at once; here validation chooses, and test is reported.
+Differs: the clips of a video are the same in every epoch, so that their tokens are computed once.
 """
 
 from collections.abc import Callable
 from itertools import product
 from math import cos, pi
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.data.dataset import Reader
-from fastjepa.data.source import Videos
 from fastjepa.models import AttentiveClassifier
-from fastjepa.probe import features, linear
+from fastjepa.models.clip_aggregation import mean_probabilities
 from fastjepa.probe.features import ProbeStopped
 from fastjepa.probe.heads import Heads
-from fastjepa.probe.report import Accuracy, AttentiveAccuracy, Choice
+from fastjepa.probe.scores import Outcome, accuracy, labels_of
 from fastjepa.probe.tokens import TokenFile
 from fastjepa.streams import Purpose, stream, torch_seed
 
@@ -34,57 +32,7 @@ WEIGHT_DECAYS = (0.01, 0.4)
 GRID = tuple(product(LEARNING_RATES, WEIGHT_DECAYS))
 
 
-def attentive_probe(
-    trained: nn.Module,
-    untrained: nn.Module,
-    videos: Videos,
-    reader: Reader,
-    cut_out: features.Cut,
-    stopped: Callable[[], bool],
-    *,
-    heads: int,
-    seed: int,
-    folder: Path,
-    most: int = features.MOST_VIDEOS,
-) -> list[Accuracy]:
-    """Attentive accuracy of both encoders on every task of `videos`; pixels are classified by the linear probe.
-
-    Encoders take [B, C, T, H, W] and give [B, N, E] with E a multiple of `heads`, on one device. Their tokens lie in
-    nameless files in `folder` meanwhile. At most `most` videos are used, unreadable ones are left out; `stopped` is
-    asked between batches, also of the training. Empty where too few can be read to learn from two, to choose on one and
-    to test on one. A pure function of its arguments: no global random state is read or moved. Errors: ProbeStopped;
-    OSError where the disk is full.
-    """
-    device = next(trained.parameters()).device
-    members = features.members_of(videos, min(most, features.MOST_VIDEOS))
-    numbers: list[int] = []
-    coarse: list[Tensor] = []
-    with TokenFile(folder) as first, TokenFile(folder) as second:
-        for batch, clips in features.read_clips(members, reader, cut_out, stopped):
-            numbers += batch
-            coarse.append(features.coarse_pixels(clips))
-            for encoder, file in ((trained, first), (untrained, second)):
-                with torch.no_grad():
-                    file.append(encoder(clips.to(device)))
-        rows = features.rows_of(members, numbers)
-        if not rows:
-            return []
-        results: list[Accuracy] = []
-        pixels = torch.cat(coarse).double()
-        for number, (name, task) in enumerate(videos.tasks.items()):
-            labels, classes = torch.from_numpy(task.labels)[torch.tensor(numbers)], len(task.classes)
-            (best, choice), (other, other_choice) = (
-                attentive_accuracy(file, labels, rows, classes, heads, (seed, number), device, stopped)
-                for file in (first, second)
-            )
-            on_pixels = linear.linear_accuracy(pixels, labels, rows, classes)
-            chance = features.majority_accuracy(labels, rows)
-            tested = len(rows["test"])
-            results.append(AttentiveAccuracy(name, best, other, on_pixels, chance, tested, choice, other_choice))
-    return results
-
-
-def attentive_accuracy(
+def classify(
     tokens: TokenFile,
     labels: Tensor,
     rows: dict[str, Tensor],
@@ -93,17 +41,20 @@ def attentive_accuracy(
     key: tuple[int, int],
     device: torch.device,
     stopped: Callable[[], bool],
-) -> tuple[float, Choice]:
-    """(test accuracy, choice): of the grid's classifiers the best on validation, the first among equals.
+) -> Outcome:
+    """Of the grid's classifiers the best on validation, the first among equals.
 
-    `labels` int64 [M] for the M rows of `tokens`; `rows` are those of train, validation and test; `key` is (seed,
-    number of the task). Errors: ProbeStopped.
+    `labels` int64 [R] for the R rows of `tokens`; `rows` are those of train, validation and test, [M, V] or [M]; `key`
+    is (seed, number of the task). A pure function of its arguments: no global random state is read or moved. Errors:
+    ProbeStopped.
     """
-    network = train_heads(tokens, labels, rows["train"], classes, heads, key, device, stopped)
-    validation = accuracies(network, tokens, labels, rows["validation"], device, stopped)
-    test = accuracies(network, tokens, labels, rows["test"], device, stopped)
+    network = train_heads(tokens, labels, rows["train"].flatten(), classes, heads, key, device, stopped)
+    said = probabilities(network, tokens, rows["validation"], device, stopped)
+    validation = accuracy(said, labels_of(labels, rows["validation"]))
     best = int(validation.argmax())
-    return test[best].item(), Choice(*GRID[best], validation[best].item())
+    lr, weight_decay = GRID[best]
+    test = probabilities(network, tokens, rows["test"], device, stopped)
+    return Outcome(test[best], {"lr": lr, "weight_decay": weight_decay, "validation": validation[best].item()})
 
 
 def train_heads(
@@ -155,18 +106,15 @@ def train_heads(
 
 
 @torch.no_grad()
-def accuracies(
-    network: nn.Module,
-    tokens: TokenFile,
-    labels: Tensor,
-    rows: Tensor,
-    device: torch.device,
-    stopped: Callable[[], bool],
+def probabilities(
+    network: nn.Module, tokens: TokenFile, rows: Tensor, device: torch.device, stopped: Callable[[], bool]
 ) -> Tensor:
-    """The share of these rows that each classifier gets right, float64 [G]."""
-    right = []
-    for batch in rows.split(BATCH):
+    """What each classifier says of the videos of these rows, int64 [M, V] or [M], over their views: [G, M, K]."""
+    rows = rows.view(len(rows), -1)
+    found = []
+    for batch in rows.split(max(1, BATCH // rows.shape[1])):
         if stopped():
             raise ProbeStopped
-        right.append(network(tokens.read(batch, device)).argmax(dim=-1).cpu() == labels[batch])
-    return torch.cat(right, dim=1).double().mean(dim=1)
+        logits = network(tokens.read(batch.flatten(), device)).unflatten(1, batch.shape)
+        found.append(mean_probabilities(list(logits.unbind(dim=2))).cpu())
+    return torch.cat(found, dim=1)

@@ -1,6 +1,7 @@
 """The tokens of every probed clip, kept on disk: computed once, read again in every epoch of every classifier.
 
-2,000 clips of a ViT-L are 6.4 GB in half precision, which a training process has no memory for.
+2,000 clips of a ViT-L are 6.4 GB in half precision, which a training process has no memory for. One encoder is probed
+after the other, so one such file is there at a time.
 """
 
 import shutil
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of both encoders together. Twice a ViT-L of 2,000 clips at 224 px; larger models are probed on fewer videos.
+# More than twice a ViT-L of 2,000 clips at 224 px; larger models and several clips a video are probed on fewer videos.
 MOST_BYTES = 16e9
 # Of the space that is free: checkpoints have to fit beside it.
 MOST_OF_FREE = 0.5
@@ -56,6 +57,6 @@ class TokenFile:
 
 
 def most_clips(tokens: int, width: int, folder: Path) -> int:
-    """How many clips of `tokens` x `width` two encoders may keep in this folder."""
+    """How many rows of `tokens` x `width` may be kept in this folder."""
     room = min(MOST_BYTES, MOST_OF_FREE * shutil.disk_usage(folder).free)
-    return int(room / (2 * 2 * tokens * width))
+    return int(room / (2 * tokens * width))

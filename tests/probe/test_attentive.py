@@ -13,7 +13,9 @@ from fastjepa import evaluation, probe
 from fastjepa.data.dataset import Reader
 from fastjepa.data.source import open_videos
 from fastjepa.exits import Exit
-from fastjepa.probe import Cut, ProbeStopped, attentive, attentive_probe, linear_accuracy
+from fastjepa.models.clip_aggregation import mean_probabilities
+from fastjepa.probe import Cut, ProbeStopped, Protocol, attentive, linear_accuracy, probing
+from fastjepa.probe.scores import accuracy
 from fastjepa.probe.tokens import TokenFile
 
 CPU = torch.device("cpu")
@@ -55,10 +57,10 @@ def test_it_reads_one_token_among_many_which_a_linear_probe_on_the_mean_cannot(t
     assert linear_accuracy(x.mean(dim=1).double(), labels, rows, classes) < 0.5
     with TokenFile(tmp_path) as file:
         file.append(x)
-        accuracy, choice = attentive.attentive_accuracy(file, labels, rows, classes, 2, (0, 0), CPU, go_on)
-    assert accuracy > 0.95
-    assert choice.validation > 0.95
-    assert (choice.lr, choice.weight_decay) in attentive.GRID
+        found = attentive.classify(file, labels, rows, classes, 2, (0, 0), CPU, go_on)
+    assert accuracy(found.probabilities, labels[rows["test"]]) > 0.95
+    assert found.choice["validation"] > 0.95
+    assert (found.choice["lr"], found.choice["weight_decay"]) in attentive.GRID
 
 
 def test_the_choice_is_made_on_validation_and_reported_on_test(tmp_path, monkeypatch):
@@ -80,9 +82,21 @@ def test_the_choice_is_made_on_validation_and_reported_on_test(tmp_path, monkeyp
     with TokenFile(tmp_path) as file:
         file.append(verdict)
         monkeypatch.setattr(file, "read", lambda rows, device: verdict[rows])
-        accuracy, choice = attentive.attentive_accuracy(file, labels, rows, 2, 2, (0, 0), CPU, go_on)
-    assert accuracy == 4 / 20
-    assert choice == probe.report.Choice(1e-3, 0.1, 0.8)
+        found = attentive.classify(file, labels, rows, 2, 2, (0, 0), CPU, go_on)
+    assert accuracy(found.probabilities, labels[rows["test"]]) == 4 / 20
+    assert found.choice == {"lr": 1e-3, "weight_decay": 0.1, "validation": 0.8}
+
+
+def test_the_probabilities_of_a_video_are_the_mean_over_its_views(tmp_path, monkeypatch):
+    """Three views of each of five videos, in batches that do not divide them, beside the published prediction."""
+    monkeypatch.setattr(attentive, "BATCH", 7)
+    logits = torch.randn(15, 2, 4, generator=torch.Generator().manual_seed(0))  # of each row by two classifiers
+    rows = torch.randperm(15, generator=torch.Generator().manual_seed(1)).view(5, 3)
+    with TokenFile(tmp_path) as file:
+        monkeypatch.setattr(file, "read", lambda numbers, device: logits[numbers])
+        have = attentive.probabilities(lambda x: x.transpose(0, 1), file, rows, CPU, go_on)
+    want = [mean_probabilities([logits[rows[:, view], head] for view in range(3)]) for head in range(2)]
+    assert torch.allclose(have, torch.stack(want))
 
 
 # The probe of encoders
@@ -142,19 +156,20 @@ def go(videos, tmp_path, monkeypatch):
             super().__init__(folder)
             files.append(self)
 
-    monkeypatch.setattr(attentive, "TokenFile", Watched)
+    monkeypatch.setattr(probing, "TokenFile", Watched)
 
     def call(trained, untrained, stopped=go_on, videos_=videos, **more):
         reader = Reader(videos_.paths, 2)
-        more = {"heads": 2, "seed": 0, "folder": tmp_path, **more}
-        return attentive_probe(trained, untrained, videos_, reader, CUT, stopped, **more)
+        how = Protocol(("attentive",), CUT, heads=2, **more)
+        found = probing.probe(lambda: trained, lambda: untrained, videos_, reader, how, stopped, folder=tmp_path)
+        return found.get("attentive", [])
 
     call.files, call.folder = files, tmp_path
     return call
 
 
 def closed(go) -> bool:
-    return len(go.files) == 2 and all(file._file.closed for file in go.files) and list(go.folder.iterdir()) == []
+    return bool(go.files) and all(file._file.closed for file in go.files) and list(go.folder.iterdir()) == []
 
 
 def test_features_that_know_beat_features_that_do_not(videos, knowing, go, monkeypatch):
@@ -167,9 +182,11 @@ def test_features_that_know_beat_features_that_do_not(videos, knowing, go, monke
         assert r.trained > 0.9
         assert r.untrained < 0.6
         assert r.videos == 12
-        assert r.trained_choice.validation > 0.9 > r.untrained_choice.validation
+        assert r.trained_choice["validation"] > 0.9 > r.untrained_choice["validation"]
     assert trained.clips == untrained.clips == 48  # encoded once
-    linear = probe.probe(Stub(ignorant), Stub(ignorant), videos, Reader(videos.paths, 2), CUT, go_on)
+    how = Protocol(("linear",), CUT)
+    reader = Reader(videos.paths, 2)
+    linear = probing.probe(lambda: Stub(ignorant), None, videos, reader, how, go_on, folder=go.folder)["linear"]
     assert [(r.pixels, r.chance) for r in results] == [(r.pixels, r.chance) for r in linear]
     assert closed(go)
 
@@ -217,8 +234,8 @@ def test_a_request_to_stop_is_heard_between_batches_of_encoding_training_and_sco
     asked = []
     go(Stub(ignorant), Stub(ignorant), stopped=lambda: asked.append(list(go.folder.iterdir())) or False)
     assert not any(asked)  # nothing to see while it runs either
-    # 3 batches of clips; per task and encoder one batch of 30 in each of 3 epochs, one of validation and one of test.
-    assert len(asked) == 3 + 4 * (3 + 1 + 1)
+    # Per encoder 3 batches of clips; per task one batch of 30 in each of 3 epochs, one of validation and one of test.
+    assert len(asked) == 2 * (3 + 2 * (3 + 1 + 1))
     for last in range(len(asked)):
         go.files.clear()
         answers = iter([False] * last + [True])
@@ -251,8 +268,8 @@ def test_a_run_with_attentive_probes_ends_with_the_same_weights(run, quick, caps
     want, have = weights(plain), weights(probed)
     assert want.keys() == have.keys()
     assert all(torch.equal(have[name], value) for name, value in want.items())
-    files = sorted((probed / "probe").iterdir())
-    assert [p.name for p in files] == ["step-0000004.json", "step-0000008.json", "step-0000010.json"]
+    files = sorted((probed / "probe").glob("step-*"))
+    assert [p.name for p in files] == [f"step-{step:07d}-attentive.json" for step in (4, 8, 10)]
     content = json.loads(files[-1].read_text())
     assert (content["step"], content["probe"]) == (10, "attentive")
     assert [r["task"] for r in content["results"]] == ["motion", "shape"]
@@ -269,7 +286,7 @@ def test_a_run_says_how_many_videos_are_probed_where_the_disk_holds_no_more(run,
     assert code == Exit.DONE
     assert asked == [(2 * 4 * 4, 64, folder)]
     assert "probe of only 24 videos: the tokens of more do not fit" in capsys.readouterr().out
-    (result, _) = json.loads((folder / "probe" / "step-0000001.json").read_text())["results"]
+    (result, _) = json.loads((folder / "probe" / "step-0000001-attentive.json").read_text())["results"]
     assert result["videos"] == 6
 
 

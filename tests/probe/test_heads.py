@@ -132,7 +132,7 @@ def test_the_file_has_no_name_and_its_space_is_given_back(tmp_path):
 
 def test_as_many_clips_as_half_of_the_free_space_or_the_limit_hold(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    row = 2 * 2 * 100 * 64  # two encoders, two bytes
+    row = 2 * 100 * 64  # two bytes each; one encoder at a time
     monkeypatch.setattr(tokens.shutil, "disk_usage", lambda folder: usage(0, 0, 2 * 5 * row + 1))
     assert most_clips(100, 64, tmp_path) == 5
     monkeypatch.setattr(tokens.shutil, "disk_usage", lambda folder: usage(0, 0, 10**15))

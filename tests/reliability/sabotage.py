@@ -93,7 +93,7 @@ def in_probe(asked: int, numbers: list[int], group: bool = False) -> None:
     """Signals in the middle of a probe: when it asks for the n-th time whether it is to stop."""
     run, left = probe.probe, asked
 
-    def watched(trained, untrained, videos, reader, shape, stopped, *more):
+    def watched(trained, untrained, videos, reader, protocol, stopped, **more):
         def asks() -> bool:
             nonlocal left
             left -= 1
@@ -101,7 +101,7 @@ def in_probe(asked: int, numbers: list[int], group: bool = False) -> None:
                 hit(numbers, group)
             return stopped()
 
-        return run(trained, untrained, videos, reader, shape, asks, *more)
+        return run(trained, untrained, videos, reader, protocol, asks, **more)
 
     probe.probe = watched
 

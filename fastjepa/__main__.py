@@ -20,6 +20,21 @@ VERBS = {
         "what a collection of videos holds, which files are bad, whether this machine decodes fast enough; "
         "or encode it once more for fast training",
     ),
+    "embed": (
+        "fastjepa.verbs.embed",
+        "WEIGHTS PATH --out FILE ...",
+        "features of a video or a collection, window by window, to .safetensors or .parquet",
+    ),
+    "export": (
+        "fastjepa.verbs.export",
+        "RUN OUT [--format transformers|meta] ...",
+        "hand weights over: a folder in the transformers layout with its card, or the public code's .pth.tar",
+    ),
+    "import": (
+        "fastjepa.verbs.import_",
+        "FILE OUT",
+        "take published weights (.pth.tar) in: a folder that every verb and init.from read",
+    ),
     "info": ("fastjepa.verbs.info", "", "versions, devices, decoders"),
 }
 FIVE_MINUTES = """See it work in five minutes, on a CPU:

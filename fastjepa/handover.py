@@ -34,7 +34,8 @@ def hand_over(
 
     `network`: the encoder that the folder is for, None the target encoder; with `everything` all three are written,
     which `format` meta always does, and with None as many as there are. `dtype` None keeps what is stored: the values
-    stay the same to the bit. `licence` names one for weights that have none. Errors: WeightsRefused (a ValueError) with one sentence; OSError.
+    stay the same to the bit. `licence` names one for weights that have none; `trained_on` is for the card. Errors:
+    WeightsRefused (a ValueError) with one sentence; OSError.
     """
     out = Path(out).expanduser()
     refuse_taken(out)

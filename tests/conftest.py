@@ -20,6 +20,7 @@ EXPECTED_SKIPS = (
     "mounting is not allowed here",
     "needs root to mount",
     "tensorboard is not installed",
+    "pyarrow is not installed",
     "timm is not installed",
     "torchcodec does not load",  # FFmpeg's libraries come with the system
     "the dispatcher says no",

@@ -143,8 +143,7 @@ def test_probes_of_the_run_stand_on_the_card(run, tmp_path):
 
 
 def test_the_licence_goes_through_every_generation(run, tmp_path):
-    made = published(tmp_path / "a.pth.tar")
-    del made
+    published(tmp_path / "a.pth.tar")
     sizes = ["model.predictor_dim=32", "data.frames=16", "data.crop=32", "data.patch=16"]
     fine = ["mask.sets.0.spatial_scale=[0.5, 0.5]", "mask.sets.1.spatial_scale=[0.3, 0.3]"]
     begin = [*sizes, *fine, "optim.steps=1", "optim.warmup_steps=0"]
@@ -155,7 +154,7 @@ def test_the_licence_goes_through_every_generation(run, tmp_path):
     assert load_own_checkpoint(second).licence_id == "cc-by-nc-4.0"
     hand_over(second, tmp_path / "out")
     assert "license: cc-by-nc-4.0" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(WeightsRefused, match="carries cc-by-nc-4.0 from what it was trained from"):
+    with pytest.raises(WeightsRefused, match=r"carries cc-by-nc-4\.0 from what it was trained from"):
         hand_over(second, tmp_path / "free", licence="mit")
 
 
@@ -222,6 +221,14 @@ def model(folder, change):
     save_file(state, folder / "model.safetensors")
 
 
+def noted(folder, change):
+    edited(folder, lambda content: change(content["fastjepa"]))
+
+
+def absurd(folder):
+    edited(folder, lambda c: (c["fastjepa"]["settings"].update({"data.crop": 10**9}), c.pop("crop_size")))
+
+
 def lying(folder):
     """A header that promises more than the file has."""
     path = folder / "model.safetensors"
@@ -239,19 +246,16 @@ DAMAGE = {
     "another model": (lambda f: edited(f, lambda c: c.update(model_type="bert")), "expected 'vjepa', given 'bert'"),
     "nothing of ours": (lambda f: edited(f, lambda c: c.pop("fastjepa")), "has no entry fastjepa"),
     "a number for ours": (lambda f: edited(f, lambda c: c.update(fastjepa=3)), "expected a group of values, given 3"),
-    "another format": (lambda f: edited(f, lambda c: c["fastjepa"].update(format=9)), "has format 9"),
-    "another network": (lambda f: edited(f, lambda c: c["fastjepa"].update(network="x")), "given 'x'"),
-    "no settings": (lambda f: edited(f, lambda c: c["fastjepa"].pop("settings")), "fastjepa.settings: expected a group"),
-    "a step in words": (lambda f: edited(f, lambda c: c["fastjepa"].update(step="two")), "fastjepa.step: expected a whole"),
+    "another format": (lambda f: noted(f, lambda c: c.update(format=9)), "has format 9"),
+    "another network": (lambda f: noted(f, lambda c: c.update(network="x")), "given 'x'"),
+    "no settings": (lambda f: noted(f, lambda c: c.pop("settings")), "fastjepa.settings: expected a group"),
+    "a step in words": (lambda f: noted(f, lambda c: c.update(step="two")), "fastjepa.step: expected a"),
     "an unknown setting": (
-        lambda f: edited(f, lambda c: c["fastjepa"]["settings"].update({"model.nmae": 1})),
+        lambda f: noted(f, lambda c: c["settings"].update({"model.nmae": 1})),
         "settings that this version does not take",
     ),
-    "an absurd size": (
-        lambda f: edited(f, lambda c: (c["fastjepa"]["settings"].update({"data.crop": 10**9 // 16 * 16}), c.pop("crop_size"))),
-        "pos_embed: expected",
-    ),
-    "a size that contradicts": (lambda f: edited(f, lambda c: c.update(hidden_size=99)), "hidden_size: its settings make"),
+    "an absurd size": (absurd, "pos_embed: expected"),
+    "a size that contradicts": (lambda f: edited(f, lambda c: c.update(hidden_size=99)), "hidden_size: its settings"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
     "in parts": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "in parts"),
     "a lying header": (lying, "is no file of safetensors, or it is damaged"),

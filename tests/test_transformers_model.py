@@ -11,8 +11,9 @@ from tests.test_handover import published
 @pytest.fixture
 def model(tmp_path):
     """(AutoModel's network, our encoder) of the same exported folder."""
-    import fastjepa.transformers_model  # noqa: F401
     from transformers import AutoModel
+
+    import fastjepa.transformers_model  # noqa: F401
 
     published(tmp_path / "a.pth.tar")
     hand_over(tmp_path / "a.pth.tar", tmp_path / "folder")

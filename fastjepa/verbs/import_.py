@@ -8,8 +8,8 @@ from fastjepa.verbs.parsing import Parser, say
 
 ABOUT = (
     "Take weights in: a .pth.tar of the public V-JEPA code, or a folder in the transformers layout. OUT becomes a "
-    "folder with all networks that FILE has, which init.from, embed, probe and export read. The licence is printed and goes "
-    "along. Nothing in FILE is executed, and values stay the same to the bit."
+    "folder with all networks that FILE has, which init.from, embed, probe and export read. The licence is printed and "
+    "goes along. Nothing in FILE is executed, and values stay the same to the bit."
 )
 
 

@@ -1,4 +1,4 @@
-"""Features are those of the encoder on the same frames, whatever the batches and processes; files are whole or absent."""
+"""Features are those of the encoder on the same frames, whatever the batches and processes; files are whole."""
 
 import json
 import os

@@ -1,6 +1,7 @@
 """Windows cover a video, and each is cut by the rule that the model was trained with."""
 
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def test_windows_side_by_side_cover_every_frame_and_end_with_the_video(frames):
     numbers = [windows.numbers(video(frames), place) for place in places]
     assert len(places) == -(-frames // 32)
     assert (numbers[0][0], numbers[-1][-1]) == (0, frames - 1)
-    assert all(b[0] <= a[-1] + 1 for a, b in zip(numbers, numbers[1:]))
+    assert all(b[0] <= a[-1] + 1 for a, b in pairwise(numbers))
     assert all(len(one) == 8 and (np.diff(one) > 0).all() for one in numbers)
 
 
@@ -62,9 +63,7 @@ def test_frames_per_second_go_by_the_times():
 
 def test_the_central_window_is_that_of_the_probes():
     for how in ({"stride": 4}, {"stride": 1, "fps": 5.0}, {"stride": 1, "duration": 1.0}):
-        shape = {"frames": 8, "crop": 32, **how}
-        del shape["crop"]
-        windows, cut = Windows(**shape, central=True), Cut(**shape, crop=32)
+        windows, cut = Windows(8, **how, central=True), Cut(8, crop=32, **how)
         for frames in (3, 50, 101):
             (place,) = windows.places(video(frames))
             assert np.array_equal(windows.numbers(video(frames), place), cut.numbers(video(frames)))

@@ -46,13 +46,13 @@ def open_encoder(source: str | Path, network: Network | None = None, device: tor
     """
     weights = read_weights(source)
     settings = settings_of(weights)
-    network = weights.network(network)
-    encoder = load_encoder(settings, weights.networks[network], f"{weights.path}: {network}")
+    name = weights.network(network)
+    encoder = load_encoder(settings, weights.networks[name], f"{weights.path}: {name}")
     run = next((folder for folder in weights.path.parents[:2] if (folder / "config.yaml").is_file()), None)
     return Opened(
         weights.path,
         weights.description,
-        network,
+        name,
         encoder.to(device),
         settings,
         weights.licence,

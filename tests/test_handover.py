@@ -153,6 +153,7 @@ def test_the_licence_goes_through_every_generation(run, tmp_path):
     (tmp_path / "a.pth.tar").unlink()  # a file was always one of the public layout
     assert load_own_checkpoint(second).licence_id == "cc-by-nc-4.0"
     hand_over(second, tmp_path / "out")
+    assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     assert "license: cc-by-nc-4.0" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(WeightsRefused, match=r"carries cc-by-nc-4\.0 from what it was trained from"):
         hand_over(second, tmp_path / "free", licence="mit")
@@ -170,8 +171,8 @@ def test_a_folder_of_one_encoder_opens_and_no_run_begins_from_it(folder, tmp_pat
     assert not torch.equal(opened.encoder(clips), open_encoder(folder).encoder(clips))
     with pytest.raises(WeightsRefused, match="holds the encoder only, and the target encoder was asked for"):
         open_encoder(tmp_path / "one", "target_encoder")
-    with pytest.raises(ValueError, match="has no predictor and no target encoder: a run begins with all three"):
-        run(f"init.from={tmp_path / 'one'}")
+    assert run(f"init.from={tmp_path / 'one'}") == (Exit.WRONG_INPUT, None)
+    assert "has no predictor and no target encoder: a run begins with all three" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "one"), str(tmp_path / "no"), "--all"]) == Exit.WRONG_INPUT
     assert "holds one encoder only" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

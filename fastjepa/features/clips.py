@@ -3,7 +3,7 @@
 A process that a video kills or hangs costs that video, not the rest. W: windows of one item.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -131,7 +131,7 @@ class Source:
         self.reader = Reader(paths, tubelet)
         self.guard = Guard(Crashes(paths, say=say), DECODE_SECONDS, say)
 
-    def look(self) -> Iterator[Looked]:
+    def look(self) -> Generator[Looked, None, None]:
         """Open every video, in order."""
         workers = min(self.workers, len(self.paths))
         dataset = _Looking(self.reader, self.windows, self.guard.hold)
@@ -149,7 +149,7 @@ class Source:
                     self.reader.remember(looked.video, looked.info)
                 yield looked
 
-    def decode(self, items: Sequence[Item], *, pin_memory: bool) -> Iterator[Clips]:
+    def decode(self, items: Sequence[Item], *, pin_memory: bool) -> Generator[Clips, None, None]:
         """The clips of all items, in their order."""
         workers = min(self.workers, len(items))
         dataset = _Decoding(self.reader, self.windows, self.crop, items, self.guard.hold)

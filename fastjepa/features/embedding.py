@@ -1,6 +1,6 @@
 """An encoder over the windows of videos. W: windows in all, B: of one batch, N: tokens, t: time slots, E: width."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastjepa.config import Runtime
@@ -108,8 +109,8 @@ def embed(weights: str | Path | Opened, path: str | Path | Sequence[str | Path],
     job = prepare(weights, path, **how)
     with closing(rows_of(job)) as rows:
         parts = list(rows)
-    joined = [torch.cat(column) for column in zip(*parts)]
-    return Features(*joined, job.videos.paths, job.labels(), job.bad, job.opened)
+    features, video, start_frame, start_seconds = (torch.cat(column) for column in zip(*parts))
+    return Features(features, video, start_frame, start_seconds, job.videos.paths, job.labels(), job.bad, job.opened)
 
 
 def embed_to_file(
@@ -180,7 +181,7 @@ def prepare(
     hop = None if every is None else Hop.of(every)
     # Videos before weights: a mistyped path is then told at once.
     videos = _listed(path) if isinstance(path, list | tuple) else open_videos(str(path), 0)
-    place, _ = set_up(Runtime(device=device))
+    place = _device(device)
     opened = weights if isinstance(weights, Opened) else open_encoder(weights, network)
     opened.encoder.to(place)
     data = opened.settings.data
@@ -209,7 +210,7 @@ def prepare(
     )
 
 
-def rows_of(job: Job) -> Iterator[Rows]:
+def rows_of(job: Job) -> Generator[Rows, None, None]:
     """Features batch by batch, in the order of the videos and of their windows; the same for any number of workers.
 
     Errors: TooManyBadFiles.
@@ -305,6 +306,16 @@ def _check(job: Job) -> None:
 def _sentence(job: Job) -> str:
     path, reason = job.bad[-1]
     return f"none of the {len(job.videos.paths)} files can be read, {path} among them ({reason})"
+
+
+def _device(name: str) -> torch.device:
+    """Errors: ValueError for what is no device, or none of this machine."""
+    try:
+        return set_up(Runtime(device=name))[0]
+    except ValidationError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, given {name!r}") from None
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("runtime.")) from None
 
 
 def _listed(paths: Sequence[str | Path]) -> Videos:

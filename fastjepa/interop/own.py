@@ -73,8 +73,8 @@ def _licence(began: str | None, generations: int) -> tuple[str, str]:
     """(sentence, id) for a run with this `init.from`: that of its first weights, however many runs ago."""
     if began is None:
         return OWN_LICENCE, ""
-    words = f"that of what it was trained from: its run began with init.from={began}"
     path = Path(began).expanduser()
+    words = f"that of what it was trained from ({path.name})"  # no place on a disk: it goes along with the weights
     try:
         if (path / CONFIG).is_file():
             first, name = licence_of_folder(path)
@@ -89,7 +89,7 @@ def _licence(began: str | None, generations: int) -> tuple[str, str]:
             return f"{words}, which is not there any more to be asked", ""
     except WeightsRefused:
         return f"{words}, which cannot be read any more", ""
-    return f"{words}; {first}", name
+    return f"{words}: {first}", name
 
 
 def _intact(path: Path) -> checkpoint.Found:

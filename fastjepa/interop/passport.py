@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastjepa import __version__
+import fastjepa
 from fastjepa.config import Settings, fields, flat, resume_class
 from fastjepa.interop.weights import Weights, WeightsRefused, heads_of_settings
 
@@ -54,7 +54,7 @@ class Passport:
 
     def content(self) -> dict[str, Any]:
         """For JSON."""
-        return {"format": FORMAT, "version": __version__, **asdict(self)}
+        return {"format": FORMAT, "version": fastjepa.__version__, **asdict(self)}
 
     def text(self) -> str:
         """As JSON."""

@@ -189,7 +189,7 @@ def test_an_interrupt_leaves_no_file(weights, videos, tmp_path, monkeypatch, nam
         (["--out", "f.safetensors", "--stride", "2", "--fps", "3"], "expected without fps"),
         (["--out", "f.safetensors", "--stride", "0"], "expected a whole number (at least 1), given '0'"),
         (["--out", "f.safetensors", "--max-bad", "2"], "expected a share from 0 to 1, given '2'"),
-        (["--out", "f.safetensors", "--device", "tpu"], "device"),
+        (["--out", "f.safetensors", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N, given 'tpu'"),
         ([], "--out"),
     ],
 )

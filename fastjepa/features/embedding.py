@@ -180,7 +180,7 @@ def prepare(
         raise ValueError("every: expected without central, which is one clip of a video")
     hop = None if every is None else Hop.of(every)
     # Videos before weights: a mistyped path is then told at once.
-    videos = _listed(path) if isinstance(path, list | tuple) else open_videos(str(path), 0)
+    videos = _listed(path) if isinstance(path, list | tuple) else _found(str(path))
     place = _device(device)
     opened = weights if isinstance(weights, Opened) else open_encoder(weights, network)
     opened.encoder.to(place)
@@ -316,6 +316,14 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, given {name!r}") from None
     except ValueError as error:
         raise ValueError(str(error).removeprefix("runtime.")) from None
+
+
+def _found(path: str) -> Videos:
+    """Errors: ValueError with one sentence."""
+    try:
+        return open_videos(path, 0)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("data.path: ")) from None
 
 
 def _listed(paths: Sequence[str | Path]) -> Videos:

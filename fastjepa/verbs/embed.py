@@ -100,7 +100,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="precision of matrix products; bfloat16 is several times faster on a GPU",
+        help="precision of matrix products; bfloat16 suits GPUs",
     )
     parser.add_argument("--store", choices=tuple(STORED), default="float32", help="precision in the file")
     parser.add_argument(

@@ -15,6 +15,7 @@ from fastjepa.__main__ import main
 from fastjepa.build import build_jepa
 from fastjepa.config import Settings, flat
 from fastjepa.data.media import probe, read_frames
+from fastjepa.data.replaced import TooManyBadFiles
 from fastjepa.data.sampling import central_box
 from fastjepa.data.source import open_videos
 from fastjepa.data.transforms import cut
@@ -91,6 +92,8 @@ def test_features_are_those_of_the_encoder_on_the_same_frames(weights, videos):
 def test_batches_change_rounding_only_and_processes_nothing(weights, videos):
     alone = embed(weights, videos, every=1, batch=4)
     assert len(alone.features) == 5 * 7
+    assert alone.video.tolist() == [number for number in range(5) for _ in range(7)]
+    assert alone.start_frame.tolist() == 5 * list(range(7))
     together = embed(weights, videos, every=1, batch=4, workers=2)
     for name in ("features", "video", "start_frame", "start_seconds"):
         assert torch.equal(getattr(alone, name), getattr(together, name)), name
@@ -163,6 +166,10 @@ def test_too_many_that_cannot_be_read_end_it_before_anything_is_computed(weights
     command = ["embed", str(weights), str(videos), "--out", str(tmp_path / "f.safetensors"), "--workers", "0"]
     assert main(command) == Exit.TOO_MANY_BAD_FILES
     assert "11 of 16 files cannot be read, more than the 10 that" in capsys.readouterr().err
+    counted = set()
+    with pytest.raises(TooManyBadFiles):
+        embed(weights, videos, progress=lambda what, done, total: counted.add(what))
+    assert counted == {"videos looked at"}
     assert main([*command, "--max-bad", "1"]) == Exit.DONE
 
 

@@ -25,6 +25,21 @@ VERBS = {
         "WEIGHTS [--probe knn,linear,attentive] [--data PATH] ...",
         "what the features of a run or of published weights learned: kNN, linear and attentive classifiers",
     ),
+    "embed": (
+        "fastjepa.verbs.embed",
+        "WEIGHTS PATH --out FILE ...",
+        "features of a video or a collection, window by window, to .safetensors or .parquet",
+    ),
+    "export": (
+        "fastjepa.verbs.export",
+        "RUN OUT [--format transformers|meta] ...",
+        "hand weights over: a folder in the transformers layout with its card, or the public code's .pth.tar",
+    ),
+    "import": (
+        "fastjepa.verbs.import_",
+        "FILE OUT",
+        "take published weights (.pth.tar) in: a folder that every verb and init.from read",
+    ),
     "info": (
         "fastjepa.verbs.info",
         "[RUN | SETTINGS.yaml]",

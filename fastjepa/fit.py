@@ -157,7 +157,7 @@ def loaded_lines(networks: Networks) -> list[str]:
     for name, state in networks.items():
         values = sum(tensor.numel() for tensor in state.values()) / 1e6
         line = f"{name} into {name}: all of its {len(state)} entries, {values:.4g} M values"
-        if name == "target_encoder":
+        if name == "target_encoder" and "encoder" in networks:
             lines.append(f"{line}, shapes as in encoder")
         else:
             lines += [line, *(f"  {folded}" for folded in _folded({key: list(t.shape) for key, t in state.items()}))]

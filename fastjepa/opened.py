@@ -1,4 +1,4 @@
-"""An encoder from wherever weights lie, ready to be asked: a run, one of its checkpoints, a published checkpoint."""
+"""An encoder from wherever weights lie, ready to be asked: a run or a checkpoint of it, a folder, a published file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Opened:
 
     path: Path
     description: str
-    network: Network
+    network: str
     encoder: VisionTransformer
     settings: Settings
     licence: str
@@ -38,19 +38,21 @@ class Opened:
     run: Path | None = None
 
 
-def open_encoder(source: str | Path, network: Network = "target_encoder", device: torch.device | str = "cpu") -> Opened:
-    """The encoder of a run (its folder, or a checkpoint in it) or of a checkpoint of the public code (`.pth.tar`).
+def open_encoder(source: str | Path, network: Network | None = None, device: torch.device | str = "cpu") -> Opened:
+    """The encoder of a run (its folder, or a checkpoint in it), of an exported folder or of a published `.pth.tar`.
 
-    Errors: WeightsRefused (a ValueError) with one sentence.
+    `network` None is the target encoder, or of a folder that holds one encoder that one. Errors: WeightsRefused (a
+    ValueError) with one sentence.
     """
     weights = read_weights(source)
     settings = settings_of(weights)
-    encoder = load_encoder(settings, weights.networks[network], f"{weights.path}: {network}")
+    name = weights.network(network)
+    encoder = load_encoder(settings, weights.networks[name], f"{weights.path}: {name}")
     run = next((folder for folder in weights.path.parents[:2] if (folder / "config.yaml").is_file()), None)
     return Opened(
         weights.path,
         weights.description,
-        network,
+        name,
         encoder.to(device),
         settings,
         weights.licence,
@@ -73,6 +75,14 @@ def settings_of(weights: Weights) -> Settings:
 
 def load_encoder(settings: Settings, state: Mapping[str, Tensor], where: str) -> VisionTransformer:
     """An encoder with these weights in float32, in evaluation mode, without gradients. Errors: WeightsRefused."""
+    # Before anything is built: position tables are computed, and those of absurd sizes would fill the memory.
+    table, tokens = state.get("pos_embed"), _tokens(settings)
+    if table is not None and table.shape[1:2] != (tokens,):
+        raise WeightsRefused(
+            f"{where} does not fit its settings: pos_embed: expected {tokens} tokens, given {list(table.shape)}"
+        )
+    if table is None:
+        raise WeightsRefused(f"{where} does not fit its settings: it has no pos_embed")
     with torch.device("meta"):
         encoder = build_encoder(settings)
     expected = {key: list(tensor.shape) for key, tensor in encoder.state_dict().items()}
@@ -86,6 +96,10 @@ def load_encoder(settings: Settings, state: Mapping[str, Tensor], where: str) ->
         )
     encoder.load_state_dict({key: tensor.detach().float() for key, tensor in state.items()}, assign=True)
     return encoder.eval().requires_grad_(False)
+
+
+def _tokens(s: Settings) -> int:
+    return (s.data.frames // s.data.tubelet) * (s.data.crop // s.data.patch) ** 2
 
 
 def _published_settings(path: Path, networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def test_the_licence_follows_the_weights(run, file, tmp_path, capsys):
     capsys.readouterr()
     run(f"init.from={second}", folder="third")
     said = capsys.readouterr().out
-    assert f"licence: that of what it was trained from: its run began with init.from={file}\n" in said
+    assert f"licence: that of what it was trained from ({file.name}): published weights of this layout" in said
 
 
 def test_a_damaged_checkpoint_of_the_source_is_passed_over_and_left_alone(run, first):

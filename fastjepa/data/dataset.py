@@ -88,6 +88,11 @@ class Reader:
                 self._infos.popitem(last=False)
         return self._infos[video]
 
+    def remember(self, video: int, info: VideoInfo) -> None:
+        """Take what `info` has said of this video in another process, as far as there is room."""
+        if len(self._infos) < INFOS_KEPT:
+            self._infos[video] = info
+
     def excerpt(self, video: int, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """As `excerpt`. Errors: VideoError, also where the file is not the one that was indexed."""
         assert self.known is not None, "only an index tells what a batch decoder takes"

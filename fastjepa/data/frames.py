@@ -59,9 +59,23 @@ def timed_frames(
     part = (times[-1] - times[0] + frame_seconds(times)) / clips
     free = max(0.0, part - frames / fps)
     start = times[0] + part * clip + free * (0.5 if rng is None else rng.random())
+    return shown_frames(times, start, frames, fps)
+
+
+def shown_frames(times: np.ndarray, start: float, frames: int, fps: float) -> np.ndarray:
+    """Frame numbers int64 [frames]: what is shown at `start` and every 1 / fps seconds from there."""
     # The tolerance, a microsecond, is for times that fall on a frame and are rounded below it.
     shown = np.searchsorted(times, start + np.arange(frames) / fps + 1e-6, side="right") - 1
     return np.maximum(shown, 0).astype(np.int64)
+
+
+def window_frames(start: int, frames: int, window: int) -> np.ndarray:
+    """Frame numbers int64 [frames], spread over the `window` source frames from `start` on: the first and the last too.
+
+    The published rule for a window that lies inside of a video.
+    """
+    end = start + window
+    return np.clip(np.linspace(start, end, frames), start, end - 1).astype(np.int64)
 
 
 def known_times(length: int, times: np.ndarray | None) -> np.ndarray:
@@ -99,8 +113,7 @@ def segment_frames(
     if room > window:
         if end is None or not window <= end < room:
             raise ValueError(f"a window of {window} in a segment of {room} frames cannot end at {end}")
-        spread = np.clip(np.linspace(end - window, end, frames), end - window, end - 1)
-        return spread.astype(np.int64) + clip * room
+        return window_frames(end - window, frames, window) + clip * room
     if end is not None:
         raise ValueError(f"a segment of {room} frames has no place for a window of {window} that ends at {end}")
     last = min(window, length) - 1 if overlap else room

@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
 from fastjepa.data.dataset import ClipDataset, Sample
@@ -148,9 +148,34 @@ def make_loader(
     it only keeps back the videos that it knows of.
     """
     videos_per_step = global_batch // dataset.plan.clips_per_video
-    forks = bool(workers) and sys.platform == "linux"
+    videos_per_batch = batch_size // dataset.plan.clips_per_video
     if guard is not None:
         dataset.hold = guard.hold
+    return in_processes(
+        dataset,
+        lambda skip: SlotBatches(first_step, last_step, videos_per_step, videos_per_batch, rank, world, skip),
+        Collate(masks, videos_per_step, tokens),
+        workers=workers,
+        pin_memory=pin_memory,
+        guard=guard,
+    )
+
+
+def in_processes(
+    dataset: Dataset[Any],
+    batches: Callable[[int], Sampler[list[int]]],
+    collate: Callable[[list[Any]], Loaded],
+    *,
+    workers: int,
+    pin_memory: bool,
+    guard: Guard | None,
+) -> Iterable[Loaded]:
+    """What `collate` makes of the items of every batch, in order, made by `workers` processes.
+
+    `batches(skip)` are the numbers of the items of each batch without the first `skip` batches. With a `guard`, whose
+    `hold` the data set uses, the death of a process is not the end.
+    """
+    forks = bool(workers) and sys.platform == "linux"
 
     def begin(worker: int) -> None:
         _leave_signals_to_the_parent(worker)
@@ -160,10 +185,8 @@ def make_loader(
     def make(skip: int) -> DataLoader[Any]:
         return DataLoader(
             dataset,
-            batch_sampler=SlotBatches(
-                first_step, last_step, videos_per_step, batch_size // dataset.plan.clips_per_video, rank, world, skip
-            ),
-            collate_fn=Collate(masks, videos_per_step, tokens),
+            batch_sampler=batches(skip),
+            collate_fn=collate,
             num_workers=workers,
             pin_memory=pin_memory,
             worker_init_fn=begin if guard is not None and forks else _leave_signals_to_the_parent,

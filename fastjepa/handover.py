@@ -1,0 +1,150 @@
+"""Weights handed over: from wherever they lie to a folder in the transformers layout, or to the public code's file."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastjepa.data.source import SYNTHETIC
+from fastjepa.fit import NETWORKS, loaded_lines
+from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
+from fastjepa.interop.card import Probed
+from fastjepa.interop.commit import refuse_taken
+from fastjepa.opened import load_encoder, settings_of
+
+Format = Literal["transformers", "meta"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def hand_over(
+    source: str | Path,
+    out: str | Path,
+    format: Format = "transformers",
+    *,
+    network: str | None = None,
+    everything: bool | None = False,
+    dtype: str | None = None,
+    licence: str | None = None,
+    trained_on: str | None = None,
+) -> list[str]:
+    """Write the weights at `source` to `out`; returns the report, a line each.
+
+    `network`: the encoder that the folder is for, None the target encoder; with `everything` all three are written,
+    which `format` meta always does, and with None as many as there are. `dtype` None keeps what is stored: the values
+    stay the same to the bit. `licence` names one for weights that have none; `trained_on` is for the card. Errors:
+    WeightsRefused (a ValueError) with one sentence; OSError.
+    """
+    out = Path(out).expanduser()
+    refuse_taken(out)
+    weights = _licensed(read_weights(source), licence)
+    settings = settings_of(weights)
+    network = weights.network(network)
+    if dtype is not None:
+        weights = _converted(weights, DTYPES[dtype])
+    for name in ("encoder", "target_encoder"):
+        if name in weights.networks:
+            load_encoder(settings, weights.networks[name], f"{weights.path}: {name}")
+    if everything is None:
+        everything = len(weights.networks) == len(NETWORKS)
+    everything = everything or format == "meta"
+    if format == "meta":
+        write_meta_checkpoint(weights, settings, out)
+    else:
+        if everything and len(weights.networks) < len(NETWORKS):
+            raise WeightsRefused(f"{weights.path} holds one encoder only: expected all three networks for --all")
+        write_folder(
+            weights,
+            settings,
+            out,
+            network,
+            everything=everything,
+            probed=list(probes_of(weights)),
+            trained_on=_trained_on(weights) if trained_on is None else trained_on,
+        )
+    return list(_report(weights, out, network, everything, format))
+
+
+def probes_of(weights: Weights) -> Iterator[Probed]:
+    """What the run of these weights was last probed with, up to their step; nothing where it has not been.
+
+    The files are those of `probe/` in the run folder: JSON with `step`, `probe` and `results`.
+    """
+    run = next((folder for folder in weights.path.parents[:2] if (folder / "config.yaml").is_file()), None)
+    latest: dict[str, tuple[int, list[Any]]] = {}
+    for file in sorted((run / "probe").glob("step-*.json")) if run is not None else []:
+        try:
+            content = json.loads(file.read_text())
+            step, kind, results = int(content["step"]), str(content["probe"]), list(content["results"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # another kind of file: a card without it is still a card
+        if weights.step is None or step <= weights.step:
+            latest[kind] = max(latest.get(kind, (-1, [])), (step, results), key=lambda one: one[0])
+    for kind, (step, results) in latest.items():
+        for result in results:
+            if isinstance(result, dict) and isinstance(result.get("trained"), float):
+                chance = result.get("chance")
+                yield Probed(
+                    kind,
+                    str(result.get("task", "")),
+                    result["trained"],
+                    chance if isinstance(chance, float) else None,
+                    step,
+                )
+
+
+def _licensed(weights: Weights, licence: str | None) -> Weights:
+    if licence is None:
+        return weights
+    name = licence.strip().lower()
+    if weights.licence_id and weights.licence_id != name:
+        raise WeightsRefused(
+            f"--licence: {weights.path} carries {weights.licence_id} from what it was trained from, and keeps it; "
+            f"given {licence!r}"
+        )
+    if not name or not all(c.isalnum() or c in ".-_+" for c in name):
+        raise WeightsRefused(f"--licence: expected a name as model cards use it, such as apache-2.0, given {licence!r}")
+    return weights if weights.licence_id else replace(weights, licence=f"{name}, named at export", licence_id=name)
+
+
+def _converted(weights: Weights, dtype: torch.dtype) -> Weights:
+    networks = {name: {k: t.to(dtype) for k, t in state.items()} for name, state in weights.networks.items()}
+    return replace(weights, networks=networks)
+
+
+def _trained_on(weights: Weights) -> str:
+    """What the run's `data.path` says, without the folders of somebody's disk."""
+    path = (weights.settings or {}).get("data.path")
+    if isinstance(path, dict):
+        return ", ".join(f"{_last_name(str(one))} (weight {share})" for one, share in path.items())
+    return "" if path is None else _last_name(str(path))
+
+
+def _last_name(path: str) -> str:
+    return f"{path} (drawn clips)" if path.startswith(SYNTHETIC) else Path(path).name
+
+
+def _report(weights: Weights, out: Path, network: str, everything: bool, format: Format) -> Iterator[str]:
+    yield f"from       {weights.path}, {weights.description}"
+    written = weights.networks if everything else {network: weights.networks[network]}
+    for number, line in enumerate(loaded_lines(written)):
+        yield f"{'' if number else 'weights':<11}{line}"
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for state in written.values() for t in state.values()})
+    yield f"precision  {', '.join(kinds)}"
+    left = [f"{name} (not asked for)" for name in weights.networks if name not in written]
+    yield f"ignored    {'; '.join([*left, *weights.ignored]) or 'nothing'}"
+    yield f"licence    {weights.licence}" + ("" if weights.licence_id else _unnamed(weights))
+    if format == "meta":
+        yield (
+            "note       the public code evaluates this file (checkpoint_key: target_encoder); it cannot go on training "
+            "from it, for the state of its optimizer is not there"
+        )
+    elif not everything:
+        yield "note       an encoder for features; a run begins from all three networks (--all)"
+    yield f"written    {out}"
+
+
+def _unnamed(weights: Weights) -> str:
+    return " to choose: --licence NAME puts it on the card" if weights.licence == "yours" else ""

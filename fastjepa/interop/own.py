@@ -1,0 +1,115 @@
+"""Checkpoints of runs of this library, as weights."""
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from fastjepa import checkpoint
+from fastjepa.fit import NETWORKS
+from fastjepa.interop.folder import CONFIG, licence_of_folder
+from fastjepa.interop.meta import licence_of_file
+from fastjepa.interop.weights import (
+    META_LICENCE,
+    META_LICENCE_ID,
+    OWN_LICENCE,
+    Weights,
+    WeightsRefused,
+    heads_of_settings,
+    one_line,
+)
+
+SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
+
+
+def load_own_checkpoint(path: str | Path, *, generations: int = 8) -> Weights:
+    """The networks of a run of this library: of the newest intact checkpoint of a run folder, or of one checkpoint.
+
+    Nothing in the folder is touched. `generations`: how far back the licence is looked for, where runs began with runs.
+    Errors: WeightsRefused with one sentence.
+    """
+    path = Path(path).expanduser()
+    found = _intact(path)
+    try:
+        reader = HuggingFaceStorageReader(str(found.folder))
+        stored = reader.read_metadata().state_dict_metadata
+        tensors = {
+            name: torch.empty(facts.size, dtype=facts.properties.dtype)
+            for name, facts in stored.items()
+            if isinstance(facts, TensorStorageMetadata) and name.startswith(tuple(f"{n}." for n in NETWORKS))
+        }
+        with warnings.catch_warnings():
+            # torch warns that no process group exists; with one process that is what is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+    except (*checkpoint.UNREADABLE, RuntimeError, CheckpointException) as error:
+        raise WeightsRefused(f"{found.folder} cannot be read: {one_line(error)}") from None
+    networks: dict[str, dict[str, Tensor]] = {name: {} for name in NETWORKS}
+    for name, tensor in tensors.items():
+        network, _, key = name.partition(".")
+        networks[network][key] = tensor
+    settings = found.trainer.get("settings")
+    settings = {str(key): value for key, value in settings.items()} if isinstance(settings, dict) else {}
+    licence, licence_id = _licence(settings.get("init.from"), generations)
+    return Weights(
+        found.folder,
+        f"a checkpoint of fastjepa, step {found.step}",
+        networks,
+        ["optimizer state (the optimizer starts anew)", "step, schedules and data position (this run has its own)"],
+        licence,
+        heads_of_settings(settings),
+        settings,
+        found.step,
+        licence_id,
+    )
+
+
+def _licence(began: str | None, generations: int) -> tuple[str, str]:
+    """(sentence, id) for a run with this `init.from`: that of its first weights, however many runs ago."""
+    if began is None:
+        return OWN_LICENCE, ""
+    path = Path(began).expanduser()
+    words = f"that of what it was trained from ({path.name})"  # no place on a disk: it goes along with the weights
+    try:
+        if (path / CONFIG).is_file():
+            first, name = licence_of_folder(path)
+        elif path.is_dir() and generations:
+            own = load_own_checkpoint(path, generations=generations - 1)
+            first, name = own.licence, own.licence_id
+        elif path.is_file():
+            first, name = licence_of_file(path)
+        elif path.name.endswith(SUFFIXES):  # a file is always one of the public layout
+            first, name = META_LICENCE, META_LICENCE_ID
+        else:
+            return f"{words}, which is not there any more to be asked", ""
+    except WeightsRefused:
+        return f"{words}, which cannot be read any more", ""
+    return f"{words}: {first}", name
+
+
+def _intact(path: Path) -> checkpoint.Found:
+    """The newest checkpoint whose files agree with their manifest: of a run folder, of its checkpoints, or this one."""
+    if (path / "manifest.json").is_file():
+        folders = [path]
+    else:
+        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        if not root.is_dir():
+            raise WeightsRefused(
+                f"{path} is {'a file' if root.is_file() else 'no such folder'}, and no run of fastjepa"
+            )
+        folders = [p for p in root.iterdir() if re.fullmatch(r"step-[0-9]+", p.name)]
+        folders.sort(key=lambda p: int(p.name[5:]), reverse=True)
+    if not folders:
+        raise WeightsRefused(f"{path} is no run folder and no checkpoint of fastjepa")
+    reasons = []
+    for folder in folders:
+        try:
+            return checkpoint.verify(folder)
+        except checkpoint.CheckpointError as error:
+            reasons.append(f"{folder.name}: {one_line(error)}")
+    raise WeightsRefused(f"no checkpoint in {path} is intact: {'; '.join(reasons[:2])}")

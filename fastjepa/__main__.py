@@ -20,6 +20,11 @@ VERBS = {
         "what a collection of videos holds, which files are bad, whether this machine decodes fast enough; "
         "or encode it once more for fast training",
     ),
+    "viz": (
+        "fastjepa.verbs.viz",
+        "RUN [--data PATH] [--video N|PATH] [--clips N] ...",
+        "pictures of what a run has learned, and one page of it all: index.html in its viz/",
+    ),
     "info": ("fastjepa.verbs.info", "", "versions, devices, decoders"),
 }
 FIVE_MINUTES = """See it work in five minutes, on a CPU:

@@ -307,6 +307,16 @@ class Trainer:
             return self._fail(step, Exit.FAILED, "checkpoints cannot be written")
         return self._leave(step)
 
+    def _draw(self, step: int) -> None:
+        self.watchdog.stage("drawing pictures", step, PATIENCE)
+        state = self.exchange.target_state()
+        if self.world.first:
+            with self.update.masters.in_place():
+                draw_pictures(
+                    self.settings, self.jepa, self.videos, self.log, step, state,
+                    lambda: self.watchdog.stage("drawing pictures"),
+                )  # fmt: skip
+
     def _interrupted(self) -> bool:
         return self.interrupts.received is not None
 
@@ -322,9 +332,8 @@ class Trainer:
         self.log.status("evaluating", step)
         if (ended := self._probe(step)) is not None:
             return ended
-        if self.settings.log.images and self.world.first:
-            self.watchdog.stage("drawing pictures", step, PATIENCE)
-            draw_pictures(self.settings, self.videos, self.log)
+        if self.settings.log.images:
+            self._draw(step)
         self._wait_for_the_first()
         for line in self.findings.summary():
             self.log.say(line)

@@ -3,6 +3,7 @@
 What is missing (videos that have vanished, a run without a checkpoint) is a sentence; the rest is drawn all the same.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -152,7 +153,7 @@ def draw_all(
         sections.append(Section("How it went", CURVES, panels, small=True))
         alive()
     if videos is not None and encoder is not None:
-        sections += _draw_features(settings, videos, encoder, out, wanted, drawn, features, alive)
+        sections += _draw_features(settings, videos, encoder, run, out, wanted, drawn, features, alive)
     if videos is not None and videos.paths and run is not None:
         sections += _draw_training_clips(settings, videos, run, out, wanted, drawn)
         alive()
@@ -180,6 +181,7 @@ def _draw_features(
     settings: Settings,
     videos: Videos,
     encoder: nn.Module,
+    run: Path | None,
     out: Path,
     wanted: Wanted,
     drawn: Drawn,
@@ -188,7 +190,7 @@ def _draw_features(
 ) -> list[Section]:
     d = settings.data
     try:
-        found = clips_of(settings, videos, wanted)
+        found = clips_of(settings, videos, wanted, run)
     except VideoError as error:
         raise ValueError(f"{error.path}: {error}") from None
     except (ValueError, OSError) as error:
@@ -215,8 +217,8 @@ def _draw_features(
     choice = "chosen by hand" if wanted.patch is not None else "the least usual of the first clip for its place"
     pictures = [
         Shown(out / "pca.png", "clips and colours of their features", PCA),
-        Shown(out / "pca.webp", "the same, moving", f"The same, moving: {pace}."),
         Shown(out / "similarity.png", "likeness to a chosen patch", SIMILAR.format(choice)),
+        Shown(out / "pca.webp", "colours of features, moving", f"Clips and their colours, moving: {pace}."),
     ]
     return [Section("What the features tell apart", features, pictures)]
 
@@ -249,10 +251,11 @@ def training_clips(s: Settings, videos: Videos, run: Path, number: int, say: Cal
     return clips[:shown]
 
 
-def clips_of(s: Settings, videos: Videos, wanted: Wanted) -> Clips:
+def clips_of(s: Settings, videos: Videos, wanted: Wanted, run: Path | None = None) -> Clips:
     """The middle of each video, the centre of the frame: first those that are shown, then more for the fit.
 
-    By default of videos that pretraining has not seen, where there are some. Errors: VideoError for one that was asked
+    By default of videos that pretraining has not seen, where there are some; never of those that have ended a process
+    of this `run`. Errors: VideoError for one that was asked
     for; ValueError where none can be read.
     """
     d = s.data
@@ -261,8 +264,12 @@ def clips_of(s: Settings, videos: Videos, wanted: Wanted) -> Clips:
     paths = [*wanted_paths(videos, wanted), *videos.paths]
     asked = len(paths) - len(videos.paths)
     reader = build_reader(s, replace(videos, paths=paths))
+    notes: list[str] = []
+    if run is not None:
+        Crashes(paths, run / LISTED, notes.append).keep_from(reader)
     shape = Cut(d.frames, d.stride, d.crop, d.duration, d.fps)
-    clips, titles, notes = [], [], []
+    clips: list[Tensor] = []
+    titles: list[str] = []
     seconds: float | None = None
     lost: list[tuple[str, str]] = []
     order = [*range(asked), *(asked + video for video in _spread(videos, number, asked))]
@@ -285,7 +292,9 @@ def clips_of(s: Settings, videos: Videos, wanted: Wanted) -> Clips:
     if not clips:
         if not lost:
             raise ValueError("there are no videos")
-        raise ValueError(f"none of {len(lost)} videos can be read, {lost[0][0]} among them ({lost[0][1]})")
+        raise ValueError(
+            f"none of {len(lost)} videos that were tried can be read, {lost[0][0]} among them ({lost[0][1]})"
+        )
     if lost:
         others = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
         notes.append(f"passed over, as it cannot be read: {lost[0][0]} ({lost[0][1]}){others}")
@@ -324,7 +333,16 @@ def _spread(videos: Videos, number: int, asked: int) -> Sequence[int]:
     """Numbers of videos to try: held-out ones in their random order, or such that lie evenly over the list."""
     tries = TRIES * number
     if "test" in videos.splits and len(videos.splits["test"]):
-        return [int(video) for video in videos.splits["test"][:tries]]
+        held_out = [int(video) for video in videos.splits["test"]]
+        labels = next(iter(videos.tasks.values())).labels
+        seen: Counter[int] = Counter()
+        turns = []
+        for video in held_out:
+            seen[labels[video]] += 1
+            turns.append(seen[labels[video]])
+        # One of each class before a second one of any.
+        ordered = [video for _, video in sorted(zip(turns, held_out), key=lambda pair: pair[0])]
+        return [*ordered, *(int(video) for video in videos.splits["train"])][:tries]
     total = len(videos.paths)
     first = np.unique(np.linspace(0, total - 1, min(number, total)).round().astype(int)).tolist() if total else []
     others = [video for video in range(min(total, tries)) if video not in set(first)]
@@ -367,5 +385,5 @@ def _described(opened: Opened) -> str:
 
 def _title(name: str) -> str:
     """The end of a name, in a line that fits beside a frame."""
-    short = Path(name).name.encode(errors="backslashreplace").decode()
+    short = Path(name).stem.encode(errors="backslashreplace").decode()
     return short if len(short) <= LONGEST_TITLE else f"{short[: LONGEST_TITLE // 2]}…{short[-LONGEST_TITLE // 2 + 1 :]}"

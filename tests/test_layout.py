@@ -64,6 +64,12 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.survey", {"build", "config", "data", "exits", "forecast", "gpus", "memory", "plan", "preparing"}),
         ("fastjepa.opened", {"build", "config", "configfile", "fit", "interop", "models"}),
         ("fastjepa.verbs.parsing", set()),
+        ("fastjepa.verbs.viz", {"exits", "pictures", "verbs"}),
+        ("fastjepa.viz", {"masks", "pixels", "viz"}),
+        (
+            "fastjepa.pictures",
+            {"build", "config", "configfile", "data", "interop", "opened", "probe", "viz"},
+        ),
         ("fastjepa.health", set()),
         ("fastjepa.costs", set()),
         ("fastjepa.gpus", set()),

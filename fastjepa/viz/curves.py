@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from fastjepa.viz.palette import CONTEXT, GREY, LINES, TARGET, VERDICTS, as_svg, save, style
@@ -58,6 +59,7 @@ PANELS = (
     Panel("share of the peak arithmetic (MFU)", {"mfu": "MFU"}, share=True, low=0),
     Panel("steps that were skipped", {"skipped": "skipped"}, low=0),
 )
+WELL = {"alive", "early", "unknown"}  # verdicts that need no mark
 QUIET = {"skipped"}  # shown where there was any
 
 
@@ -84,12 +86,12 @@ def curve_picture(rows: Rows, probes: Sequence[Mapping[str, Any]], path: Path) -
         raise ValueError("there is nothing to draw: no row has been logged, and nothing was probed")
     with style():
         height = math.ceil(len(drawn) / COLUMNS)
-        figure = Figure(figsize=(3.9 * COLUMNS, 2.3 * height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # type: ignore[union-attr]
-        axes = figure.subplots(height, COLUMNS, squeeze=False).flat
+        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+        figure = Figure(figsize=(3.9 * COLUMNS, 2.3 * height), layout=layout)
+        axes = list(figure.subplots(height, COLUMNS, squeeze=False).flat)
         for ax, panel in zip(axes, drawn):
             _draw(ax, panel, rows, probes)
-        for ax in list(axes)[len(drawn) :]:
+        for ax in axes[len(drawn) :]:
             ax.set_visible(False)
         save(figure, path)
 
@@ -99,7 +101,7 @@ def curve_svgs(rows: Rows, probes: Sequence[Mapping[str, Any]]) -> list[tuple[st
     found = []
     for panel in _panels(rows, probes):
         with style():
-            figure = Figure(figsize=(4.2, 2.4), layout="constrained")
+            figure = Figure(figsize=(3.5, 2.1), layout="constrained")
             _draw(figure.subplots(), panel, rows, probes)
             found.append((panel.title, as_svg(figure)))
     return found
@@ -168,7 +170,7 @@ def _draw(ax: Axes, panel: Panel, rows: Rows, probes: Sequence[Mapping[str, Any]
             if len(at) < len(steps):
                 ax.fill_between(at, low, high, color=colour, alpha=0.18, lw=0)
         for first, last, word in verdict_spans(rows):
-            if word not in ("alive", "early"):
+            if word not in WELL:
                 ax.axvspan(first, last, color=VERDICTS.get(word, GREY), alpha=0.1, lw=0)
         if len(panel.lines) > 1:
             ax.legend()
@@ -179,7 +181,7 @@ def _draw(ax: Axes, panel: Panel, rows: Rows, probes: Sequence[Mapping[str, Any]
     elif panel.low is not None:
         ax.set_ylim(panel.low, None)
     if panel.share:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set(xlabel="step", title=panel.title)
     ax.ticklabel_format(axis="x", style="plain")
     ax.margins(x=0.02)

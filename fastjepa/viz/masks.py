@@ -25,8 +25,8 @@ def mask_picture(
     grid = (len(frames), clip.shape[-2] // patch, clip.shape[-1] // patch)
     rows = [("clip", np.ones(grid, bool), GREY)]
     for number, (seen, wanted) in enumerate(zip(context, target)):
-        for what, kept, colour in (("seen", seen, CONTEXT), ("predicted", wanted, TARGET)):
-            cells = token_grid(kept, grid)
+        for what, tokens, colour in (("seen", seen, CONTEXT), ("predicted", wanted, TARGET)):
+            cells = token_grid(tokens, grid)
             rows.append((f"set {number}: {what}\n{cells.mean():.0%} of the clip", cells, colour))
     with style():
         figure, axes = strip(len(rows), len(frames), extra=0.3)
@@ -36,7 +36,10 @@ def mask_picture(
                 show(ax, frames[slot] * shown + (1 - shown) * _dark(colour))
             name_row(line[0], title, colour)
         name_columns(axes[0], tubelet)
-        handles = [Patch(color=_dark(colour), label=text) for colour, text in ((CONTEXT, SEEN), (TARGET, PREDICTED))]
+        handles = [
+            Patch(color=tuple(_dark(colour).tolist()), label=text)
+            for colour, text in ((CONTEXT, SEEN), (TARGET, PREDICTED))
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
         save(figure, path)
 

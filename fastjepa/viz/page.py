@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fastjepa.viz.palette import GREY, VERDICTS
 from fastjepa.viz.record import Record
 from fastjepa.viz.stylesheet import CSS
 
+HALF = 760  # pixels of a picture that two columns have room for
 KINDS = {".png": "image/png", ".webp": "image/webp", ".svg": "image/svg+xml"}
 MOST_BAD_FILES = 50
 # A run that says nothing for so long hangs, or was killed.
 SILENT_SECONDS = 900.0
 RUNNING = ("training", "evaluating")
-STATES = {"done": VERDICTS["alive"], "failed": VERDICTS["collapsed"], "training": VERDICTS["position"]}
+STATES = {"done": VERDICTS["alive"], "failed": VERDICTS["collapsed"], "training": VERDICTS["position only"]}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ def _header(record: Record, now: float) -> str:
     for key in ("verdict_text", "reason"):
         if isinstance(status.get(key), str) and status[key]:
             lines.append(f'<p class="lead">{_clean(status[key])}</p>')
-    step, steps = _float(status.get("step"), 0.0), _float(status.get("steps"), 0.0)
+    # A status that was written in an emergency may not know the step.
+    step = max(_float(status.get("step"), 0.0), record.rows[-1]["step"] if record.rows else 0)
+    steps = _float(status.get("steps"), 0.0)
     if steps > 0:
         lines.append(
             f'<div class="bar" role="img" aria-label="{step:.0f} of {steps:.0f} steps">'
@@ -167,13 +172,17 @@ def _gallery(pictures: Iterable[Shown], small: bool) -> str:
 
 
 def _figure(shown: Shown) -> str:
+    wide = False
     if isinstance(shown.picture, bytes):
         content, kind = shown.picture, KINDS[".svg"]
     else:
         content, kind = shown.picture.read_bytes(), KINDS[shown.picture.suffix]
+        with Image.open(shown.picture) as picture:
+            wide = picture.width > HALF
     source = f"data:{kind};base64,{base64.b64encode(content).decode()}"
     caption = f"<figcaption>{_clean(shown.text)}</figcaption>" if shown.text else ""
-    return f'<figure><img alt="{_clean(shown.title)}" src="{source}">{caption}</figure>'
+    tag = '<figure class="wide">' if wide else "<figure>"
+    return f'{tag}<img alt="{_clean(shown.title)}" src="{source}">{caption}</figure>'
 
 
 def _events(record: Record) -> str:
@@ -225,7 +234,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_plain(one)}" for key, one in value.items())
     if isinstance(value, list):
-        return "; ".join(_plain(one) for one in value) if any(isinstance(one, Mapping) for one in value) else str(value)
+        return "\n".join(_plain(one) for one in value) if any(isinstance(one, Mapping) for one in value) else str(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from fastjepa.pixels import MEAN, STD
@@ -25,7 +26,8 @@ LINES = (CONTEXT, TARGET, "#d19a1f", "#4f9d5d", "#8e6bbf", "#3aa6a6", "#b0628f",
 VERDICTS = {
     "alive": "#3f9b57",
     "early": GREY,
-    "position": "#2f7fc1",
+    "position only": "#2f7fc1",
+    "unknown": GREY,
     "stuck": "#d19a1f",
     "collapsing": "#d97a1f",
     "collapsed": "#d6453d",
@@ -65,7 +67,7 @@ def style() -> Iterator[None]:
         # Names of videos may be in letters that the font does not have: boxes stand for them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
+        mpl.rcParams.update(STYLE)  # type: ignore[arg-type]
         yield
 
 
@@ -93,8 +95,8 @@ def pixels(clip: Tensor) -> np.ndarray:
 
 def strip(rows: int, slots: int, extra: float = 0.0) -> tuple[Figure, np.ndarray]:
     """A figure of frames, a column a token slot in time, with `extra` inches below them, and its axes [rows, slots]."""
-    figure = Figure(figsize=(CELL * slots + 0.9, CELL * 1.04 * rows + 0.35 + extra), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02, compress=True)
+    figure = Figure(figsize=(CELL * slots + 0.9, CELL * 1.04 * rows + 0.35 + extra), layout=layout)
     axes = figure.subplots(rows, slots, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])

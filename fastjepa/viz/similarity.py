@@ -44,7 +44,7 @@ def similarity_picture(
     (slot, row, column) framed in both rows, as a PNG."""
     with style():
         slots = len(maps[0])
-        figure, axes = strip(2 * len(clips), slots, extra=0.45)
+        figure, axes = strip(2 * len(clips), slots, extra=0.2)
         for number, (clip, values, title) in enumerate(zip(clips, maps, titles)):
             for slot in range(slots):
                 show(axes[2 * number, slot], pixels(clip)[slot * tubelet])
@@ -66,5 +66,5 @@ def similarity_picture(
             ticks=[-1, 0, 1],
             label="cosine with the chosen patch (yellow frame)",
         )
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         save(figure, path)

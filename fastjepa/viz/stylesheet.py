@@ -28,7 +28,8 @@ section { border-top: 1px solid var(--line); margin-top: 2.2rem; padding-top: 1.
 .figures dt { color: var(--soft); font-size: .8rem; }
 .figures dd { margin: 0; font-size: 1.05rem; font-variant-numeric: tabular-nums; }
 .small { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 1rem; }
-.large { display: grid; gap: 1.4rem; }
+.large { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1rem; }
+.wide { grid-column: 1 / -1; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem;
   min-width: 0; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
@@ -39,11 +40,12 @@ table { border-collapse: collapse; font-size: .92rem; margin: .6rem 0; }
 caption { text-align: left; font-weight: 600; padding-bottom: .25rem; }
 th, td { text-align: left; padding: .28rem 1.1rem .28rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 500; color: var(--soft); white-space: nowrap; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; white-space: pre-line; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .path { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .85rem; }
 .groups { columns: 20rem; column-gap: 2.5rem; }
-.groups table { break-inside: avoid; width: 100%; }
+.groups table { break-inside: avoid; width: 100%; margin: 0 0 .9rem; }
+.groups th { width: 42%; overflow-wrap: anywhere; white-space: normal; }
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem;
   font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 ul { padding-left: 1.1rem; overflow-wrap: anywhere; font-size: .92rem; }

@@ -102,6 +102,8 @@ def draw(
     videos = _videos(settings.data.path if data is None and run is not None else data, settings.optim.seed, data, drawn)
     if videos is None and wanted.videos:
         videos = Videos([], np.arange(0), "", f"only {', '.join(wanted.videos)}")
+    if videos is not None:
+        wanted_paths(videos, wanted)  # refused before any work
     if opened is not None:
         say(f"weights    {opened.path}: {opened.description}, {opened.network}")
     if videos is not None:
@@ -164,7 +166,7 @@ def draw_all(
     return drawn
 
 
-CURVES = "One value a log line. What tells is the first panel, and whether the targets keep content and directions."
+CURVES = "What tells is the first panel, and whether the targets keep content and directions."
 PCA = (
     "The first three principal components of patch features as red, green and blue, without what is usual at each "
     "position; one fit for all clips, so the same colour means alike features."

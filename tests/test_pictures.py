@@ -124,31 +124,31 @@ def test_without_labels_clips_lie_evenly_over_the_list():
     assert sorted(pictures._spread(videos, 4, 0)) == list(range(10))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["absent"], "absent"),
-        (["RUN", "--patch", "1,2"], "expected three whole numbers SLOT,ROW,COLUMN, given '1,2'"),
-        (["RUN", "--patch", "2,0,0"], "--patch: expected SLOT,ROW,COLUMN from 0,0,0 to 1,3,3, given 2,0,0"),
-        (["RUN", "--video", "48"], "--video: expected a number below 48, or a path, given 48"),
-        (["RUN", "--video", "absent.mp4"], "--video: no such file, and no number of a video: absent.mp4"),
-        (["RUN", "--data", "absent"], "data.path: no such folder or file: absent"),
-        (["RUN", "--clips", "0"], "expected a whole number (from 1 to 16), given '0'"),
-        (["RUN", "--device", "gpu"], "expected cpu, cuda or cuda:N, given 'gpu'"),
-        (["RUN", "--networks", "encoder"], "unknown option --networks, nearest valid option: --network"),
-        (["RUN", "--video", "NOVIDEO"], "NOVIDEO"),
-        ([], "required: RUN"),
-    ],
-)
-def test_mistakes_are_one_sentence(made, capsys, tmp_path, arguments, sentence):
+MISTAKES = [
+    (["absent"], "absent"),
+    (["RUN", "--patch", "1,2"], "expected three whole numbers SLOT,ROW,COLUMN, given '1,2'"),
+    (["RUN", "--patch", "2,0,0"], "--patch: expected SLOT,ROW,COLUMN from 0,0,0 to 1,3,3, given 2,0,0"),
+    (["RUN", "--video", "48"], "--video: expected a number below 48, or a path, given 48"),
+    (["RUN", "--video", "absent.mp4"], "--video: no such file, and no number of a video: absent.mp4"),
+    (["RUN", "--data", "absent"], "data.path: no such folder or file: absent"),
+    (["RUN", "--clips", "0"], "expected a whole number (from 1 to 16), given '0'"),
+    (["RUN", "--device", "gpu"], "expected cpu, cuda or cuda:N, given 'gpu'"),
+    (["RUN", "--networks", "encoder"], "unknown option --networks, nearest valid option: --network"),
+    (["RUN", "--video", "NOVIDEO"], "NOVIDEO"),
+    ([], "required: RUN"),
+]
+
+
+def test_mistakes_are_one_sentence(made, capsys, tmp_path):
     bad = tmp_path / "NOVIDEO.mp4"
     bad.write_bytes(b"no video")
-    given = [{"RUN": str(made), "NOVIDEO": str(bad)}.get(word, word) for word in arguments]
-    capsys.readouterr()
-    assert main(["viz", *given]) == Exit.WRONG_INPUT
-    err = capsys.readouterr().err
-    assert sentence in err
-    assert err.count("\n") == 1
+    for arguments, sentence in MISTAKES:
+        given = [{"RUN": str(made), "NOVIDEO": str(bad)}.get(word, word) for word in arguments]
+        capsys.readouterr()
+        assert main(["viz", *given]) == Exit.WRONG_INPUT, arguments
+        err = capsys.readouterr().err
+        assert sentence in err, arguments
+        assert err.count("\n") == 1
 
 
 def test_help_says_what_there_is(capsys):

@@ -4,8 +4,9 @@ Columns that a run does not have are left out; None is a gap.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ PANELS = (
         "gradient norms before clipping",
         {"grad_norm": "all", "grad_norm_encoder": "encoder", "grad_norm_predictor": "predictor"},
         logarithmic=True,
+        low=0,
     ),
     Panel("learning rate", {"lr": "learning rate"}, low=0),
     Panel("momentum of the target encoder", {"momentum": "momentum"}),
@@ -139,13 +141,12 @@ def thinned(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> t
 
 
 def _panels(rows: Rows, probes: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    drawn = []
-    for panel in PANELS:
-        lines = {key: name for key, name in panel.lines.items() if _has(rows, key)}
-        if lines:
-            drawn.append(replace(panel, lines=lines))
-    kinds = {probe["probe"] for probe in probes if probe["results"]}
-    return [*(_probe_panel(kind, probes) for kind in sorted(kinds)), *drawn]
+    """Those with something to show; accuracies, where features were probed more than once, behind the losses."""
+    drawn = [panel for panel in PANELS if any(_has(rows, key) for key in panel.lines)]
+    times = Counter(probe["probe"] for probe in probes if probe["results"])
+    accuracies = [_probe_panel(kind, probes) for kind in sorted(times) if times[kind] > 1 or not drawn]
+    losses = sum(panel in drawn for panel in PANELS[:2])
+    return [*drawn[:losses], *accuracies, *drawn[losses:]]
 
 
 def _probe_panel(kind: str, probes: Sequence[Mapping[str, Any]]) -> Panel:
@@ -164,6 +165,8 @@ def _draw(ax: Axes, panel: Panel, rows: Rows, probes: Sequence[Mapping[str, Any]
     else:
         steps = np.array([row["step"] for row in rows], dtype=float)
         for (key, name), colour in zip(panel.lines.items(), LINES):
+            if not _has(rows, key):
+                continue
             at, mean, low, high = thinned(steps, np.array(values_of(rows, key)))
             mark = "o" if np.isfinite(mean).sum() == 1 else None
             ax.plot(at, mean, color=colour, lw=1.3, marker=mark, ms=4, label=name)
@@ -176,7 +179,7 @@ def _draw(ax: Axes, panel: Panel, rows: Rows, probes: Sequence[Mapping[str, Any]
             ax.legend()
     if panel.line_at is not None:
         ax.axhline(panel.line_at, color=GREY, lw=0.8, ls="--", zorder=0)
-    if panel.logarithmic and all(v > 0 for key in panel.lines for v in values_of(rows, key) if math.isfinite(v)):
+    if panel.logarithmic and _decades([v for key in panel.lines for v in values_of(rows, key)]):
         ax.set_yscale("log")
     elif panel.low is not None:
         ax.set_ylim(panel.low, None)
@@ -185,6 +188,12 @@ def _draw(ax: Axes, panel: Panel, rows: Rows, probes: Sequence[Mapping[str, Any]
     ax.set(xlabel="step", title=panel.title)
     ax.ticklabel_format(axis="x", style="plain")
     ax.margins(x=0.02)
+
+
+def _decades(values: Sequence[float]) -> bool:
+    """Whether values lie so far apart that their logarithms are easier to read."""
+    finite = [value for value in values if math.isfinite(value)]
+    return min(finite) > 0 and max(finite) > 20 * min(finite)
 
 
 def _accuracies(ax: Axes, panel: Panel, probes: Sequence[Mapping[str, Any]]) -> None:

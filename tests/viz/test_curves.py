@@ -81,7 +81,9 @@ def test_the_columns_that_a_run_has_are_drawn_and_no_others(tmp_path, monkeypatc
     with Image.open(tmp_path / "viz" / "curves.png") as picture:
         assert picture.width > 1000
     titles = [title for title, _ in viz.curve_svgs(ROWS, PROBES)]
-    assert titles[0] == "accuracy of the knn probe"
+    assert titles[2] == "accuracy of the knn probe"
+    assert "accuracy of the knn probe" not in [title for title, _ in viz.curve_svgs(ROWS, PROBES[:1])]
+    assert [title for title, _ in viz.curve_svgs([], PROBES[:1])] == ["accuracy of the knn probe"]
     assert len(titles) == 5
     assert "steps that were skipped" not in titles
 

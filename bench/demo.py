@@ -96,8 +96,8 @@ def main(arguments: list[str]) -> None:
             rows += rows_of(seed, seconds, cpu_seconds, run)
             write_results(path, header, rows, complete=seed == seeds[-1])
             if options.pictures and seed == seeds[0]:
-                for name in ("loss", "masks"):
-                    shutil.copy(run / "viz" / f"{name}.png", ROOT / "docs" / f"{stem}-{name}.png")
+                for name in ("loss.png", "masks.png", "pca.webp", "similarity.png"):
+                    shutil.copy(run / "viz" / name, ROOT / "docs" / f"{stem}-{name}")
     print(path)
 
 

@@ -25,6 +25,11 @@ VERBS = {
         "WEIGHTS [--probe knn,linear,attentive] [--data PATH] ...",
         "what the features of a run or of published weights learned: kNN, linear and attentive classifiers",
     ),
+    "viz": (
+        "fastjepa.verbs.viz",
+        "RUN [--data PATH] [--video N|PATH] [--clips N] ...",
+        "pictures of what a run has learned, and one page of it all: index.html in its viz/",
+    ),
     "embed": (
         "fastjepa.verbs.embed",
         "WEIGHTS PATH --out FILE ...",

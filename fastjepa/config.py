@@ -295,7 +295,10 @@ class Log(Section):
     folder: str = setting("runs", "root of the run folders", "free", min_length=1)
     every: Count = setting(10, "steps between two lines of the log", "free")
     images: bool = setting(
-        True, "draw the loss curve, some clips and the masks at the end, for TensorBoard and W&B too", "free"
+        True,
+        "draw curves, masks, clips and features at the end, for TensorBoard and W&B too, and a page of them: "
+        "viz/index.html",
+        "free",
     )
     tensorboard: bool = setting(False, "write TensorBoard events too (extra `log`)", "free")
     wandb: bool = setting(False, "log to Weights & Biases too (extra `log`)", "free")

@@ -2,27 +2,30 @@
 
 import hashlib
 import json
+import shlex
+import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
-from math import ceil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastjepa import config, probe, viz
-from fastjepa.build import build_dataset, build_masks, build_reader, draw_encoder
+from fastjepa import config, probe
+from fastjepa.build import build_reader, draw_encoder
 from fastjepa.config import Settings
 from fastjepa.data.crashes import LISTED, Crashes
 from fastjepa.data.labelled import open_labelled, with_test
 from fastjepa.data.source import Videos
 from fastjepa.jepa import JEPA
-from fastjepa.log import Log, read_metrics
+from fastjepa.log import Log
 from fastjepa.models import VisionTransformer
 from fastjepa.opened import load_encoder
+from fastjepa.pictures import Drawn, Wanted, draw_all
 from fastjepa.probe import Protocol
+from fastjepa.viz import read_record
 
-CLIPS_SHOWN = 4
 BASELINES = "untrained.json"
 # What eval.probe stands for.
 ASKED = {"auto": (probe.KNN, probe.LINEAR), "all": probe.KINDS, "none": ()}
@@ -174,26 +177,49 @@ def run_probe(
     log.scalars(step, probe.numbers(results))
 
 
-def draw_pictures(s: Settings, videos: Videos, log: Log) -> None:
-    """viz/loss.png, viz/clips.png and viz/masks.png: the curves so far, and the first clips with the first masks."""
-    rows = read_metrics(log.folder)
-    if rows:
-        viz.loss_curve(rows, log.folder / "viz" / "loss.png")
-    dataset = build_dataset(s, videos)
-    Crashes(videos.paths, log.folder / LISTED, log.say).keep_from(dataset.reader)
-    shown = min(CLIPS_SHOWN, s.optim.global_batch)
-    clips = [clip for slot in range(ceil(shown / s.data.clips_per_video)) for clip in dataset.decoded(slot).clips][
-        :shown
-    ]
-    titles = [f"clip {slot}" for slot in range(len(clips))]
-    viz.clip_picture(clips, titles, s.data.tubelet, log.folder / "viz" / "clips.png")
-    context, target = build_masks(s).draw(0, [0])
-    viz.mask_picture(clips[0], context, target, s.data.tubelet, s.data.patch, log.folder / "viz" / "masks.png")
-    log.say(f"pictures   {log.folder / 'viz'}: " + ", ".join(p.name for p in sorted((log.folder / "viz").iterdir())))
+def draw_pictures(
+    s: Settings,
+    jepa: JEPA,
+    videos: Videos,
+    log: Log,
+    step: int,
+    state: dict[str, Tensor] | None = None,
+    alive: Callable[[], None] = lambda: None,
+) -> list[Path]:
+    """viz/ of a run that is over: what `python -m fastjepa viz` draws, of the target encoder at hand; the files made.
+
+    `state` as in `run_probe`; `alive` is called now and then. Pictures are no reason to end a run with a failure, and
+    can be drawn again: whatever goes wrong is said.
+    """
+    record = read_record(log.folder)
+    record = replace(record, status=record.status | {"state": "done", "step": step})
+    drawn = Drawn()
+    encoder = jepa.target_encoder
+    training = encoder.training
+    try:
+        if state is not None:
+            encoder = load_encoder(s, state, "target encoder").to(next(jepa.parameters()).device)
+        features = f"Features of the target encoder of step {step:,}."
+        draw_all(
+            s, record, videos, encoder.eval(), log.folder / "viz", Wanted(), drawn,
+            run=log.folder, features=features, alive=alive,
+        )  # fmt: skip
+    except Exception as error:  # noqa: BLE001
+        log.note(traceback.format_exc())
+        again = f"python -m fastjepa viz {shlex.quote(str(log.folder))} draws them again"
+        drawn.notes.append(f"{str(error) or type(error).__name__} (details in train.log); {again}")
+    finally:
+        jepa.target_encoder.train(training)
+    for note in drawn.notes:
+        log.say(f"warning: pictures: {note}")
+    if drawn.files:
+        log.say(f"pictures   {log.folder / 'viz'}: {', '.join(path.name for path in drawn.files)}")
+    return drawn.files
 
 
 def show_pictures(log: Log, step: int, paths: list[Path]) -> None:
-    """Hand image files of the run folder to TensorBoard and W&B: viz/masks.png is viz/masks there."""
+    """Hand images of the run folder to TensorBoard and W&B: viz/masks.png is viz/masks there."""
     for path in paths:
-        name = path.relative_to(log.folder).with_suffix("").as_posix().removesuffix(f"-step-{step:07d}")
-        log.picture(name, path, step)
+        if path.suffix == ".png":
+            name = path.relative_to(log.folder).with_suffix("").as_posix().removesuffix(f"-step-{step:07d}")
+            log.picture(name, path, step)

@@ -351,6 +351,17 @@ class Trainer:
             return self._fail(step, Exit.FAILED, "checkpoints cannot be written")
         return self._leave(step)
 
+    def _draw(self, step: int) -> None:
+        self.watchdog.stage("drawing pictures", step, PATIENCE)
+        state = self.exchange.target_state()
+        if self.world.first:
+            with self.update.masters.in_place():
+                drawn = draw_pictures(
+                    self.settings, self.jepa, self.videos, self.log, step, state,
+                    lambda: self.watchdog.stage("drawing pictures"),
+                )  # fmt: skip
+            show_pictures(self.log, step, drawn)
+
     def _interrupted(self) -> bool:
         return self.interrupts.received is not None
 
@@ -366,10 +377,8 @@ class Trainer:
         self._status("evaluating", step)
         if (ended := self._probe(step)) is not None:
             return ended
-        if self.settings.log.images and self.world.first:
-            self.watchdog.stage("drawing pictures", step, PATIENCE)
-            draw_pictures(self.settings, self.videos, self.log)
-            show_pictures(self.log, step, sorted((self.run.path / "viz").glob("*.png")))
+        if self.settings.log.images:
+            self._draw(step)
         self._wait_for_the_first()
         for line in self.findings.summary():
             self.log.say(line)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastjepa import evaluation, probe
+from fastjepa import pictures, probe, viz
 from fastjepa.build import build_dataset, build_jepa, build_masks
 from fastjepa.config import Data, Eval, Log, Mask, MaskSet, Model, Settings
 from fastjepa.data.source import open_videos
@@ -144,26 +144,28 @@ def test_a_request_to_stop_ends_it_without_a_result(videos, run_log):
 
 # Pictures
 
+FILES = ["loss.png", "curves.png", "pca.png", "pca.webp", "similarity.png", "masks.png", "clips.png", "index.html"]
+
 
 @pytest.mark.parametrize("clips_per_video", [1, 2])
 def test_the_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch, clips_per_video):
     s = settings()
     s = s.model_copy(update={"data": s.data.model_copy(update={"clips_per_video": clips_per_video})})
     drawn, clips = [], []
-    mask_picture, clip_picture = evaluation.viz.mask_picture, evaluation.viz.clip_picture
+    mask_picture, clip_picture = viz.mask_picture, viz.clip_picture
 
     def watched(*arguments):
         drawn.append(arguments)
         mask_picture(*arguments)
 
-    monkeypatch.setattr(evaluation.viz, "mask_picture", watched)
-    monkeypatch.setattr(evaluation.viz, "clip_picture", lambda *a: clips.append(a) or clip_picture(*a))
+    monkeypatch.setattr(viz, "mask_picture", watched)
+    monkeypatch.setattr(viz, "clip_picture", lambda *a: clips.append(a) or clip_picture(*a))
     run_log.metrics({"step": 1, "loss": 0.5, "loss_ratio": float("nan"), "rank": 3.0})
-    draw_pictures(s, videos, run_log)
-    viz = run_log.folder / "viz"
-    assert sorted(p.name for p in viz.iterdir()) == ["clips.png", "loss.png", "masks.png"]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in viz.iterdir())
-    assert said(run_log) == [f"pictures   {viz}: clips.png, loss.png, masks.png"]
+    folder = run_log.folder / "viz"
+    assert draw_pictures(s, build_jepa(s), videos, run_log, 1) == [folder / name for name in FILES]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.glob("*.png"))
+    assert said(run_log) == [f"pictures   {folder}: {', '.join(FILES)}"]
     ((clip, context, target, tubelet, patch, _),) = drawn
     assert torch.equal(clip, build_dataset(s, videos)[0].clips[0])
     ((shown, titles, clip_tubelet, _),) = clips
@@ -177,6 +179,48 @@ def test_the_pictures_are_drawn_of_the_first_step(videos, run_log, monkeypatch, 
     assert (tubelet, patch) == (2, 8)
 
 
-def test_a_run_without_rows_has_no_loss_curve(videos, run_log):
-    draw_pictures(settings(), videos, run_log)
-    assert sorted(p.name for p in (run_log.folder / "viz").iterdir()) == ["clips.png", "masks.png"]
+def test_the_features_are_those_of_the_target_encoder_or_of_the_gathered_weights(videos, run_log, monkeypatch):
+    s, found = settings(), []
+    fit = viz.fit
+    monkeypatch.setattr(viz, "fit", lambda tokens: found.append(tokens) or fit(tokens))
+    jepa, other = build_jepa(s), build_jepa(s).target_encoder
+    with torch.no_grad():
+        for p in [*jepa.encoder.parameters(), *other.parameters()]:
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    jepa.train()
+    modes = [module.training for module in jepa.modules()]
+    draw_pictures(s, jepa, videos, run_log, 1)
+    draw_pictures(s, jepa, videos, run_log, 1, dict(other.state_dict()))
+    assert [module.training for module in jepa.modules()] == modes
+    clips = pictures.clips_of(s, videos, pictures.Wanted()).clips
+    for tokens, encoder in zip(found, (jepa.target_encoder, other)):
+        with torch.no_grad():
+            assert torch.allclose(tokens, viz.content(encoder(clips)), atol=1e-4)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+
+def test_a_run_without_rows_has_no_curves(videos, run_log):
+    assert [p.name for p in draw_pictures(settings(), build_jepa(settings()), videos, run_log, 1)] == FILES[2:]
+
+
+def test_what_goes_wrong_is_said_and_ends_nothing(videos, run_log, monkeypatch):
+    def broken(*_):
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(viz, "mask_picture", broken)
+    files = draw_pictures(settings(), build_jepa(settings()), videos, run_log, 1)
+    assert [p.name for p in files] == FILES[2:5]  # what had been made by then
+    text = (run_log.folder / "train.log").read_text()
+    assert f"warning: pictures: 'a defect' (details in train.log); python -m fastjepa viz {run_log.folder} dr" in text
+    assert "Traceback" in text
+
+
+def test_videos_that_have_vanished_leave_the_curves_and_the_page(videos, run_log):
+    run_log.metrics({"step": 1, "loss": 0.5, "loss_ratio": 0.9, "rank": 3.0})
+    lost = replace(videos, paths=["absent.mp4"] * len(videos.paths))
+    files = draw_pictures(settings(), build_jepa(settings()), lost, run_log, 1)
+    assert [p.name for p in files] == ["loss.png", "curves.png", "index.html"]
+    features, masks = said(run_log)[:2]
+    assert "no pictures of features: none of 42 videos that were tried can be read, absent.mp4" in features
+    assert "no pictures of masks and clips: none of the " in masks
+    assert "none of 42 videos that were tried can be read" in files[-1].read_text()

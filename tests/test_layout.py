@@ -78,6 +78,12 @@ def test_settings_import_nothing_of_ours_and_no_torch():
         ("fastjepa.runstate", {"log"}),
         ("fastjepa.probe", {"data", "models", "probe", "streams"}),
         ("fastjepa.verbs.progress", set()),
+        ("fastjepa.verbs.viz", {"exits", "pictures", "verbs"}),
+        ("fastjepa.viz", {"masks", "pixels", "viz"}),
+        (
+            "fastjepa.pictures",
+            {"build", "config", "configfile", "data", "interop", "opened", "probe", "viz"},
+        ),
         ("fastjepa.health", set()),
         ("fastjepa.costs", set()),
         ("fastjepa.gpus", set()),

@@ -1,24 +1,20 @@
-"""The probe measures what features know and nothing else; the pictures show the masks that were drawn."""
+"""The probe measures what features know and nothing else."""
 
 import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib.axes
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastjepa import probe, viz
+from fastjepa import probe
 from fastjepa.data.dataset import Reader
 from fastjepa.data.frames import clip_frames
 from fastjepa.data.sampling import central_box
 from fastjepa.data.source import open_videos
 from fastjepa.data.transforms import cut
-from fastjepa.masks import Ragged
-from fastjepa.pixels import normalise
 from fastjepa.probe import Accuracy, Cut, ProbeStopped, Protocol, linear_accuracy
 
 CUT = Cut(frames=8, stride=1, crop=32)
@@ -280,136 +276,3 @@ def test_the_results_are_kept_as_json(tmp_path):
     content = json.loads((tmp_path / "run" / "probe" / "step-0003000.json").read_text())
     assert (content["step"], content["probe"]) == (3000, "linear")
     assert [Accuracy(**r) for r in content["results"]] == RESULTS
-
-
-# Pictures
-
-
-SLOTS, HEIGHT, WIDTH, PATCH, TUBELET = 2, 3, 4, 8, 2
-GRID = (SLOTS, HEIGHT, WIDTH)
-
-
-def token_sets(kind: str) -> tuple[list, list]:
-    """Context and target of two sets over two clips; only the first clip is drawn."""
-    tokens = torch.randperm(SLOTS * HEIGHT * WIDTH, generator=torch.Generator().manual_seed(0))
-    if kind == "dense":
-        return [tokens[:10].view(2, 5), tokens[4:20].view(2, 8)], [tokens[12:24].view(2, 6), tokens[:2].view(2, 1)]
-    context = [Ragged(tokens[:9], (3, 6)), Ragged(tokens[4:20], (8, 8))]
-    return context, [Ragged(tokens[12:], (7, 5)), Ragged(tokens[:4], (1, 3))]
-
-
-def first_clip(token_set) -> list[int]:
-    if isinstance(token_set, Ragged):
-        return token_set.index[: token_set.lengths[0]].tolist()
-    return token_set[0].tolist()
-
-
-@pytest.mark.parametrize("kind", ["dense", "ragged"])
-def test_the_grid_marks_the_tokens_of_the_first_clip(kind):
-    context, target = token_sets(kind)
-    for token_set in context + target:
-        grid = viz._grid(token_set, GRID)
-        assert grid.shape == GRID
-        assert {t * HEIGHT * WIDTH + h * WIDTH + w for t, h, w in np.argwhere(grid).tolist()} == set(
-            first_clip(token_set)
-        )
-
-
-def as_bytes(pixels):
-    """Pixels in 0..1 as the nearest grey levels."""
-    return (pixels * 255).round().to(torch.uint8)
-
-
-@pytest.mark.parametrize("given", ["floats", "bytes"])
-@pytest.mark.parametrize("kind", ["dense", "ragged"])
-def test_the_picture_shows_kept_tokens_and_darkens_the_others(kind, given, tmp_path, monkeypatch):
-    drawn = []
-    imshow = matplotlib.axes.Axes.imshow
-
-    def watched(axes, image, **options):
-        drawn.append(image)
-        return imshow(axes, image, **options)
-
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", watched)
-    pixels = torch.rand(3, SLOTS * TUBELET, HEIGHT * PATCH, WIDTH * PATCH, generator=torch.Generator().manual_seed(0))
-    pixels = pixels / 2 + 0.5  # brighter than anything darkened
-    context, target = token_sets(kind)
-    path = tmp_path / "viz" / "masks.png"
-    if given == "bytes":
-        clip, pixels = as_bytes(pixels), as_bytes(pixels) / 255
-    else:
-        clip = normalise(pixels * 255)
-    viz.mask_picture(clip, context, target, TUBELET, PATCH, path)
-
-    everything = list(range(SLOTS * HEIGHT * WIDTH))
-    order = [everything] + [first_clip(s) for pair in zip(context, target) for s in pair]
-    assert len(drawn) == len(order) * SLOTS
-    for row, tokens in enumerate(order):
-        for slot in range(SLOTS):
-            image, frame = drawn[row * SLOTS + slot], pixels[:, slot * TUBELET].permute(1, 2, 0).numpy()
-            for cell in range(HEIGHT * WIDTH):
-                h, w = cell // WIDTH * PATCH, cell % WIDTH * PATCH
-                have, want = (x[h : h + PATCH, w : w + PATCH] for x in (image, frame))
-                if slot * HEIGHT * WIDTH + cell in tokens:
-                    assert np.allclose(have, want, atol=1e-5)
-                else:
-                    assert have.max() < 0.4
-                    assert np.ptp(have, axis=(0, 1)).max() == 0
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert 200 < picture.width < 2000
-        assert 400 < picture.height < 2000
-
-
-@pytest.mark.parametrize("given", ["floats", "bytes"])
-def test_the_clip_picture_shows_frames_with_the_normalisation_undone(given, tmp_path, monkeypatch):
-    drawn = []
-    imshow = matplotlib.axes.Axes.imshow
-
-    def watched(axes, image, **options):
-        drawn.append(image)
-        return imshow(axes, image, **options)
-
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", watched)
-    pixels = torch.rand(3, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "viz" / "clips.png"
-    if given == "bytes":
-        shown, pixels = as_bytes(pixels), as_bytes(pixels) / 255
-    else:
-        shown = [normalise(clip * 255) for clip in pixels]
-    viz.clip_picture(list(shown), ["a", "b", "c"], 2, path)
-    assert len(drawn) == 3 * 3
-    for place, image in enumerate(drawn):
-        want = pixels[place // 3][:, 2 * (place % 3)].permute(1, 2, 0).numpy()
-        assert np.allclose(image, want, atol=1e-5)
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-
-
-NULLS = {"loss": None, "loss_ratio": None, "rank": None}
-
-
-@pytest.mark.filterwarnings("error::RuntimeWarning")
-@pytest.mark.parametrize("rows", [1, 5, 0], ids=["one row", "some nulls", "only nulls"])
-def test_the_loss_curve_has_gaps_where_values_are_null(rows, tmp_path, monkeypatch):
-    lines = []
-    plot = matplotlib.axes.Axes.plot
-
-    def watched(axes, x, y, **options):
-        lines.append((list(x), list(y)))
-        return plot(axes, x, y, **options)
-
-    monkeypatch.setattr(matplotlib.axes.Axes, "plot", watched)
-    table = [{"step": 10 * n, "loss": n / 2, "loss_ratio": n / 3, "rank": n * 7.0} for n in range(1, rows + 1)]
-    if rows != 1:
-        table.insert(1, {"step": 15, **NULLS})
-    path = tmp_path / "viz" / "loss.png"
-    viz.loss_curve(table, path)
-    assert [x for x, _ in lines] == [[row["step"] for row in table]] * 3
-    for (_, y), key in zip(lines, NULLS):
-        assert [None if np.isnan(value) else value for value in y] == [row[key] for row in table]
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert 600 < picture.width < 2000
-        assert 200 < picture.height < 1000
-        assert np.asarray(picture.convert("L")).std() > 10

@@ -55,7 +55,17 @@ def test_a_run_leaves_what_the_documentation_draws(run):
     names = {p.name for p in folder.iterdir()}
     assert {"config.yaml", "command.txt", "env.json", "metrics.jsonl", "train.log", "status.json"} <= names
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-0000009", "step-0000010", "latest"}
-    assert {p.name for p in (folder / "viz").iterdir()} == {"clips.png", "loss.png", "masks.png"}
+    viz = {p.name for p in (folder / "viz").iterdir()}
+    assert viz == {
+        "clips.png",
+        "curves.png",
+        "index.html",
+        "loss.png",
+        "masks.png",
+        "pca.png",
+        "pca.webp",
+        "similarity.png",
+    }
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     found = rows(folder)
     wanted = {"step", "loss", "loss_ratio", "lr", "momentum", "grad_norm", "clips_per_s", "data_wait", "rank"}

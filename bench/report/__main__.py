@@ -20,7 +20,7 @@ from bench.report.regions import Links, rewrite, split
 from bench.report.stored import choose, read_folder
 
 ROOT = Path(__file__).parents[2]
-READMES = [ROOT / "README.md", ROOT / "bench" / "README.md"]
+READMES = [ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "measured.md"]
 
 
 def made(readmes: Sequence[Path], results: Path, docs: Path) -> dict[Path, bytes]:

@@ -151,8 +151,9 @@ def draw_all(
             drawn.files.append(out / "loss.png")
         viz.curve_picture(record.rows, record.probes, out / "curves.png")
         drawn.files.append(out / "curves.png")
+        shaded = any(isinstance(row.get("verdict"), str) for row in record.rows)
         panels = [Shown(svg, title) for title, svg in viz.curve_svgs(record.rows, record.probes)]
-        sections.append(Section("How it went", CURVES, panels, small=True))
+        sections.append(Section("How it went", f"{CURVES} {SHADED if shaded else ''}".strip(), panels, small=True))
         alive()
     if videos is not None and encoder is not None:
         sections += _draw_features(settings, videos, encoder, run, out, wanted, drawn, features, alive)
@@ -167,6 +168,10 @@ def draw_all(
 
 
 CURVES = "What tells is the first panel, and whether the targets keep content and directions."
+SHADED = (
+    "Shaded: blue while only the position is predicted, orange while it collapses or is stuck, red where it has "
+    "collapsed or diverged."
+)
 PCA = (
     "The first three principal components of patch features as red, green and blue, without what is usual at each "
     "position; one fit for all clips, so the same colour means alike features."

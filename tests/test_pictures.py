@@ -62,7 +62,7 @@ def test_videos_that_have_vanished_are_one_note_and_other_ones_take_their_place(
     folder = tmp_path / "mine"
     folder.mkdir()
     for number in range(3):
-        shutil.copy(videos.paths[number], folder / f"<b>{number}$x_{{.mp4")
+        shutil.copy(videos.paths[number], folder / f"<b>{number}$x_{{$.mp4")
     code, own = run(f"data.path={folder}", "optim.steps=2", folder="own")
     assert code == Exit.DONE
     moved = folder.rename(tmp_path / "moved")
@@ -72,7 +72,7 @@ def test_videos_that_have_vanished_are_one_note_and_other_ones_take_their_place(
     drawn = draw(own, data=str(moved))
     assert names(drawn) == [*CURVES, *FEATURES, *MASKS, "index.html"]
     assert drawn.notes == []
-    drawn = draw(own, wanted=Wanted(videos=(str(moved / "<b>1$x_{.mp4"),)))
+    drawn = draw(own, wanted=Wanted(videos=(str(moved / "<b>1$x_{$.mp4"),)))
     assert names(drawn) == [*CURVES, *FEATURES, "index.html"]
     assert "features of one clip alone" in drawn.notes[-1]
 

@@ -22,7 +22,7 @@ from fastjepa.viz.palette import CONTEXT, GREY, LINES, TARGET, VERDICTS, as_svg,
 Rows = Sequence[Mapping[str, Any]]
 
 # More points than a panel has pixels: neighbours become one, with the range of their values behind it.
-MOST_POINTS = 600
+MOST_POINTS = 300
 COLUMNS = 3
 
 

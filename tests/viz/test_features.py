@@ -67,7 +67,7 @@ def test_features_that_are_all_the_same_have_a_colour_and_those_that_are_not_fin
 def test_the_picture_has_every_clip_above_its_colours(tokens, clips, drawn, tmp_path):
     colours = viz.fit(tokens).colours(tokens).view(CLIPS, *GRID, 3).numpy()
     viz.pca_picture(
-        [normalise(clip * 255) for clip in clips], list(colours), ["a", "$b_{", "c"], TUBELET, tmp_path / "p.png"
+        [normalise(clip * 255) for clip in clips], list(colours), ["a", "$b_{$", "c"], TUBELET, tmp_path / "p.png"
     )
     slots = GRID[0]
     assert len(drawn) == 2 * CLIPS * slots

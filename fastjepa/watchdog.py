@@ -101,7 +101,8 @@ class Watchdog:
         if step is not None:
             self._step = step
         seconds = 60.0 * self.minutes * patience
-        watcher.RECORD.pack_into(self._memory, 0, self._beats, self._step, seconds, name.encode())
+        # Not by pack_into, which clears the memory first: the watcher would now and then see nothing there.
+        self._memory[:] = watcher.RECORD.pack(self._beats, self._step, seconds, name.encode())
 
 
 def _shared_file() -> IO[bytes]:

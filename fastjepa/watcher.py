@@ -38,6 +38,9 @@ def watch(memory: mmap.mmap, parent: int) -> tuple[bytes, float] | None:
     while os.getppid() == parent:
         record = memory[: RECORD.size]
         limit = RECORD.unpack(record)[2]
+        if limit <= 0:  # half written: no stage has no time at all
+            time.sleep(0.001)
+            continue
         pause = min(1.0, limit / 20)
         time.sleep(pause)
         now = time.monotonic()

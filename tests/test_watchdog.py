@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -295,3 +296,26 @@ def test_the_watcher_needs_the_standard_library_only():
     command = [sys.executable, "-I", "-S", watcher.__file__, "0", "0", "0", "a", "b"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert "mmap.mmap(shared" in done.stderr  # so far it came: there is no memory to look at
+
+
+def test_a_record_that_is_being_written_ends_nobody(monkeypatch):
+    polls = iter([7] * 50)
+    monkeypatch.setattr(os, "getppid", lambda: next(polls, 1))
+    assert watcher.watch(mmap.mmap(-1, watcher.RECORD.size), 7) is None
+
+
+def test_a_stage_never_leaves_the_record_empty(tmp_path, monkeypatch):
+    """The watcher may look at any moment: between two bytes of a write, too."""
+    with Watchdog(1.0, 0, tmp_path) as watchdog:
+        seen = []
+        memory = watchdog._memory
+
+        class Spy:
+            def __setitem__(self, place, content):
+                seen.append(watcher.RECORD.unpack(content)[2])
+                memory[place] = content
+
+        monkeypatch.setattr(watchdog, "_memory", Spy())
+        watchdog.stage("computing", 3)
+        monkeypatch.setattr(watchdog, "_memory", memory)
+    assert seen == [60.0]

@@ -53,10 +53,12 @@ def yaml_of(key, value):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 # The only leaves that take a text of any kind, null, or 2.5.
-TEXT = {"data.path", "init.from", "log.folder", "resume"}
+TEXT = {"data.path", "eval.data", "eval.test", "init.from", "log.folder", "resume"}
 NULL = {"model.predictor_heads", "model.qk_scale", "optim.clip_grad", "runtime.stop_at", "runtime.threads"}
 NULL |= {
     "mask.sets.0.max_keep",
+    "eval.data",
+    "eval.test",
     "runtime.profile",
     "runtime.watchdog_minutes",
     "init.from",

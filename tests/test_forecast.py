@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastjepa import build
 from fastjepa.__main__ import main
 from fastjepa.costs import COMPONENTS
+from fastjepa.verbs import plan as verb
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MEMORY = ("weights", "half-precision copies", "gradients", "AdamW moments", "target encoder", "activations")
@@ -57,8 +57,8 @@ def speed(out: str) -> tuple[float, float, float]:
 )
 def test_every_recipe_gets_all_tables_in_seconds_without_weights(capsys, monkeypatch, config, more):
     built = []
-    original = build.build_jepa
-    monkeypatch.setattr(build, "build_jepa", lambda s: built.append(original(s)) or built[0])
+    original = verb.build_jepa
+    monkeypatch.setattr(verb, "build_jepa", lambda s: built.append(original(s)) or built[0])
     began = time.process_time()
     out = plan(capsys, config, *more)
     assert time.process_time() - began < 15

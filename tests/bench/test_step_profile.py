@@ -43,7 +43,6 @@ def test_a_profile_names_components_and_the_most_expensive_operators(tmp_path, w
     parts = {line.split()[0]: float(line.split()[1]) for line in lines[start + 1 : start + 8]}
     assert list(parts) == ["target", "context", "predictor", "loss", "backward", "optimizer", "step"]
     assert min(parts.values()) > 0
-    assert sum(parts.values()) - parts["step"] == pytest.approx(parts["step"], rel=0.35)  # medians, a busy machine
     costs = [float(line.split()[0]) for line in lines[start + 11 :]]
     assert len(costs) == 30
     assert costs == sorted(costs, reverse=True)

@@ -13,7 +13,20 @@ from torch import Tensor, nn
 
 import fastjepa_kernels as kernels
 from fastjepa.models.layers import Attention
-from fastjepa.models.operations import Operations, Stretch, Wanted, joined, split
+from fastjepa.models.operations import Operations
+from fastjepa.models.rotary import Turn
+from fastjepa.models.rows import (
+    Layout,
+    Rotary,
+    Stretch,
+    Wanted,
+    cross_heads,
+    cross_parts,
+    joined,
+    self_heads,
+    self_parts,
+    turn_of_rows,
+)
 from fastjepa_kernels.indexed import HEAD_SIZES
 
 # Backends that take either form alone; the others take both.
@@ -23,11 +36,15 @@ NAMES = ("auto", *DENSE, *RAGGED, "xformers", "indexed")
 
 
 class Flat(NamedTuple):
-    """Rows of clips in a row: `starts` int32 [clips + 1] on the device, rows of the longest clip, and the stretches."""
+    """Rows of clips in a row: `starts` int32 [clips + 1] on the device, rows of the longest clip, and the stretches.
+
+    `turn` as in `Layout`.
+    """
 
     starts: Tensor
     longest: int
     stretches: list[Stretch]
+    turn: Turn | None = None
 
 
 class Dispatched(Operations):
@@ -52,9 +69,10 @@ class Dispatched(Operations):
                     f"attention: expected no dropout and use_sdpa=True in {name}: leave this piece to the library"
                 )
 
-    def layout(self, stretches: list[Stretch], device: torch.device) -> list[Stretch] | Flat:
+    def layout(self, stretches: list[Stretch], device: torch.device, rotary: Rotary | None = None) -> Layout | Flat:
         """Stretches for dense calls, or where clips begin for a ragged one."""
-        return flat_layout(stretches, device) if self.flat else self._cut(stretches)
+        turn = turn_of_rows(rotary)
+        return flat_layout(stretches, device, turn) if self.flat else Layout(self._cut(stretches), turn)
 
     def _cut(self, stretches: list[Stretch]) -> list[Stretch]:
         if self.group is None:
@@ -67,21 +85,18 @@ class Dispatched(Operations):
 
     def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
         """One ragged call, or one for each stretch."""
-        packed = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+        packed = attention.qkv(x)
         if isinstance(layout, Flat):
-            q, k, v = packed.unbind(1)
-            return self._ragged(attention, q, k, v, layout, layout)
-        return joined([self._dense(attention, *part.unbind(2)) for part in split(packed, layout)])
+            return self._ragged(attention, *self_heads(attention, packed, layout.turn), layout, layout)
+        return joined([self._dense(attention, *part) for part in self_parts(attention, packed, layout)])
 
     def cross(self, attention: Attention, query: Tensor, key_value: Tensor, layout: Any, kv_layout: Any) -> Tensor:
         """The same for fewer queries than keys."""
-        heads = (attention.num_heads, attention.head_dim)
-        q, kv = query.unflatten(-1, heads), key_value.unflatten(-1, (2, *heads))
         if isinstance(layout, Flat):
-            k, v = kv.unbind(1)
-            return self._ragged(attention, q, k, v, layout, kv_layout)
-        pairs = zip(split(q, layout), split(kv, kv_layout))
-        return joined([self._dense(attention, some, *part.unbind(2)) for some, part in pairs])
+            heads = cross_heads(attention, query, key_value, layout.turn, kv_layout.turn)
+            return self._ragged(attention, *heads, layout, kv_layout)
+        parts = cross_parts(attention, query, key_value, layout, kv_layout)
+        return joined([self._dense(attention, *part) for part in parts])
 
     def _dense(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mixed = kernels.attention(
@@ -141,15 +156,21 @@ class Indexed(Dispatched):
                     f"{module.head_dim}: use another runtime.attention or runtime.kernels"
                 )
 
-    def layout(self, stretches: list[Stretch], device: torch.device) -> Flat:
+    def layout(self, stretches: list[Stretch], device: torch.device, rotary: Rotary | None = None) -> Flat:
         """Where clips begin, and the longest."""
-        return flat_layout(self._cut(stretches), device)
+        return flat_layout(self._cut(stretches), device, turn_of_rows(rotary))
 
     def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
         """One launch for all clips, straight from the packed projection and into its gradient.
 
         The projection runs without its bias, which is added where its rows are read and gets its gradient there.
         """
+        if layout.turn is not None:
+            q, k, v = self_heads(attention, attention.qkv(x), layout.turn)
+            return kernels.indexed_attention(
+                q, k, v, cu_seqlens=layout.starts, max_length=layout.longest, scale=attention.sdpa_scale,
+                impl=self.impl,
+            ).flatten(1)  # fmt: skip
         heads, bias = (3, attention.num_heads, attention.head_dim), attention.qkv.bias
         packed = F.linear(x, attention.qkv.weight).unflatten(-1, heads)
         return kernels.indexed_attention(
@@ -174,16 +195,15 @@ class Indexed(Dispatched):
         """The library's ragged attention, or a launch for each stretch."""
         if self.flat:
             return super().cross(attention, query, key_value, layout, kv_layout)
-        return Operations.cross(self, attention, query, key_value, layout.stretches, kv_layout.stretches)
+        return Operations.cross(self, attention, query, key_value, layout, kv_layout)
 
     def mix(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries of fewer rows than keys and values."""
-        heads = (attention.num_heads, attention.head_dim)
-        q, k, v = (t.unflatten(-1, heads) for t in (query, key, value))
-        return kernels.indexed_attention(q, k, v, scale=attention.sdpa_scale, impl=self.impl).flatten(2).flatten(0, 1)
+        mixed = kernels.indexed_attention(query, key, value, scale=attention.sdpa_scale, impl=self.impl)
+        return mixed.flatten(2).flatten(0, 1)
 
 
-def flat_layout(stretches: Sequence[Stretch], device: torch.device) -> Flat:
+def flat_layout(stretches: Sequence[Stretch], device: torch.device, turn: Turn | None = None) -> Flat:
     """Where each clip's rows begin, counted up on the device: a launch for each stretch."""
     parts, start = [], 0
     for number, (clips, length) in enumerate(stretches, 1):
@@ -195,7 +215,7 @@ def flat_layout(stretches: Sequence[Stretch], device: torch.device) -> Flat:
             parts.append(torch.full((count,), start, dtype=torch.int32, device=device))
         start = end
     starts = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return Flat(starts, max(length for _, length in stretches), list(stretches))
+    return Flat(starts, max(length for _, length in stretches), list(stretches), turn)
 
 
 def _lengths(stretches: list[Stretch]) -> tuple[int, ...]:

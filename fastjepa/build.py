@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastjepa.compiling import compiles, run_blocks
-from fastjepa.config import Settings
+from fastjepa.config import FeedForward, Settings
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.decoders.choose import Decoder
 from fastjepa.data.decoders.dali import DaliDecoder
@@ -49,6 +49,7 @@ def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
         reg_coeff=s.loss.reg_coeff,
         execution=s.runtime.execution,
         operations=operations,
+        mask_token_by="length" if s.compat.mask_token_by_length else "set",
     )
 
 
@@ -72,13 +73,18 @@ def _predictor(s: Settings, encoder: VisionTransformer) -> VisionTransformerPred
         num_mask_tokens=s.mask.number_of_sets,
         zero_init_mask_tokens=s.model.zero_init_mask_tokens,
         noise=s.model.noise,
+        **_feed_forward(s.model.predictor_mlp),
         **_shared(s),
     )
 
 
 def build_encoder(s: Settings) -> VisionTransformer:
     """An encoder alone; nothing is seeded."""
-    return build_vit(s.model.name, **_shared(s))
+    return build_vit(s.model.name, drop_path_rate=s.model.drop_path, **_feed_forward(s.model.mlp), **_shared(s))
+
+
+def _feed_forward(kind: FeedForward) -> dict[str, Any]:
+    return {"use_silu": kind != "gelu", "wide_silu": kind == "swiglu"}
 
 
 def _shared(s: Settings) -> dict[str, Any]:
@@ -92,6 +98,8 @@ def _shared(s: Settings) -> dict[str, Any]:
         "init_std": s.model.init_std,
         "qk_scale": s.model.qk_scale,
         "sdpa_ignores_scale": s.compat.sdpa_ignores_scale,
+        "use_rope": s.model.positions != "table",
+        "rope_style": "v2" if s.model.positions == "rope_v2" else "interleaved",
     }
 
 

@@ -14,15 +14,10 @@ from torch import Tensor, nn
 import fastjepa_kernels as kernels
 from fastjepa.attending import Indexed, flat_layout
 from fastjepa.masks.tokens import TokenSet, flat_tokens, gather_tokens, number_of_clips, split_runs
-from fastjepa.models.layers import MLP, Block
-from fastjepa.models.operations import (
-    Patches,
-    Targets,
-    product_dtype,
-    split,
-    stretches_of,
-)
+from fastjepa.models.layers import MLP, Block, SwiGLU
+from fastjepa.models.operations import LIBRARY, Patches, Targets, product_dtype
 from fastjepa.models.predictor import NOISE_STEPS, Draw, RowNoise, VisionTransformerPredictor
+from fastjepa.models.rows import split, stretches_of
 from fastjepa.models.vision_transformer import VisionTransformer
 from fastjepa.pixels import MEAN, STD
 
@@ -111,11 +106,12 @@ class Fused(Indexed):
     def _embed(self, encoder: VisionTransformer, patches: Patches, clips: Tensor, index: Tensor | None) -> Tensor:
         projection = encoder.patch_embed.proj
         assert isinstance(projection, nn.Conv2d | nn.Conv3d)
+        table = encoder.positions(patches.grid)
         bytes_given = clips.dtype == torch.uint8
         return kernels.patch_embed_gather(
             clips, projection.weight.flatten(1), projection.bias, index,
             tubelet=encoder.tubelet_size if encoder.is_video else 1, patch=encoder.patch_size,
-            position=encoder.positions(patches.grid)[0], impl=self.impl,
+            position=None if table is None else table[0], impl=self.impl,
             mean=MEAN if bytes_given else None, std=STD if bytes_given else None,
             form="fused" if self.with_product and self.impl == "triton" else "auto",
         ).flatten(0, 1)  # fmt: skip
@@ -128,9 +124,12 @@ class Fused(Indexed):
         masks_target: Sequence[TokenSet],
         goal: Tensor | None,
         draws: Sequence[Draw] | None,
+        numbers: Sequence[int] | None = None,
     ) -> Tensor:
         """One launch for all clips of all sets, every row written once."""
-        table, clips = predictor.predictor_pos_embed[0], number_of_clips(masks_context[0])
+        if predictor.predictor_pos_embed is None:
+            return LIBRARY.assemble(predictor, embedded, masks_context, masks_target, goal, draws, numbers)
+        table = predictor.predictor_pos_embed[0]
         indices, lengths = [], []
         for sets in (masks_context, masks_target):
             indices.append(torch.cat([flat_tokens(s) for s in sets]))
@@ -138,10 +137,13 @@ class Fused(Indexed):
         token: Tensor | None = None
         asked: dict[str, Any] = {}
         if goal is None:
-            tokens = [predictor.mask_token(n).view(1, -1).expand(clips, -1) for n in range(len(masks_target))]
+            tokens = [
+                predictor.mask_token(n).view(1, -1).expand(number_of_clips(token_set), -1)
+                for n, token_set in zip(numbers or range(len(masks_target)), masks_target)
+            ]
             token = torch.cat(tokens)
         else:
-            asked = {"targets": goal, **self._drawn(predictor, goal, clips, masks_target, draws)}
+            asked = {"targets": goal, **self._drawn(predictor, goal, masks_target, draws)}
         return kernels.assemble_tokens(
             embedded, indices[0], indices[1], table, token, **asked,
             context_lengths=lengths[0], target_lengths=lengths[1],
@@ -152,13 +154,13 @@ class Fused(Indexed):
         self,
         predictor: VisionTransformerPredictor,
         goal: Tensor,
-        clips: int,
         masks_target: Sequence[TokenSet],
         draws: Sequence[Draw] | None,
     ) -> dict[str, Tensor]:
         """The share of the signal of every clip, and the noise or what to make it from."""
         if draws is None:
-            steps = torch.randint(NOISE_STEPS, (clips * len(masks_target),), device=goal.device)
+            clips = sum(number_of_clips(token_set) for token_set in masks_target)
+            steps = torch.randint(NOISE_STEPS, (clips,), device=goal.device)
             noise: dict[str, Tensor] = {"noise": torch.randn_like(goal)}
         else:
             steps, made = torch.cat([draw[0] for draw in draws]), [draw[1] for draw in draws]
@@ -192,23 +194,34 @@ class Fused(Indexed):
         return F.linear(y, projection.weight), projection.bias
 
     def add_norm(
-        self, norm: nn.Module, y: Tensor, bias: Tensor | None, x: Tensor, drop: nn.Dropout, *, kept: bool = False
+        self,
+        norm: nn.Module,
+        y: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        drop: nn.Dropout,
+        *,
+        kept: bool = False,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Bias, residual and norm in one pass, which gives the bias its gradient too."""
         assert isinstance(norm, nn.LayerNorm)
         if drop.p and drop.training:  # what is dropped includes the bias
             y, bias = drop(y if bias is None else y + bias.to(y.dtype)), None
         return kernels.add_layer_norm(
-            y, x, norm.weight, norm.bias, norm.eps, x_bias=bias, out_dtype=_written(x, kept), impl=self.impl
-        )
+            y, x, norm.weight, norm.bias, norm.eps, x_bias=bias, row_scale=scale, out_dtype=_written(x, kept),
+            impl=self.impl,
+        )  # fmt: skip
 
-    def hidden(self, mlp: MLP, x: Tensor) -> Tensor:
-        """Bias and GELU in one pass after the product."""
+    def hidden(self, mlp: MLP | SwiGLU, x: Tensor) -> Tensor:
+        """Bias and GELU in one pass after the product; a gated layer is the library's."""
+        if isinstance(mlp, SwiGLU):
+            return mlp.hidden(x)
         return mlp.drop(kernels.linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias, impl=self.impl))
 
-    def feed_forward(self, mlp: MLP, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def feed_forward(self, mlp: MLP | SwiGLU, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """With products, GELU and its gradient are part of them."""
-        if not self.with_product or (mlp.drop.p and mlp.drop.training):
+        if not self.with_product or isinstance(mlp, SwiGLU) or (mlp.drop.p and mlp.drop.training):
             return super().feed_forward(mlp, x)
         product = kernels.mlp(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, impl=self.impl)
         return product, mlp.fc2.bias

@@ -6,7 +6,7 @@ B clips, N tokens, M mask sets, Kc context and Kt target tokens, E encoder width
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +21,36 @@ from fastjepa.pixels import as_floats
 Execution = Literal["packed", "reference"]
 
 
+MaskTokens = Literal["set", "length"]
+Nested = Sequence[TokenSet] | Sequence[Sequence[TokenSet]]
+
+
 @dataclass
 class JEPAOutput:
     """What one forward pass gives: `loss_reg` is None at weight 0, and so is what follows unless it is asked for.
 
-    `every_target` [B, N, E] are the target features of all tokens.
+    `every_target` [B, N, E] are the target features of all tokens. Of clips of several lengths there is a list of each,
+    a length each.
     """
 
     loss: Tensor
     loss_jepa: Tensor
     loss_reg: Tensor | None = None
-    predictions: list[Tensor] | None = None
-    targets: list[Tensor] | None = None
-    every_target: Tensor | None = None
+    predictions: list[Any] | None = None
+    targets: list[Any] | None = None
+    every_target: Any = None
+
+
+@dataclass
+class Group:
+    """Clips of one length and their mask sets; `number` is its place among the lengths of the step."""
+
+    number: int
+    clips: Tensor
+    context: Sequence[TokenSet]
+    target: Sequence[TokenSet]
+    draws: Sequence[Draw] | None
+    union: TargetUnion | None
 
 
 class JEPA(nn.Module):
@@ -43,7 +60,8 @@ class JEPA(nn.Module):
     `reg_coeff` weighs the variance regulariser. `execution` chooses how the same numbers are computed: "reference" runs
     one pass a mask set, the way the public code does, and takes any encoder and predictor with the same calls; "packed"
     does the work that the mathematics needs and takes this library's networks (`fastjepa.models.packing`), and runs
-    its pieces through `operations`.
+    its pieces through `operations`. `mask_token_by` says what chooses the learned mask token: the mask set, or, as the
+    released V-JEPA 2 was trained, the place of the clips' length among those of the step.
     """
 
     def __init__(
@@ -55,13 +73,20 @@ class JEPA(nn.Module):
         reg_coeff: float = 0.0,
         execution: Execution = "packed",
         operations: Operations = LIBRARY,
+        mask_token_by: MaskTokens = "set",
     ) -> None:
         super().__init__()
+        if mask_token_by not in ("set", "length"):
+            raise ValueError(f"mask_token_by must be 'set' or 'length', got {mask_token_by!r}")
         if execution not in ("packed", "reference"):
             raise ValueError(f"execution must be 'packed' or 'reference', got {execution!r}")
         ours = isinstance(encoder, VisionTransformer) and isinstance(predictor, VisionTransformerPredictor)
         if execution == "packed" and not ours:
             raise ValueError("packed execution takes a VisionTransformer and its predictor: use execution='reference'")
+        if getattr(predictor, "return_all_tokens", False):
+            raise ValueError(
+                "the objective reads predictions at targets: build the predictor without return_all_tokens"
+            )
         if execution == "reference" and operations is not LIBRARY:
             raise ValueError("only packed execution runs through other operations: use execution='packed'")
         for network in (encoder, predictor):
@@ -73,6 +98,14 @@ class JEPA(nn.Module):
         self.reg_coeff = reg_coeff
         self.execution = execution
         self.operations = operations
+        self.mask_token_by = mask_token_by
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "JEPA":
+        """As ever, but for the target encoder, which leaves nothing out (dropout, stochastic depth)."""
+        super().train(mode)
+        self.target_encoder.eval()
+        return self
 
     @torch.no_grad()
     def target_features(self, clips: Tensor) -> Tensor:
@@ -85,17 +118,18 @@ class JEPA(nn.Module):
         encoder = self.target_encoder
         assert isinstance(encoder, VisionTransformer)
         patches = self.operations.cut(encoder, clips)
-        return self.operations.targets(packing.encode_all(encoder, patches, self.operations)).every()
+        return self.operations.targets(packing.encode_all(encoder, [patches], self.operations)[0]).every()
 
     def forward(
         self,
-        clips: Tensor,
-        masks_context: Sequence[TokenSet],
-        masks_target: Sequence[TokenSet],
-        draws: Sequence[Draw] | None = None,
+        clips: Tensor | Sequence[Tensor],
+        masks_context: Nested,
+        masks_target: Nested,
+        draws: Sequence[Any] | None = None,
         collect: bool = False,
-        union: TargetUnion | None = None,
+        union: TargetUnion | Sequence[TargetUnion] | None = None,
         look: bool = False,
+        shares: Sequence[float] | None = None,
     ) -> JEPAOutput:
         """The loss of one batch: the mean over mask sets of the mean over clips of each clip's own mean.
 
@@ -105,69 +139,76 @@ class JEPA(nn.Module):
         where lengths differ. `union` is that of `masks_target` (see `target_union`): packed execution then finishes
         those tokens alone; the reference way needs none. `look` keeps predictions and the target features of all
         tokens, for figures of health: it costs a block at most and changes no bit of the loss.
-        Errors: ValueError where the numbers of mask sets, or of their clips, differ, and for clips of other integers.
+
+        Clips of several lengths T are a list of tensors, and masks, draws and unions lists of what belongs to each. The
+        loss then is the mean of those of the lengths, or their sum weighed by `shares`. Source: V-JEPA 2 (arXiv
+        2506.09985). Errors: ValueError where the numbers of mask sets, or of their clips, differ, and for clips of
+        other integers.
         """
-        if len(masks_context) != len(masks_target) or not masks_context:
-            raise ValueError(
-                f"context and target mask sets come in pairs, got {len(masks_context)} and {len(masks_target)}"
-            )
-        if draws is not None and len(draws) != len(masks_context):
-            raise ValueError(f"draws come one a mask set, got {len(draws)} for {len(masks_context)} sets")
-        for token_set in (*masks_context, *masks_target):
-            described = number_of_clips(token_set)
-            if described != len(clips):
-                raise ValueError(f"a mask set describes {described} clips, the batch has {len(clips)}")
-        if self.execution == "packed":
-            predictions, targets, every = self._packed(clips, masks_context, masks_target, draws, union, look)
-        else:
-            predictions, targets = self._reference(clips, masks_context, masks_target, draws)
-            every = targets.every() if look else None
+        single = isinstance(clips, Tensor)
+        groups = _groups(*_as_lists(clips, masks_context, masks_target, draws, union))
+        if shares is not None and len(shares) != len(groups):
+            raise ValueError(f"shares come one a length, got {len(shares)} for {len(groups)} lengths")
+        reference = self.execution == "reference"
+        predictions, targets, every = self._reference(groups) if reference else self._packed(groups, look)
         # Where the targets stand in what the target encoder has finished.
-        asked = masks_target if union is None or self.execution == "reference" else union.places
-        errors = [targets.error(p, token_set, self.loss_exp) for p, token_set in zip(predictions, asked)]
-        loss_jepa = torch.stack(errors).mean()
+        asked = [g.target if g.union is None or reference else g.union.places for g in groups]
+        losses, spreads = [], []
+        for group, guesses, goals, places in zip(groups, predictions, targets, asked):
+            losses.append(torch.stack([goals.error(p, s, self.loss_exp) for p, s in zip(guesses, places)]))
+            if self.reg_coeff:
+                spread = torch.stack([_spread(p, s) for p, s in zip(guesses, group.target)]).mean(dim=0)
+                spreads.append(torch.relu(1.0 - spread).mean())
+        loss_jepa = _weighed([errors.mean() for errors in losses], shares)
         loss, loss_reg = loss_jepa, None
         if self.reg_coeff:
-            spread = torch.stack([_spread(p, token_set) for p, token_set in zip(predictions, masks_target)]).mean(dim=0)
-            loss_reg = torch.relu(1.0 - spread).mean()
+            loss_reg = _weighed(spreads, shares)
             loss = loss_jepa + self.reg_coeff * loss_reg
-        output = JEPAOutput(loss, loss_jepa, loss_reg, every_target=every)
+        output = JEPAOutput(loss, loss_jepa, loss_reg)
+        if look:
+            seen = [goals.every() for goals in targets] if every is None else every
+            output.every_target = seen[0] if single else seen
         if collect or look:
-            output.predictions = [p.detach() for p in predictions]
+            kept = [[p.detach() for p in guesses] for guesses in predictions]
+            output.predictions = kept[0] if single else kept
         if collect:
-            output.targets = [targets.rows(token_set) for token_set in asked]
+            rows = [[goals.rows(s) for s in places] for goals, places in zip(targets, asked)]
+            output.targets = rows[0] if single else rows
         return output
 
-    def _reference(
-        self, clips: Tensor, context: Sequence[TokenSet], target: Sequence[TokenSet], draws: Sequence[Draw] | None
-    ) -> tuple[list[Tensor], Targets]:
+    def _number(self, group: Group, mask_set: int) -> int:
+        """Which mask token stands for the targets of a set."""
+        return mask_set if self.mask_token_by == "set" else group.number
+
+    def _reference(self, groups: Sequence[Group]) -> tuple[list[list[Tensor]], list[Targets], None]:
         """Predictions a mask set, and targets, the way the public code runs: every patch embedded in every pass."""
-        clips = self._floats(clips)
-        with torch.no_grad():
-            targets = Targets(self.target_encoder(clips))
-        predictions = []
-        for number, (c_set, t_set) in enumerate(zip(context, target)):
-            parts, start = [], 0
-            for rows, (kept, wanted) in split_runs([c_set, t_set]):
-                goal = apply_masks(targets.every()[rows], wanted)
-                seen = self.encoder(clips[rows], kept)
-                draw = (None, None) if draws is None else draw_of_run(draws[number], rows, start, wanted.shape)
-                parts.append(self.predictor(seen, goal, kept, wanted, number, *draw))
-                start += wanted.numel()
-            dense = isinstance(t_set, Tensor)
-            predictions.append(torch.cat(parts) if dense else torch.cat([part.flatten(0, 1) for part in parts]))
-        return predictions, targets
+        found, every_targets = [], []
+        for group in groups:
+            clips = self._floats(group.clips)
+            with torch.no_grad():
+                targets = Targets(self.target_encoder(clips))
+            predictions = []
+            for number, (c_set, t_set) in enumerate(zip(group.context, group.target)):
+                parts, start = [], 0
+                token = self._number(group, number)
+                for rows, (kept, wanted) in split_runs([c_set, t_set]):
+                    goal = apply_masks(targets.every()[rows], wanted)
+                    seen = self.encoder(clips[rows], kept)
+                    draw: tuple[Any, Any] = (None, None)
+                    if group.draws is not None:
+                        draw = draw_of_run(group.draws[number], rows, start, wanted.shape)
+                    parts.append(self.predictor(seen, goal, kept, wanted, token, *draw))
+                    start += wanted.numel()
+                dense = isinstance(t_set, Tensor)
+                predictions.append(torch.cat(parts) if dense else torch.cat([part.flatten(0, 1) for part in parts]))
+            found.append(predictions)
+            every_targets.append(targets)
+        return found, every_targets, None
 
     def _packed(
-        self,
-        clips: Tensor,
-        context: Sequence[TokenSet],
-        target: Sequence[TokenSet],
-        draws: Sequence[Draw] | None,
-        union: TargetUnion | None,
-        look: bool,
-    ) -> tuple[list[Tensor], Targets, Tensor | None]:
-        """The same numbers: patches cut once, both sets in one encoder pass and in one predictor pass.
+        self, groups: Sequence[Group], look: bool
+    ) -> tuple[list[list[Tensor]], list[Targets], list[Tensor] | None]:
+        """The same numbers: patches cut once, all sets in one encoder pass and in one predictor pass.
 
         And with `look` the target features of all tokens.
         """
@@ -175,19 +216,29 @@ class JEPA(nn.Module):
         assert isinstance(encoder, VisionTransformer) and isinstance(target_encoder, VisionTransformer)  # noqa: PT018
         assert isinstance(predictor, VisionTransformerPredictor)
         operations = self.operations
-        patches = operations.cut(encoder, clips)
-        index, asked = (None, target) if union is None else (union.index, union.places)
+        patches = [operations.cut(encoder, group.clips) for group in groups]
+        unions = [group.union for group in groups if group.union is not None]
+        index, asked = None, [group.target for group in groups]
+        if unions:
+            index, asked = [union.index for union in unions], [union.places for union in unions]
         with torch.no_grad():
             every = None
             if look:
                 features, whole = packing.encode_both(target_encoder, patches, operations, index)
-                every = operations.targets(whole).every()
+                every = [operations.targets(one).every() for one in whole]
             else:
                 features = packing.encode_all(target_encoder, patches, operations, index)
-            targets = operations.targets(features)
-            goals = None if predictor.mask_tokens is not None else [targets.rows(token_set) for token_set in asked]
-        features = packing.encode_sets(encoder, patches, context, operations)
-        predictions = packing.predict_sets(predictor, features, goals, context, target, draws, operations)
+            targets = [operations.targets(one) for one in features]
+            goals = None
+            if predictor.mask_tokens is None:
+                goals = [goal.rows(token_set) for goal, places in zip(targets, asked) for token_set in places]
+        context = [token_set for group in groups for token_set in group.context]
+        target = [token_set for group in groups for token_set in group.target]
+        draws = None if groups[0].draws is None else [draw for group in groups for draw in group.draws or ()]
+        numbers = [self._number(group, number) for group in groups for number in range(len(group.target))]
+        rows = packing.encode_sets(encoder, patches, [group.context for group in groups], operations)
+        found = packing.predict_sets(predictor, rows, goals, context, target, draws, operations, numbers)
+        predictions = [[found.pop(0) for _ in group.target] for group in groups]
         return predictions, targets, every
 
     def _floats(self, clips: Tensor) -> Tensor:
@@ -207,6 +258,51 @@ class JEPA(nn.Module):
             if online.requires_grad or every_parameter
         ]
         self.operations.move_([target for target, _ in pairs], [online for _, online in pairs], momentum)
+
+
+def _as_lists(clips: Any, context: Any, target: Any, draws: Any, union: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """What belongs to clips of one length in lists of one, as if there were several."""
+    if not isinstance(clips, Tensor):
+        return clips, context, target, draws, union
+    return [clips], [context], [target], None if draws is None else [draws], None if union is None else [union]
+
+
+def _groups(
+    clips: Sequence[Tensor],
+    context: Sequence[Sequence[TokenSet]],
+    target: Sequence[Sequence[TokenSet]],
+    draws: Sequence[Sequence[Draw] | None] | None,
+    unions: Sequence[TargetUnion] | None,
+) -> list[Group]:
+    """What belongs together, checked. Errors: as `forward`."""
+    none: list[None] = [None] * len(clips)
+    given = (clips, context, target, draws or none, unions or none)
+    if not clips or len({len(part) for part in given}) > 1:
+        raise ValueError(
+            f"clips of several lengths come with masks of each, got {len(clips)} lengths and masks of "
+            f"{len(context)} and {len(target)}"
+        )
+    groups = [Group(number, *parts) for number, parts in enumerate(zip(*given))]
+    for group in groups:
+        if len(group.context) != len(group.target) or not group.context:
+            raise ValueError(
+                f"context and target mask sets come in pairs, got {len(group.context)} and {len(group.target)}"
+            )
+        if group.draws is not None and len(group.draws) != len(group.context):
+            raise ValueError(f"draws come one a mask set, got {len(group.draws)} for {len(group.context)} sets")
+        for token_set in (*group.context, *group.target):
+            described = number_of_clips(token_set)
+            if described != len(group.clips):
+                raise ValueError(f"a mask set describes {described} clips, the batch has {len(group.clips)}")
+    return groups
+
+
+def _weighed(losses: Sequence[Tensor], shares: Sequence[float] | None) -> Tensor:
+    """The mean, or the sum weighed by host numbers: 0-dim."""
+    if len(losses) == 1 and shares is None:
+        return losses[0]
+    shares = shares or [1.0 / len(losses)] * len(losses)
+    return torch.stack([loss * share for loss, share in zip(losses, shares)]).sum()
 
 
 def _spread(prediction: Tensor, token_set: TokenSet) -> Tensor:

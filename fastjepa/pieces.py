@@ -14,8 +14,9 @@ import fastjepa_kernels as kernels
 from fastjepa.attending import Dispatched, Indexed
 from fastjepa.config import Piece
 from fastjepa.fused import Fused
-from fastjepa.models.layers import MLP, Attention, Block
-from fastjepa.models.operations import LIBRARY, Operations, Wanted
+from fastjepa.models.layers import MLP, Attention, Block, SwiGLU
+from fastjepa.models.operations import LIBRARY, Operations
+from fastjepa.models.rows import Dropped, Wanted
 
 PIECES: tuple[Piece, ...] = get_args(Piece)
 
@@ -61,13 +62,21 @@ class Composite(Operations):
         for piece, operations in self.pieces.items():
             (operations.check if piece == "attention" else operations.check_layers)(network)
 
-    def feed_forward(self, mlp: MLP, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def feed_forward(self, mlp: MLP | SwiGLU, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """By `mlp` where it is more than `hidden` and a product."""
         piece = self.pieces["mlp"]
         return piece.feed_forward(mlp, x) if piece.with_product else super().feed_forward(mlp, x)
 
     def block(
-        self, number: int, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, kept: bool
+        self,
+        number: int,
+        block: Block,
+        after: nn.Module,
+        normed: Tensor,
+        x: Tensor,
+        layout: Any,
+        kept: bool,
+        dropped: Dropped | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compiled where that was asked for; recomputed where gradients are wanted."""
 
@@ -75,21 +84,31 @@ class Composite(Operations):
             rows = partial(self._block, 0, block, after)
             if number < self.recomputed and torch.is_grad_enabled():
                 # No random numbers are drawn in a block.
-                return checkpoint(rows, normed, x, layout, kept, use_reentrant=False, preserve_rng_state=False)
-            return rows(normed, x, layout, kept)
+                return checkpoint(rows, normed, x, layout, kept, dropped, use_reentrant=False, preserve_rng_state=False)
+            return rows(normed, x, layout, kept, dropped)
 
         return self._within(block, run, normed, x)
 
     def last_block(
-        self, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, wanted: Wanted, kept: bool
+        self,
+        block: Block,
+        after: nn.Module,
+        normed: Tensor,
+        x: Tensor,
+        layout: Any,
+        wanted: Wanted,
+        kept: bool,
+        dropped: Dropped | None = None,
     ) -> Tensor:
         """As in `Operations`."""
         last = super().last_block
-        return self._within(block, lambda n, y: last(block, after, n, y, layout, wanted, kept), normed, x)
+        return self._within(block, lambda n, y: last(block, after, n, y, layout, wanted, kept, dropped), normed, x)
 
-    def finish(self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool) -> Tensor:
+    def finish(
+        self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool, dropped: Dropped | None = None
+    ) -> Tensor:
         """Compiled where that was asked for."""
-        return self._finish(block, after, mixed, x, kept)
+        return self._finish(block, after, mixed, x, kept, dropped)
 
 
 _NAMES = {"library": "torch's own functions", "fused": "fastjepa_kernels, fused with the product"}

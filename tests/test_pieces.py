@@ -69,12 +69,12 @@ def test_every_method_of_the_seam_belongs_to_one_piece():
 
 def test_dense_calls_are_cut_to_groups_of_one_size():
     """Two groups that happen to keep equally many tokens are neighbours of one length."""
-    from fastjepa.models.operations import Stretch
+    from fastjepa.models.rows import Stretch
 
     merged = [Stretch(6, 10), Stretch(2, 7)]
-    assert Dispatched(group=2).layout(merged, CPU) == [Stretch(2, 10)] * 3 + [Stretch(2, 7)]
-    assert Dispatched(group=4).layout(merged, CPU) == [Stretch(4, 10), Stretch(2, 10), Stretch(2, 7)]
-    assert Dispatched().layout(merged, CPU) == merged
+    assert Dispatched(group=2).layout(merged, CPU).stretches == [Stretch(2, 10)] * 3 + [Stretch(2, 7)]
+    assert Dispatched(group=4).layout(merged, CPU).stretches == [Stretch(4, 10), Stretch(2, 10), Stretch(2, 7)]
+    assert Dispatched().layout(merged, CPU).stretches == merged
 
 
 def test_without_a_measurement_the_library_is_taken_and_the_reason_is_told():

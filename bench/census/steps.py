@@ -23,7 +23,8 @@ from fastjepa.attending import Flat
 from fastjepa.jepa import JEPA
 from fastjepa.masks import TargetUnion
 from fastjepa.models import build_vit, packing, vit_predictor
-from fastjepa.models.operations import LIBRARY, Stretch
+from fastjepa.models.operations import LIBRARY
+from fastjepa.models.rows import Rotary, Stretch
 from fastjepa.optim import OptimizerPass, Schedule, parameter_groups
 from fastjepa.pieces import PIECES, Composite, build_operations
 from fastjepa_kernels import dispatch
@@ -171,8 +172,8 @@ def _lengths_noted(jepa: JEPA, census: Census) -> Iterator[None]:
     assert isinstance(jepa.operations, Composite)
     plain = jepa.operations.layout
 
-    def layout(stretches: list[Stretch], device: torch.device) -> Any:
-        flat = plain(stretches, device)
+    def layout(stretches: list[Stretch], device: torch.device, rotary: Rotary | None = None) -> Any:
+        flat = plain(stretches, device, rotary)
         if isinstance(flat, Flat):  # library attention goes by the shapes of its calls
             census.mark_lengths(flat.starts, [one.length for one in stretches for _ in range(one.clips)])
         return flat

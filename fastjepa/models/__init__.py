@@ -2,7 +2,7 @@
 
 from fastjepa.models.attentive_pooler import AttentiveClassifier, AttentivePooler
 from fastjepa.models.clip_aggregation import ClipAggregation, FrameAggregation, mean_probabilities
-from fastjepa.models.layers import MLP, Attention, Block, CrossAttention, CrossAttentionBlock
+from fastjepa.models.layers import MLP, Attention, Block, CrossAttention, CrossAttentionBlock, SwiGLU
 from fastjepa.models.patch_embed import PatchEmbed, PatchEmbed3D
 from fastjepa.models.predictor import VisionTransformerPredictor, vit_predictor
 from fastjepa.models.vision_transformer import (
@@ -10,7 +10,9 @@ from fastjepa.models.vision_transformer import (
     build_vit,
     vit_base,
     vit_giant,
+    vit_giant_xformers,
     vit_gigantic,
+    vit_gigantic_xformers,
     vit_huge,
     vit_large,
     vit_nano,
@@ -30,13 +32,16 @@ __all__ = [
     "FrameAggregation",
     "PatchEmbed",
     "PatchEmbed3D",
+    "SwiGLU",
     "VisionTransformer",
     "VisionTransformerPredictor",
     "build_vit",
     "mean_probabilities",
     "vit_base",
     "vit_giant",
+    "vit_giant_xformers",
     "vit_gigantic",
+    "vit_gigantic_xformers",
     "vit_huge",
     "vit_large",
     "vit_nano",

@@ -15,8 +15,11 @@ from fastjepa.models.layers import Block, CrossAttention, CrossAttentionBlock
 class AttentivePooler(nn.Module):
     """Learned queries attend to the tokens, then `depth - 1` blocks act on the queries: [B, N, E] -> [B, M, E].
 
+    With `blocks_first` the blocks act on the tokens before the queries read them, as in the second generation.
+
     `complete_block=False` leaves out residual, norms and MLP of the cross-attention. `unused_proj` makes the projection
-    that published probes carry and never apply. Source: V-JEPA (arXiv 2404.08471, section 4 and appendix).
+    that published probes carry and never apply. Source: V-JEPA (arXiv 2404.08471, section 4 and appendix), V-JEPA 2
+    (arXiv 2506.09985).
     """
 
     def __init__(
@@ -31,10 +34,12 @@ class AttentivePooler(nn.Module):
         qkv_bias: bool = True,
         complete_block: bool = True,
         unused_proj: bool = False,
+        blocks_first: bool = False,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"a pooler has at least one layer, got depth {depth}")
+        self.blocks_first = blocks_first
         self.query_tokens = nn.Parameter(torch.zeros(1, num_queries, embed_dim))
         if complete_block:
             self.cross_attention_block: nn.Module = CrossAttentionBlock(
@@ -53,19 +58,27 @@ class AttentivePooler(nn.Module):
 
     @torch.no_grad()
     def _rescale(self) -> None:
-        """Output projections of layer l = 1, 2, ... are divided by sqrt(2 l); the cross-attention is layer 1."""
+        """Output projections of layer l = 1, 2, ... are divided by sqrt(2 l), in the order in which layers run.
+
+        The public code counts the cross-attention as the last of its own blocks, not as the one after them.
+        """
+        first, cross = (1, max(1, len(self.blocks))) if self.blocks_first else (2, 1)
         if isinstance(self.cross_attention_block, CrossAttentionBlock):
-            self.cross_attention_block.mlp.fc2.weight.div_(2.0**0.5)
-        for layer, block in enumerate(self.blocks, start=2):
+            self.cross_attention_block.mlp.fc2.weight.div_((2.0 * cross) ** 0.5)
+        for layer, block in enumerate(self.blocks, start=first):
             assert isinstance(block, Block)
             block.attn.proj.weight.div_((2.0 * layer) ** 0.5)
-            block.mlp.fc2.weight.div_((2.0 * layer) ** 0.5)
+            block.mlp.last.weight.div_((2.0 * layer) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, E] -> pooled queries [B, M, E]."""
+        if self.blocks_first:
+            for block in self.blocks:
+                x = block(x)
         q = self.cross_attention_block(self.query_tokens.expand(len(x), -1, -1), x)
-        for block in self.blocks:
-            q = block(q)
+        if not self.blocks_first:
+            for block in self.blocks:
+                q = block(q)
         return q
 
 
@@ -84,11 +97,13 @@ class AttentiveClassifier(nn.Module):
         num_classes: int = 1000,
         complete_block: bool = True,
         unused_proj: bool = False,
+        blocks_first: bool = False,
     ) -> None:
         super().__init__()
         self.pooler = AttentivePooler(
-            1, embed_dim, num_heads, mlp_ratio, depth, norm_layer, init_std, qkv_bias, complete_block, unused_proj
-        )
+            1, embed_dim, num_heads, mlp_ratio, depth, norm_layer, init_std, qkv_bias, complete_block, unused_proj,
+            blocks_first,
+        )  # fmt: skip
         self.linear = nn.Linear(embed_dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

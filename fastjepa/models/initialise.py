@@ -37,11 +37,14 @@ def initialise(module: nn.Module, std: float) -> None:
 
 @torch.no_grad()
 def rescale_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Divide the output projections of block l = 1, 2, ... by sqrt(2 l), so that the residual stream keeps its size."""
+    """Divide the output projections of block l = 1, 2, ... by sqrt(2 l), so that the residual stream keeps its size.
+
+    Of a gated feed-forward layer the public code divides `fc2`, which is no output projection; here it is `fc3`.
+    """
     for number, block in enumerate(blocks, start=1):
         assert isinstance(block, Block)
         block.attn.proj.weight.div_((2.0 * number) ** 0.5)
-        block.mlp.fc2.weight.div_((2.0 * number) ** 0.5)
+        block.mlp.last.weight.div_((2.0 * number) ** 0.5)
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fastjepa.models.rotary import STYLES, Places, RopeStyle, axis_channels, rotated
+
 
 class MLP(nn.Module):
     """Two linear layers with an exact (erf) GELU between them: [B, N, D] -> [B, N, out_features].
@@ -36,7 +38,83 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], dtype of `x` (or of the autocast region)."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(self.last(self.hidden(x)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the last product reads: [..., in_features] -> [..., hidden_features]."""
+        return self.drop(self.act(self.fc1(x)))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The projection back to the residual stream."""
+        return self.fc2
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer, fc3(silu(fc1 x) * fc2 x): [B, N, D] -> [B, N, out_features].
+
+    `wide_silu` takes two thirds of `hidden_features`, rounded up to a multiple of 8, so that three matrices have as
+    many weights as two. `drop` is applied as in `MLP`; the public code takes and ignores it. Source: V-JEPA 2 (arXiv
+    2506.09985), after GLU variants (arXiv 2002.05202).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        wide_silu: bool = True,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        width = hidden_features or in_features
+        if wide_silu:
+            width = -(-(2 * width // 3) // 8) * 8
+        self.fc1 = nn.Linear(in_features, width)
+        self.fc2 = nn.Linear(in_features, width)
+        self.fc3 = nn.Linear(width, out_features or in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features], dtype of `x` (or of the autocast region)."""
+        return self.drop(self.last(self.hidden(x)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the last product reads: [..., in_features] -> [..., width]."""
+        return self.drop(F.silu(self.fc1(x)) * self.fc2(x))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The projection back to the residual stream."""
+        return self.fc3
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a clip's branch is left out with chance `rate`, and those kept are 1 / (1 - rate).
+
+    [B, ...] -> [B, ...]; in evaluation nothing changes. Source: arXiv 1603.09382, each sample by itself as in timm.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> [B, ...]."""
+        if not self.active:
+            return x
+        return x * self.scales(len(x), x).view(-1, *[1] * (x.ndim - 1))
+
+    @property
+    def active(self) -> bool:
+        """Does it leave anything out now?"""
+        return self.training and self.rate > 0
+
+    def scales(self, clips: int, like: Tensor) -> Tensor:
+        """A draw for each clip, 0 or 1 / (1 - rate): [clips], with the dtype and device of `like`."""
+        return like.new_empty(clips).bernoulli_(1 - self.rate).div_(1 - self.rate)
 
 
 class Attention(nn.Module):
@@ -44,7 +122,8 @@ class Attention(nn.Module):
 
     The scale of the scores is `qk_scale`, or d ** -0.5 where it is None. `use_sdpa=False` computes the softmax
     explicitly. The published code ignores a custom scale on its fused path; `sdpa_ignores_scale=True` does the same.
-    Source: V-JEPA (arXiv 2404.08471); `torch.nn.functional.scaled_dot_product_attention`.
+    `use_rope` turns queries and keys by the places of their tokens, in one of the styles of `fastjepa.models.rotary`.
+    Source: V-JEPA (arXiv 2404.08471), V-JEPA 2 (arXiv 2506.09985); `torch.nn.functional.scaled_dot_product_attention`.
     """
 
     def __init__(
@@ -57,12 +136,19 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
         use_sdpa: bool = True,
         sdpa_ignores_scale: bool = False,
+        use_rope: bool = False,
+        rope_style: RopeStyle = "v2",
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got dim {dim} and num_heads {num_heads}")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
+        if rope_style not in STYLES:
+            raise ValueError(f"rope_style must be one of {', '.join(STYLES)}, got {rope_style!r}")
+        if use_rope and not axis_channels(self.head_dim):
+            raise ValueError(f"rotary positions need heads of at least 6 channels, got {self.head_dim}")
+        self.rope_style: RopeStyle | None = rope_style if use_rope else None
         self.scale = qk_scale or self.head_dim**-0.5
         self.use_sdpa = use_sdpa
         self.sdpa_ignores_scale = sdpa_ignores_scale
@@ -71,12 +157,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, N, D] -> [B, N, D]; with `return_attention` also the softmax probabilities [B, H, N, N]."""
+    def forward(
+        self, x: Tensor, return_attention: bool = False, places: Places | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, N, D] -> [B, N, D]; with `return_attention` also the softmax probabilities [B, H, N, N].
+
+        `places` of the tokens, which rotary attention reads. Errors: ValueError where it has none.
+        """
         qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         # Taken one by one, as published: the gradient of each is that of all three, zeros elsewhere. The packed pass
         # does neither.
         q, k, v = qkv[0], qkv[1], qkv[2]
+        if self.rope_style is not None:
+            if places is None:
+                raise ValueError("rotary attention needs the places of its tokens")
+            q, k = rotated(q, places, self.rope_style), rotated(k, places, self.rope_style)
         if not return_attention:
             return self._out(self.mix(q, k, v))
         attention = self.attn_drop(self.probabilities(q, k))
@@ -105,7 +200,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: [B, N, D] -> [B, N, D].
 
-    Source: V-JEPA (arXiv 2404.08471), spec of the published checkpoints: norm1, attn, norm2, mlp.
+    `use_silu` takes the gated feed-forward layer, `drop_path` is the rate of stochastic depth. Source: V-JEPA (arXiv
+    2404.08471), V-JEPA 2 (arXiv 2506.09985), spec of the published checkpoints: norm1, attn, norm2, mlp.
     """
 
     def __init__(
@@ -121,6 +217,11 @@ class Block(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         use_sdpa: bool = True,
         sdpa_ignores_scale: bool = False,
+        use_rope: bool = False,
+        rope_style: RopeStyle = "v2",
+        use_silu: bool = False,
+        wide_silu: bool = True,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
@@ -133,16 +234,26 @@ class Block(nn.Module):
             proj_drop=drop,
             use_sdpa=use_sdpa,
             sdpa_ignores_scale=sdpa_ignores_scale,
+            use_rope=use_rope,
+            rope_style=rope_style,
         )
         self.norm2 = norm_layer(dim)
-        self.mlp = MLP(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
+        hidden = int(dim * mlp_ratio)
+        if use_silu:
+            self.mlp: MLP | SwiGLU = SwiGLU(dim, hidden, wide_silu=wide_silu, drop=drop)
+        else:
+            self.mlp = MLP(dim, hidden, act_layer=act_layer, drop=drop)
+        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
-        """[B, N, D] -> [B, N, D]; with `return_attention` the softmax probabilities [B, H, N, N] instead."""
+    def forward(self, x: Tensor, return_attention: bool = False, places: Places | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; with `return_attention` the softmax probabilities [B, H, N, N] instead.
+
+        `places` as for `Attention`.
+        """
         if return_attention:
-            return self.attn(self.norm1(x), return_attention=True)[1]
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+            return self.attn(self.norm1(x), return_attention=True, places=places)[1]
+        x = x + self.drop_path(self.attn(self.norm1(x), places=places))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class CrossAttention(nn.Module):

@@ -7,32 +7,30 @@ rows fall into clips.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastjepa.masks.tokens import Ragged, TokenSet, flat_rows, flat_tokens, gather_tokens, split_runs
-from fastjepa.models.layers import MLP, Attention, Block
+from fastjepa.masks.tokens import TokenSet, flat_rows, flat_tokens, gather_tokens, split_runs
+from fastjepa.models.layers import MLP, Attention, Block, SwiGLU
 from fastjepa.models.predictor import Draw, VisionTransformerPredictor, draw_of_run
+from fastjepa.models.rows import (
+    Dropped,
+    Layout,
+    Rotary,
+    Stretch,
+    Wanted,
+    cross_parts,
+    joined,
+    self_parts,
+    split,
+    turn_of_rows,
+)
 from fastjepa.models.vision_transformer import VisionTransformer
 from fastjepa.pixels import as_floats
-
-
-class Stretch(NamedTuple):
-    """Neighbouring clips that keep equally many rows."""
-
-    clips: int
-    length: int
-
-
-class Wanted(NamedTuple):
-    """Rows that a last block has to finish: their places among all rows, int64 [R], and how they fall into clips."""
-
-    place: Tensor
-    layout: Any
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,8 @@ class Operations:
         index = torch.cat([flat_rows(token_set, patches.pixels.shape[1]) for token_set in sets])
         token = torch.cat([flat_tokens(token_set) for token_set in sets])
         kept = patches.pixels.flatten(0, 1).index_select(0, index)
-        return _embed(encoder, kept, encoder.positions(patches.grid)[0].index_select(0, token))
+        table = encoder.positions(patches.grid)
+        return _embed(encoder, kept, None if table is None else table[0].index_select(0, token))
 
     def assemble(
         self,
@@ -117,13 +116,19 @@ class Operations:
         masks_target: Sequence[TokenSet],
         goal: Tensor | None,
         draws: Sequence[Draw] | None,
+        numbers: Sequence[int] | None = None,
     ) -> Tensor:
         """What the predictor's blocks read, clip by clip its context rows and then its target rows: [R, P].
 
         `embedded` [Rc, P] are the projected context features of all sets, `goal` [Rt, P] those of the targets where the
-        predictor has no mask tokens. Each row gets the position of its token.
+        predictor has no mask tokens. Each row gets the position of its token, where there is a table. `numbers` are
+        those of the mask tokens of the sets; without them a set has its own.
         """
-        table = predictor.predictor_pos_embed[0]
+        table = None if predictor.predictor_pos_embed is None else predictor.predictor_pos_embed[0]
+
+        def placed(x: Tensor, index: Tensor) -> Tensor:
+            return x if table is None else x + table[index]
+
         runs = [
             (number, rows, c_index, t_index)
             for number, pair in enumerate(zip(masks_context, masks_target))
@@ -135,12 +140,14 @@ class Operations:
         for context, features, (number, rows, c_index, t_index) in zip(seen, goals, runs):
             start, before = (start if number == before else 0), number
             if features is None:
-                asked = predictor.mask_token(number)
+                token = predictor.mask_token(number if numbers is None else numbers[number])
+                asked = token.expand(*t_index.shape, -1)
             else:
                 draw = None if draws is None else draw_of_run(draws[number], rows, start, t_index.shape)
                 asked = predictor.diffuse(features, *(draw or (None, None)))
             start += t_index.numel()
-            parts.append(torch.cat([context + table[c_index], asked + table[t_index]], dim=1).flatten(0, 1))
+            both = [placed(context, c_index), placed(asked, t_index)]
+            parts.append(torch.cat(both, dim=1).flatten(0, 1))
         return torch.cat(parts)
 
     def targets(self, features: Tensor) -> Targets:
@@ -160,32 +167,50 @@ class Operations:
         return projection(y), None
 
     def add_norm(
-        self, norm: nn.Module, y: Tensor, bias: Tensor | None, x: Tensor, drop: nn.Dropout, *, kept: bool = False
+        self,
+        norm: nn.Module,
+        y: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        drop: nn.Dropout,
+        *,
+        kept: bool = False,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What ends one half of a block and begins the next: (norm(total), total = x + drop(y + bias)).
+        """What ends one half of a block and begins the next: (norm(total), total = x + scale * drop(y + bias)).
 
-        `kept` as for `norm`.
+        `kept` as for `norm`, `scale` [R] is one for each row (see `Dropped`).
         """
         # Rounded like the product, so that the residual stream keeps its precision.
-        total = x + drop(y if bias is None else y + bias.to(y.dtype))
+        branch = drop(y if bias is None else y + bias.to(y.dtype))
+        total = x + (branch if scale is None else branch * scale.to(branch.dtype).unsqueeze(-1))
         return norm(total), total
 
-    def feed_forward(self, mlp: MLP, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def feed_forward(self, mlp: MLP | SwiGLU, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The feed-forward layer: (rows, bias) as `project`."""
-        return self.project(mlp.fc2, self.hidden(mlp, x))
+        return self.project(mlp.last, self.hidden(mlp, x))
 
-    def hidden(self, mlp: MLP, x: Tensor) -> Tensor:
+    def hidden(self, mlp: MLP | SwiGLU, x: Tensor) -> Tensor:
         """The first half of the feed-forward layer: [R, D] -> [R, hidden features]."""
-        return mlp.drop(mlp.act(mlp.fc1(x)))
+        return mlp.hidden(x)
 
     def block(
-        self, number: int, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, kept: bool
+        self,
+        number: int,
+        block: Block,
+        after: nn.Module,
+        normed: Tensor,
+        x: Tensor,
+        layout: Any,
+        kept: bool,
+        dropped: Dropped | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One block over packed rows, from the norm before it to the norm `after` it: (normalised rows, rows), [R, D].
 
-        `number` is its place in the network; `kept` as for `norm`.
+        `number` is its place in the network; `kept` as for `norm`; `dropped` is drawn before, so that a block that is
+        computed again is the same.
         """
-        return self._end(block, after, self.attend(block.attn, normed, layout), x, kept)
+        return self._end(block, after, self.attend(block.attn, normed, layout), x, kept, dropped)
 
     def attend_wanted(self, attention: Attention, normed: Tensor, layout: Any, wanted: Wanted) -> Tensor:
         """Attention of the wanted rows to all rows of their clips, before the output projection: [R wanted, D].
@@ -198,47 +223,59 @@ class Operations:
         return self.cross(attention, query, key_value, wanted.layout, layout)
 
     def last_block(
-        self, block: Block, after: nn.Module, normed: Tensor, x: Tensor, layout: Any, wanted: Wanted, kept: bool
+        self,
+        block: Block,
+        after: nn.Module,
+        normed: Tensor,
+        x: Tensor,
+        layout: Any,
+        wanted: Wanted,
+        kept: bool,
+        dropped: Dropped | None = None,
     ) -> Tensor:
         """The last block of a network, which finishes the wanted rows alone, and the norm `after` it: [R wanted, D].
 
-        The other arguments as for `block`.
+        `dropped` is that of the wanted rows, the other arguments as for `block`.
         """
         mixed = self.attend_wanted(block.attn, normed, layout, wanted)
-        return self.finish(block, after, mixed, self.take(x, wanted.place), kept)
+        return self.finish(block, after, mixed, self.take(x, wanted.place), kept, dropped)
 
     def take(self, rows: Tensor, place: Tensor) -> Tensor:
         """Some rows, each at most once: [R, D] and int64 [K] -> [K, D]."""
         return rows.index_select(0, place)
 
-    def finish(self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool) -> Tensor:
+    def finish(
+        self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool, dropped: Dropped | None = None
+    ) -> Tensor:
         """What follows attention in the last block of a network, and the norm `after` it: [R, D]."""
-        return self._end(block, after, mixed, x, kept)[0]
+        return self._end(block, after, mixed, x, kept, dropped)[0]
 
-    def _end(self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
+    def _end(
+        self, block: Block, after: nn.Module, mixed: Tensor, x: Tensor, kept: bool, dropped: Dropped | None
+    ) -> tuple[Tensor, Tensor]:
         """What follows attention in a block."""
+        first, second = (None, None) if dropped is None else dropped
         attended = self.project(block.attn.proj, mixed)
-        normed, x = self.add_norm(block.norm2, *attended, x, block.attn.proj_drop)
-        return self.add_norm(after, *self.feed_forward(block.mlp, normed), x, block.mlp.drop, kept=kept)
+        normed, x = self.add_norm(block.norm2, *attended, x, block.attn.proj_drop, scale=first)
+        fed = self.feed_forward(block.mlp, normed)
+        return self.add_norm(after, *fed, x, block.mlp.drop, kept=kept, scale=second)
 
-    def layout(self, stretches: list[Stretch], device: torch.device) -> Any:
-        """What `attend` and `cross` need to know of how rows fall into clips, made once a pass."""
-        return stretches
+    def layout(self, stretches: list[Stretch], device: torch.device, rotary: Rotary | None = None) -> Any:
+        """What `attend` and `cross` need to know of how rows fall into clips and where they lie, made once a pass."""
+        return Layout(stretches, turn_of_rows(rotary))
 
     def cross(self, attention: Attention, query: Tensor, key_value: Tensor, layout: Any, kv_layout: Any) -> Tensor:
         """Attention of some rows of each clip to all of them: query [Rq, D], key_value [R, 2 D] -> [Rq, D]."""
-        pairs = zip(split(query, layout), split(key_value, kv_layout))
-        return joined([self.mix(attention, q, *kv.chunk(2, dim=-1)) for q, kv in pairs])
+        parts = cross_parts(attention, query, key_value, layout, kv_layout)
+        return joined([self.mix(attention, *part) for part in parts])
 
     def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
         """Self-attention inside each clip, before the output projection: [R, D] -> [R, D]."""
-        rows = split(attention.qkv(x), layout)
-        return joined([self.mix(attention, *part.chunk(3, dim=-1)) for part in rows])
+        return joined([self.mix(attention, *part) for part in self_parts(attention, attention.qkv(x), layout)])
 
     def mix(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, M, D] queries over [b, N, D] keys and values -> [b * M, D]."""
-        heads = (attention.num_heads, attention.head_dim)
-        q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in (query, key, value))
+        """[b, M, H, d] queries over [b, N, H, d] keys and values -> [b * M, D]."""
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         return attention.mix(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
 
     @torch.no_grad()
@@ -260,31 +297,6 @@ class Operations:
 LIBRARY = Operations()
 
 
-def split(rows: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """[R, D] as one [clips, length, D] for each stretch. One split: its gradient is one concatenation, no zeros."""
-    return [
-        part.unflatten(0, (clips, length))
-        for part, (clips, length) in zip(rows.split([clips * length for clips, length in shapes]), shapes)
-    ]
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """[R, D] each as one; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def stretches_of(token_set: TokenSet) -> list[Stretch]:
-    """How the rows of a mask set fall into clips."""
-    if isinstance(token_set, Ragged):
-        return [Stretch(*index.shape) for _, index in token_set.runs()]
-    return [Stretch(*token_set.shape)]
-
-
-def run_shapes(context: TokenSet, target: TokenSet) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """(clips, context rows) and (clips, target rows) of every run of clips with equally many of both."""
-    return [(c_index.shape, t_index.shape) for _, (c_index, t_index) in split_runs([context, target])]
-
-
 def widened(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays, so that a float64 model is float64 throughout."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -297,12 +309,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type)
 
 
-def _embed(encoder: VisionTransformer, pixels: Tensor, positions: Tensor) -> Tensor:
-    """The patch embedding as a matrix product, positions added: [..., pixels] -> [..., E]."""
+def _embed(encoder: VisionTransformer, pixels: Tensor, positions: Tensor | None) -> Tensor:
+    """The patch embedding as a matrix product, positions added where there is a table: [..., pixels] -> [..., E]."""
     projection = encoder.patch_embed.proj
     assert isinstance(projection, nn.Conv2d | nn.Conv3d)
     # Bytes become floats here, in the dtype that the product reads, and only those that are embedded.
     channels = pixels.unflatten(-1, (projection.in_channels, -1))
     rows = as_floats(channels, product_dtype(projection.weight), channel=-2).flatten(-2)
     tokens = F.linear(rows, projection.weight.flatten(1), projection.bias)
-    return (tokens + positions).to(tokens.dtype)
+    return tokens if positions is None else (tokens + positions).to(tokens.dtype)

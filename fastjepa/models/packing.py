@@ -1,13 +1,14 @@
 """The packed pass: the same numbers as one forward pass a mask set, with the work that the mathematics needs.
 
-Kept patches alone are embedded, by a matrix product; the rows of all mask sets run through the linear layers as one
-[R, D] matrix, and attention stays inside each clip; the last blocks of predictor and target encoder finish target rows
-alone. How each piece is computed is up to `Operations`.
+Kept patches alone are embedded, by a matrix product; the rows of all mask sets, and of clips of every length, run
+through the linear layers as one [R, D] matrix, and attention stays inside each clip; the last blocks of predictor and
+target encoder finish target rows alone. How each piece is computed is up to `Operations`.
 
-B clips, N tokens, R rows, D width, E encoder width, P predictor width.
+B clips, N tokens, R rows, D width, E encoder width, P predictor width. Clips of one length are a group with its own
+`Patches`; lists of patches, sets and features go group by group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +16,34 @@ from torch import Tensor, nn
 
 from fastjepa.masks.tokens import Ragged, TokenSet, flat_rows, flat_tokens
 from fastjepa.models.layers import Block
-from fastjepa.models.operations import LIBRARY, Operations, Patches, Stretch, Wanted, run_shapes, stretches_of
+from fastjepa.models.operations import LIBRARY, Operations, Patches
 from fastjepa.models.predictor import Draw, VisionTransformerPredictor
+from fastjepa.models.rotary import Places
+from fastjepa.models.rows import Dropped, Rotary, Stretch, Wanted, joined, run_shapes, split, stretches_of
 from fastjepa.models.vision_transformer import VisionTransformer
 
 
 def encode_all(
-    encoder: VisionTransformer, patches: Patches, operations: Operations = LIBRARY, index: Tensor | None = None
-) -> Tensor:
-    """Features of every token, like `encoder(clips)`: [B, N, E].
+    encoder: VisionTransformer,
+    patches: Sequence[Patches],
+    operations: Operations = LIBRARY,
+    index: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Features of every token of each group, like `encoder(clips)`: [B, N, E] each.
 
-    With `index` int64 [B, U] those tokens alone: [B, U, E]. All are keys to the end, so that only the last block is
-    spared something.
+    With `index` int64 [B, U], one a group, those tokens alone: [B, U, E]. All are keys to the end, so that only the
+    last block is spared something.
     """
     return _encode(encoder, patches, operations, index, every=False)[0]
 
 
 def encode_both(
-    encoder: VisionTransformer, patches: Patches, operations: Operations = LIBRARY, index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """What `encode_all` gives, to the last bit, and the features of all tokens too, [B, N, E].
+    encoder: VisionTransformer,
+    patches: Sequence[Patches],
+    operations: Operations = LIBRARY,
+    index: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What `encode_all` gives, to the last bit, and the features of all tokens too, [B, N, E] a group.
 
     The last block then finishes the tokens that `index` does not name as well.
     """
@@ -44,30 +53,56 @@ def encode_both(
 
 
 def _encode(
-    encoder: VisionTransformer, patches: Patches, operations: Operations, index: Tensor | None, *, every: bool
-) -> tuple[Tensor, Tensor | None]:
+    encoder: VisionTransformer,
+    patches: Sequence[Patches],
+    operations: Operations,
+    index: Sequence[Tensor] | None,
+    *,
+    every: bool,
+) -> tuple[list[Tensor], list[Tensor] | None]:
     assert encoder.out_layers is None, "the packed pass takes no out_layers"
-    x = operations.embed_all(encoder, patches)
-    clips = len(patches.pixels)
-    layout = operations.layout([Stretch(clips, len(x) // clips)], x.device)
+    embedded = [operations.embed_all(encoder, group) for group in patches]
+    stretches = [Stretch(len(group.pixels), len(rows) // len(group.pixels)) for group, rows in zip(patches, embedded)]
+    x = joined(embedded)
+    everywhere = (torch.arange(length, device=x.device).expand(clips, -1) for clips, length in stretches)
+    layout = operations.layout(stretches, x.device, _rotary(encoder, patches, everywhere))
     *blocks, last = encoder.blocks
-    if index is None:
-        features = _run_blocks(operations, [*blocks, last], encoder.norm, x, layout, kept=True)[0]
-        features = features.unflatten(0, (clips, -1))
-        return features, features
     assert isinstance(last, Block)
-    normed, x = _run_blocks(operations, blocks, last.norm1, x, layout)
-    tokens = len(x) // clips
+    if index is None:
+        features = split(
+            _run_blocks(operations, [*blocks, last], encoder.norm, x, layout, stretches, True)[0], stretches
+        )
+        return features, features
+    normed, x = _run_blocks(operations, blocks, last.norm1, x, layout, stretches)
 
-    def finished(some: Tensor) -> Tensor:
-        wanted = Wanted(flat_rows(some, tokens), operations.layout([Stretch(*some.shape)], x.device))
-        return operations.last_block(last, encoder.norm, normed, x, layout, wanted, True).unflatten(0, (clips, -1))
+    def finished(some: Sequence[Tensor]) -> list[Tensor]:
+        shapes = [Stretch(*one.shape) for one in some]
+        wanted = Wanted(
+            joined(_rows_of(some, stretches)), operations.layout(shapes, x.device, _rotary(encoder, patches, some))
+        )
+        dropped = _dropped(last, shapes, x)
+        return split(operations.last_block(last, encoder.norm, normed, x, layout, wanted, True, dropped), shapes)
 
     asked = finished(index)
-    if not every or index.shape[1] == tokens:
-        return asked, _in_order(asked, index) if every else None
-    others = _others(index, tokens)
-    return asked, _in_order(torch.cat([asked, finished(others)], dim=1), torch.cat([index, others], dim=1))
+    if not every:
+        return asked, None
+    others = [_others(named, length) for named, (_, length) in zip(index, stretches)]
+    if sum(one.numel() for one in others):
+        places = [torch.cat(pair, dim=1) for pair in zip(index, others)]
+        whole = [torch.cat(pair, dim=1) for pair in zip(asked, finished(others))]
+    else:
+        places, whole = list(index), asked
+    return asked, [_in_order(features, place) for features, place in zip(whole, places)]
+
+
+def _rows_of(index: Sequence[Tensor], stretches: Sequence[Stretch]) -> list[Tensor]:
+    """Row numbers in the packed matrix of all groups: int64, one tensor a group."""
+    rows, start = [], 0
+    for some, (clips, length) in zip(index, stretches):
+        number = flat_rows(some, length)
+        rows.append(number + start if start else number)
+        start += clips * length
+    return rows
 
 
 def _others(index: Tensor, tokens: int) -> Tensor:
@@ -82,12 +117,17 @@ def _in_order(features: Tensor, place: Tensor) -> Tensor:
 
 
 def encode_sets(
-    encoder: VisionTransformer, patches: Patches, sets: Sequence[TokenSet], operations: Operations = LIBRARY
+    encoder: VisionTransformer,
+    patches: Sequence[Patches],
+    sets: Sequence[Sequence[TokenSet]],
+    operations: Operations = LIBRARY,
 ) -> Tensor:
-    """Features of the kept tokens, set after set and clip after clip: [R, E]."""
-    x = operations.embed_sets(encoder, patches, sets)
-    layout = operations.layout([stretch for token_set in sets for stretch in stretches_of(token_set)], x.device)
-    return _run_blocks(operations, list(encoder.blocks), encoder.norm, x, layout)[0]
+    """Features of the kept tokens, group after group, set after set and clip after clip: [R, E]."""
+    x = joined([operations.embed_sets(encoder, group, kept) for group, kept in zip(patches, sets)])
+    every = [token_set for kept in sets for token_set in kept]
+    stretches = [stretch for token_set in every for stretch in stretches_of(token_set)]
+    layout = operations.layout(stretches, x.device, _rotary(encoder, patches, every))
+    return _run_blocks(operations, list(encoder.blocks), encoder.norm, x, layout, stretches)[0]
 
 
 def predict_sets(
@@ -98,37 +138,98 @@ def predict_sets(
     masks_target: Sequence[TokenSet],
     draws: Sequence[Draw] | None = None,
     operations: Operations = LIBRARY,
+    numbers: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Predictions at the target tokens, one tensor a mask set in the form of `masks_target`.
 
-    `context` [R, E] are the features of `masks_context`, set after set; `goals` those of `masks_target` ([B, K, E] or
-    [R, E] each), which only a noised predictor reads; `draws` hands in its (timesteps, noise), a pair a set.
+    Sets are those of all groups, one after another. `context` [R, E] are the features of `masks_context`, set after
+    set; `goals` those of `masks_target` ([B, K, E] or [R, E] each), which only a noised predictor reads; `draws` hands
+    in its (timesteps, noise), a pair a set. `numbers` of the sets' mask tokens; without them a set has its own.
     """
     embedded = predictor.predictor_embed(context)
     goal = None
     if predictor.mask_tokens is None:
         assert goals is not None, "a noised predictor starts from the target features"
         goal = predictor.predictor_embed(torch.cat([g.flatten(0, -2) for g in goals]))
-    x = operations.assemble(predictor, embedded, masks_context, masks_target, goal, draws)
+    x = operations.assemble(predictor, embedded, masks_context, masks_target, goal, draws, numbers)
     runs = [shapes for pair in zip(masks_context, masks_target) for shapes in run_shapes(*pair)]
-    stretches, targets = [Stretch(c[0], c[1] + t[1]) for c, t in runs], [t[1] for _, t in runs]
+    stretches = [Stretch(c[0], c[1] + t[1]) for c, t in runs]
+    place = _places_of_tails(stretches, [t[1] for _, t in runs], x.device)
+    token, asked = _numbers(predictor, masks_context, masks_target, stretches, runs, place)
     *blocks, last = predictor.predictor_blocks
     assert isinstance(last, Block)
-    layout = operations.layout(stretches, x.device)
-    normed, x = _run_blocks(operations, blocks, last.norm1, x, layout)
-    place = _places_of_tails(stretches, targets, x.device)
-    wanted = Wanted(place, operations.layout([Stretch(*t) for _, t in runs], x.device))
-    y = operations.last_block(last, predictor.predictor_norm, normed, x, layout, wanted, False)
+    layout = operations.layout(stretches, x.device, _turned(last, predictor, token))
+    normed, x = _run_blocks(operations, blocks, last.norm1, x, layout, stretches)
+    shapes = [Stretch(*t) for _, t in runs]
+    wanted = Wanted(place, operations.layout(shapes, x.device, _turned(last, predictor, asked)))
+    dropped = _dropped(last, shapes, x)
+    y = operations.last_block(last, predictor.predictor_norm, normed, x, layout, wanted, False, dropped)
     return _unpack(predictor.predictor_proj(y), masks_target)
+
+
+def _numbers(
+    predictor: VisionTransformerPredictor,
+    masks_context: Sequence[TokenSet],
+    masks_target: Sequence[TokenSet],
+    stretches: list[Stretch],
+    runs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    tails: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Token numbers of the assembled rows and of the target rows, int64 [R] each, where rotary attention reads them."""
+    if predictor.predictor_pos_embed is not None:
+        return None, None
+    asked = torch.cat([flat_tokens(token_set) for token_set in masks_target])
+    heads = _places_of_heads(stretches, [c[1] for c, _ in runs], tails.device)
+    token = asked.new_empty(len(heads) + len(tails))
+    token[heads] = torch.cat([flat_tokens(token_set) for token_set in masks_context])
+    token[tails] = asked
+    return token, asked
+
+
+def _rotary(encoder: VisionTransformer, patches: Sequence[Patches], sets: Iterable[TokenSet]) -> Rotary | None:
+    """Where the rows of these sets lie, for an encoder with rotary positions.
+
+    Groups differ in the number of frames alone, so that token numbers of all of them count in frames of one size.
+    """
+    if encoder.pos_embed is not None:
+        return None
+    frames = {group.grid[-2:] for group in patches}
+    if len(frames) > 1:
+        raise ValueError(f"clips of one step have frames of one size, got grids of {sorted(frames)} tokens")
+    token = joined([flat_tokens(token_set) for token_set in sets])
+    return _rotary_of(encoder.blocks[0], encoder.places(patches[0].grid, token))
+
+
+def _turned(block: nn.Module, predictor: VisionTransformerPredictor, token: Tensor | None) -> Rotary | None:
+    return None if token is None else _rotary_of(block, predictor.places(token))
+
+
+def _rotary_of(block: nn.Module, places: Places | None) -> Rotary | None:
+    assert isinstance(block, Block)
+    attention = block.attn
+    if places is None or attention.rope_style is None:
+        return None
+    dtype = torch.promote_types(attention.qkv.weight.dtype, torch.float32)
+    return Rotary(places, attention.head_dim, attention.rope_style, dtype)
 
 
 def _places_of_tails(stretches: list[Stretch], counts: list[int], device: torch.device) -> Tensor:
     """Where the last rows of every clip stand, so many of each stretch: int64 [R], made on the device."""
+    return _places(stretches, [(length - count, count) for (_, length), count in zip(stretches, counts)], device)
+
+
+def _places_of_heads(stretches: list[Stretch], counts: list[int], device: torch.device) -> Tensor:
+    """The same of the first rows of every clip."""
+    return _places(stretches, [(0, count) for count in counts], device)
+
+
+def _places(stretches: list[Stretch], parts: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """Rows (first, how many) of every clip of a stretch."""
     places, start = [], 0
-    for (clips, length), count in zip(stretches, counts):
+    for (clips, length), (first, count) in zip(stretches, parts):
         end = start + clips * length
-        first = torch.arange(start + length - count, end, length, device=device)[:clips]
-        places.append((first.unsqueeze(1) + torch.arange(count, device=device)).flatten())
+        begin = torch.arange(start + first, end, length, device=device)[:clips]
+        places.append((begin.unsqueeze(1) + torch.arange(count, device=device)).flatten())
         start = end
     return torch.cat(places)
 
@@ -139,6 +240,7 @@ def _run_blocks(
     after: nn.Module,
     x: Tensor,
     layout: Any,
+    stretches: list[Stretch],
     kept: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Blocks and the norm `after` them over a packed [R, D] matrix: (normalised rows, rows).
@@ -156,8 +258,23 @@ def _run_blocks(
         assert isinstance(block, Block)
         assert isinstance(following, nn.Module)
         last = kept and following is after
-        normed, x = operations.block(number, block, following, normed, x, layout, last)
+        dropped = _dropped(block, stretches, x)
+        normed, x = operations.block(number, block, following, normed, x, layout, last, dropped)
     return normed, x
+
+
+def _dropped(block: Block, stretches: Sequence[Stretch], x: Tensor) -> Dropped | None:
+    """A draw for each clip and half of a block, told to its rows; None where nothing is left out."""
+    if not block.drop_path.active:
+        return None
+    clips = sum(one.clips for one in stretches)
+
+    def told() -> Tensor:
+        scales = block.drop_path.scales(clips, x).split([one.clips for one in stretches])
+        parts = [part.unsqueeze(1).expand(-1, one.length).flatten() for part, one in zip(scales, stretches)]
+        return joined(parts)
+
+    return Dropped(told(), told())
 
 
 def _unpack(rows: Tensor, sets: Sequence[TokenSet]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from fastjepa.masks.tokens import apply_masks
 from fastjepa.models.initialise import initialise, normal_, rescale_blocks
 from fastjepa.models.layers import Block
 from fastjepa.models.pos_embed import position_table
+from fastjepa.models.rotary import Places, RopeStyle
 from fastjepa.models.vision_transformer import size_pair
 
 NOISE_STEPS = 1000
@@ -56,7 +57,10 @@ class VisionTransformerPredictor(nn.Module):
 
     With `use_mask_tokens` the targets enter as learned mask tokens, one for each mask set; without, as the embedded
     target features themselves, normalised and diffused with noise. Constructor arguments and state-dict keys are the
-    published ones; `noise` chooses the schedule of the noised path. Source: V-JEPA (arXiv 2404.08471, section 3.2).
+    published ones; `noise` chooses the schedule of the noised path. With `use_rope` there is no position table
+    (`predictor_pos_embed` is None): attention turns queries and keys by the places of the tokens in frames of the
+    constructor's size. `return_all_tokens` gives context tokens too, all of a clip in the order of their numbers:
+    [B, Nc + Kt, E]. Source: V-JEPA (arXiv 2404.08471, section 3.2), V-JEPA 2 (arXiv 2506.09985).
     """
 
     def __init__(
@@ -83,20 +87,30 @@ class VisionTransformerPredictor(nn.Module):
         noise: Noise = "published",
         use_sdpa: bool = True,
         sdpa_ignores_scale: bool = False,
+        use_rope: bool = False,
+        rope_style: RopeStyle = "v2",
+        use_silu: bool = False,
+        wide_silu: bool = True,
+        drop_path_rate: float = 0.0,
+        return_all_tokens: bool = False,
     ) -> None:
         super().__init__()
+        self.return_all_tokens = return_all_tokens
         height, width = size_pair(img_size)
         grid: tuple[int, ...] = (height // patch_size, width // patch_size)
         if num_frames > 1:
             grid = (num_frames // tubelet_size, *grid)
+        self.grid = grid
         self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim)
         self.mask_tokens = None
         if use_mask_tokens:
             self.mask_tokens = nn.ParameterList(
                 nn.Parameter(torch.zeros(1, 1, predictor_embed_dim)) for _ in range(num_mask_tokens)
             )
-        table = position_table(predictor_embed_dim, grid, uniform_power)  # type: ignore[arg-type]
-        self.predictor_pos_embed = nn.Parameter(table, requires_grad=False)
+        self.predictor_pos_embed = None
+        if not use_rope:
+            table = position_table(predictor_embed_dim, grid, uniform_power)  # type: ignore[arg-type]
+            self.predictor_pos_embed = nn.Parameter(table, requires_grad=False)
         self.predictor_blocks = nn.ModuleList(
             Block(
                 predictor_embed_dim,
@@ -109,8 +123,13 @@ class VisionTransformerPredictor(nn.Module):
                 norm_layer=norm_layer,
                 use_sdpa=use_sdpa,
                 sdpa_ignores_scale=sdpa_ignores_scale,
+                use_rope=use_rope,
+                rope_style=rope_style,
+                use_silu=use_silu,
+                wide_silu=wide_silu,
+                drop_path=drop_path_rate * block / max(1, depth - 1),
             )
-            for _ in range(depth)
+            for block in range(depth)
         )
         self.predictor_norm = norm_layer(predictor_embed_dim)
         self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
@@ -140,19 +159,37 @@ class VisionTransformerPredictor(nn.Module):
         sets is one call for each. Errors: ValueError for longer lists or missing targets.
         """
         context_index, target_index = _single_mask(masks_ctxt), _single_mask(masks_tgt)
-        positions = self.predictor_pos_embed.expand(len(ctxt), -1, -1)
-        context = self.predictor_embed(ctxt) + apply_masks(positions, context_index)
         if self.mask_tokens is not None:
             targets = self.mask_token(mask_index).expand(*target_index.shape, -1)
         else:
             if tgt is None:
                 raise ValueError("a predictor without mask tokens needs target features")
             targets = self.diffuse(self.predictor_embed(tgt), timesteps, noise)
-        targets = targets + apply_masks(positions, target_index)
-        x = torch.cat([context, targets], dim=1)
+        context = self.predictor_embed(ctxt)
+        numbers = torch.cat([context_index, target_index], dim=1)
+        x = torch.cat([self._placed(context, context_index), self._placed(targets, target_index)], dim=1)
+        # In the order of their numbers, as the second generation runs them; attention does not mind.
+        order = numbers.argsort(dim=1) if self.predictor_pos_embed is None or self.return_all_tokens else None
+        if order is not None:
+            x, numbers = _gathered(x, order), numbers.gather(1, order)
+        places = self.places(numbers)
         for block in self.predictor_blocks:
-            x = block(x)
-        return self.predictor_proj(self.predictor_norm(x[:, ctxt.shape[1] :]))
+            x = block(x, places=places)
+        if not self.return_all_tokens:
+            if order is not None:
+                x = _gathered(x, order.argsort(dim=1))
+            x = x[:, ctxt.shape[1] :]
+        return self.predictor_proj(self.predictor_norm(x))
+
+    def places(self, token: Tensor) -> Places | None:
+        """Where these tokens lie, for rotary attention; None with a position table."""
+        return Places(token, *self.grid[-2:]) if self.predictor_pos_embed is None else None
+
+    def _placed(self, x: Tensor, index: Tensor) -> Tensor:
+        """[B, K, P] with the positions of the tokens [B, K] added, where they are a table."""
+        if self.predictor_pos_embed is None:
+            return x
+        return x + apply_masks(self.predictor_pos_embed.expand(len(x), -1, -1), index)
 
     def mask_token(self, mask_index: int) -> Tensor:
         """The learned token of a mask set, counted around: [1, 1, P]."""
@@ -176,6 +213,10 @@ def _single_mask(masks: Tensor | Sequence[Tensor]) -> Tensor:
     if len(masks) != 1:
         raise ValueError(f"the predictor pairs one context mask with one target mask, got a list of {len(masks)}")
     return masks[0]
+
+
+def _gathered(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(1, order.unsqueeze(-1).expand_as(x))
 
 
 def draw_of_run(draw: Draw, rows: slice, start: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""The sections of a settings file; `fastjepa.config` puts them together."""

@@ -194,8 +194,8 @@ def test_residual_streams_are_bfloat16_in_encoders_and_float32_in_the_predictor(
         operations = Composite({**operations.pieces, "mlp": Fused("reference", with_product=True)})
     seen, plain = [], operations.block
 
-    def block(number, block, after, normed, x, layout, kept):
-        normed, rows = plain(number, block, after, normed, x, layout, kept)
+    def block(number, block, after, normed, x, layout, kept, dropped=None):
+        normed, rows = plain(number, block, after, normed, x, layout, kept, dropped)
         seen.append((x.shape[1], x.dtype, rows.dtype))
         return normed, rows
 

@@ -254,8 +254,9 @@ def _packed_or_apart(s: StepShape, part: str, rows: list[float], pairs: list[flo
             yield from _blocks(s, part, sum(rows), sum(pairs), again, training=False)
         return
     for set_rows, set_pairs in zip(rows, pairs):
-        for item in _blocks(s, part, set_rows / s.runs, set_pairs / s.runs, layers, training=True):
-            yield replace(item, count=item.count * s.runs)
+        for training, blocks in ((True, layers), (False, min(s.recomputed, layers))):
+            for item in _blocks(s, part, set_rows / s.runs, set_pairs / s.runs, blocks, training=training):
+                yield replace(item, count=item.count * s.runs)
 
 
 def _blocks(

@@ -45,7 +45,7 @@ def _kept_for_backward(s: StepShape) -> float:
         else:
             values = 32 + 8 * r
         # Of a recomputed block its rows and their norm are kept, which are what the block before it gives.
-        again = min(s.recomputed, net.depth - (net is s.predictor)) if s.packed else 0
+        again = min(s.recomputed, net.depth - (s.packed and net is s.predictor))
         kept += (
             tokens * net.width * ((net.depth - again) * values + again * (size + (4 if net is s.predictor else size)))
         )

@@ -158,10 +158,6 @@ def test_what_cannot_run_here_is_refused_before_any_work(run, capsys, settings, 
             "runtime.attention: expected auto with runtime.ex",
         ),
         (
-            ["runtime.execution=reference", "runtime.recompute=2"],
-            "runtime.recompute: expected 0 with runtime.execution",
-        ),
-        (
             ["runtime.kernels={attention: reference}", "runtime.attention=sdpa", "model.predictor_dim=48"],
             "runtime.attention: expected auto beside attention in runtime.kernels, which names another way, given sdpa",
         ),

@@ -166,7 +166,7 @@ def back(case: Inputs, made: tuple[Tensor, ...], bias_wanted: bool) -> tuple[Ten
 class _Side(NamedTuple):
     """Of queries, keys or values: index, lengths, token numbers, and the most rows of a clip."""
 
-    index: Tensor | None
+    picked: Tensor | None
     lengths: Tensor | None
     ids: Tensor | None
     most: int
@@ -190,12 +190,12 @@ def _launch(kernel, case, part, x, side, pointers, **flags) -> None:
     strides = x.stride()[:3]
     unit = 1 if any(stride % 8 for stride in strides) else 8
     _, height, width = case.grid if case.grid and part < 2 else (0, 0, 0)
-    chosen = (side.index, side.lengths, case.starts, side.ids)
+    chosen = (side.picked, side.lengths, case.starts, side.ids)
     with on_device_of(x):
         kernel[(blocks * case.heads * case.clips,)](
             x, *(x if one is None else one.contiguous() for one in chosen), *pointers, side.most, x.shape[1], blocks,
             case.heads, *(stride // unit for stride in strides), HEAD=case.head, FLAT=case.starts is not None,
-            INDEX=side.index is not None, LENGTHS=side.lengths is not None, IDS=side.ids is not None, UNIT=unit,
+            INDEX=side.picked is not None, LENGTHS=side.lengths is not None, IDS=side.ids is not None, UNIT=unit,
             HEIGHT=height, WIDTH=width, LOG2_THETA=math.log2(case.theta), COMPAT=case.compat, **settings, **flags,
         )  # fmt: skip
 

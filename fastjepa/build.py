@@ -237,7 +237,7 @@ def build_decoding(
 def build_schedule(s: Settings) -> Schedule:
     """Learning rate, weight decay and momentum as functions of the step."""
     names = ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "momentum", "final_momentum")
-    values = {name: getattr(s.optim, name) for name in names}
+    values = {name: getattr(s.optim, name) for name in (*names, "decay", "decay_steps")}
     return Schedule(s.optim.steps, s.optim.warmup_steps, **values, ipe_scale=s.compat.ipe_scale)
 
 

@@ -83,6 +83,54 @@ def test_published_momenta(step, momentum):
     assert PUBLISHED.momentum_at(step) == pytest.approx(momentum, abs=1e-7)
 
 
+COOL_DOWN = Schedule(
+    12_000, 0, **{**RECIPE, "lr": 5.25e-4, "final_weight_decay": 0.04, "momentum": 0.99925, "final_momentum": 0.99925},
+    ipe_scale=1.25, decay="linear",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("count", "lr"), [(1, 5.2496507e-4), (6000, 3.154e-4), (12_000, 1.058e-4), (15_000, 1e-6), (16_000, 1e-6)]
+)
+def test_the_published_cool_down_is_a_line_that_is_cut_off(count, lr):
+    assert COOL_DOWN.lr_at(count - 1) == pytest.approx(lr, rel=1e-7)
+
+
+def test_weight_decay_and_momentum_without_another_end_are_constant_to_the_bit():
+    for step in (0, 1, 4567, 11_999):
+        assert (COOL_DOWN.weight_decay_at(step), COOL_DOWN.momentum_at(step)) == (0.04, 0.99925)
+
+
+def test_a_constant_rate_stays_at_its_peak_after_the_warm_up():
+    plan = Schedule(240_000, 12_000, **{**RECIPE, "lr": 5.25e-4, "start_lr": 1e-4}, decay="constant", ipe_scale=1.25)
+    assert plan.lr_at(0) == pytest.approx(1e-4 + 4.25e-4 / 12_000, rel=1e-12)
+    assert plan.lr_at(5_999) == pytest.approx(3.125e-4, rel=1e-12)
+    assert [plan.lr_at(step) for step in (11_999, 12_000, 100_000, 239_999)] == [5.25e-4] * 4
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_a_decay_of_some_last_steps_follows_a_constant_rate(decay):
+    plan = Schedule(1000, 100, **RECIPE, decay=decay, decay_steps=200)
+    assert plan.lr_at(98) == Schedule(1000, 100, **RECIPE).lr_at(98) < 6.25e-4
+    assert [plan.lr_at(step) for step in (99, 100, 500, 798)] == [6.25e-4] * 4
+    assert plan.lr_at(799) == pytest.approx(6.25e-4, rel=1e-12)
+    assert plan.lr_at(800) < 6.25e-4
+    assert plan.lr_at(899) == pytest.approx(1e-6 + 0.5 * 6.24e-4, rel=1e-9)
+    quarter = {"linear": 0.75, "cosine": 0.5 * (1 + math.cos(math.pi / 4))}[decay]
+    assert plan.lr_at(849) == pytest.approx(1e-6 + quarter * 6.24e-4, rel=1e-9)
+    assert plan.lr_at(999) == pytest.approx(1e-6, rel=1e-9)
+
+
+def test_a_stretched_decay_of_some_last_steps_is_cut_off_where_the_run_ends():
+    plan = Schedule(1000, 100, **RECIPE, decay="linear", decay_steps=200, ipe_scale=1.25)
+    assert plan.lr_at(999) == pytest.approx(6.25e-4 - 200 / 450 * 6.24e-4, rel=1e-9)
+
+
+def test_a_line_may_rise():
+    plan = Schedule(100, 0, **{**RECIPE, "lr": 1e-6, "final_lr": 1e-4}, decay="linear")
+    assert [plan.lr_at(step) for step in (49, 99)] == pytest.approx([5.05e-5, 1e-4], rel=1e-9)
+
+
 def test_without_a_stretch_the_schedules_end_at_their_final_values():
     plan = Schedule(1000, 100, **RECIPE)
     assert plan.lr_at(999) == pytest.approx(1e-6, rel=1e-9)

@@ -13,6 +13,8 @@ COMPAT = {
     "compat.clip_per_network=true": lambda t: t.update.clip_per_network,
     "compat.ema_positions=true": lambda t: t.update.ema_positions,
     "compat.ipe_scale=1.25": lambda t: t.update.schedule.planned == 12,
+    "optim.decay=linear": lambda t: t.update.schedule.decay == "linear",
+    "optim.decay_steps=3": lambda t: t.update.schedule.decays_from == t.settings.optim.steps - 3,
     "compat.sdpa_ignores_scale=true": lambda t: t.jepa.encoder.blocks[0].attn.sdpa_ignores_scale,
     "model.qk_scale=0.3": lambda t: t.jepa.predictor.predictor_blocks[0].attn.scale == 0.3,
     "optim.clip_grad=2.5": lambda t: t.update.clip_grad == 2.5,

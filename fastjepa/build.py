@@ -42,6 +42,11 @@ def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
     if s.compat.reinit:
         redraw_linears(encoder, s.model.init_std)
         redraw_linears(predictor, s.model.init_std)
+    if s.compat.mask_token_by_length and predictor.mask_tokens is not None:
+        # All clips have one length: nothing reads the tokens after the first. AdamW leaves weights without a gradient
+        # alone, but processes that train together would wait for it.
+        for token in list(predictor.mask_tokens)[1:]:
+            token.requires_grad_(False)
     return JEPA(
         encoder,
         predictor,

@@ -119,7 +119,7 @@ def test_a_cool_down_begins_with_weights_target_moments_and_loss_scale(run, cool
     assert (skipped > 0) == (dtype == "float16"), "its first scale of the loss is too large"
     assert set(unlike(got, want)) == ({"optim.skipped"} if skipped else set())
     assert got["optim.skipped"] == 0
-    assert {float(value) for key, value in want.items() if key.startswith("optim.step.")} == {0.0, 4.0 - skipped}
+    assert {float(value) for key, value in want.items() if key.startswith("optim.step.")} == {4.0 - skipped}
     newest = checkpoint.newest(first / "checkpoints", print)
     if dtype == "float16":
         assert trainers[0].scaler.state_dict() == newest.trainer["scaler"]
@@ -151,7 +151,9 @@ def test_a_chain_of_both_phases_resumes_to_the_bit(run, cool_down):
     assert [step for step, _, _ in rows(whole)] == [1, 2, 3, 4, 5, 6]
     assert unlike(stored(cut), stored(whole)) == []
     trained = {float(value) for key, value in stored(whole).items() if key.startswith("optim.step.")}
-    assert trained == {0.0, 10.0}, "four steps of the first phase and six of the second; one mask token has none"
+    assert trained == {10.0}, "four steps of the first phase and six of the second"
+    tokens = [key for key in stored(whole) if "predictor.mask_tokens" in key and key.startswith("optim.step.")]
+    assert tokens == ["optim.step.predictor.mask_tokens.0"], "with one length the other token is never read"
     # T = int(1.25 * 6) = 7: a line that is cut off after six of seven steps.
     assert [lr for _, _, lr in rows(whole)] == pytest.approx([1e-3 + n / 7 * (1e-6 - 1e-3) for n in range(1, 7)])
     _, anew = cool_down("anew", first.with_name("gone"), "init.optimizer=false")

@@ -212,7 +212,8 @@ def test_plan_prints_the_end_points(name, lines, capsys):
 
 def test_both_phases_in_one_run_print_where_the_rate_falls(capsys):
     more = ("optim.steps=252000", "optim.decay=linear", "optim.decay_steps=12000")
-    assert f"optim.steps=252000 {' '.join(more[1:])}" in (CONFIGS / "vjepa2_vitl.yaml").read_text()
+    comments = " ".join((CONFIGS / "vjepa2_vitl.yaml").read_text().replace("\n#", "").split())
+    assert " ".join(more) in comments
     assert main(["plan", str(CONFIGS / "vjepa2_vitl.yaml"), *more]) == 0
     assert "-> 1e-06 (linear over the last 12000 steps, constant before them)" in capsys.readouterr().out
     plan = build_schedule(recipe("vjepa2_vitl", *more))

@@ -10,7 +10,10 @@ from fastjepa import checkpoint, configfile
 from fastjepa.build import build_jepa
 from fastjepa.exits import Exit
 from fastjepa.fit import state_of
+from fastjepa.handover import hand_over
+from fastjepa.interop import Weights, load_weights, read_weights
 from fastjepa.loop import Trainer
+from fastjepa.opened import open_encoder
 from fastjepa.start import start
 
 SETTINGS = """
@@ -130,6 +133,17 @@ def test_a_cool_down_begins_with_weights_target_moments_and_loss_scale(run, cool
     assert "the optimizer starts anew" not in said
 
 
+def test_rotary_weights_with_the_same_clips_or_of_unknown_ones_are_taken_as_they_are(run, load):
+    _, first = run("first")
+    weights = read_weights(first)
+    assert f"{'':11}positions are rotary, clips as in that run" in load_weights(build_jepa(load()), weights)
+    unknown = Weights(first, "of somebody", weights.networks, [], "theirs")
+    jepa = build_jepa(load(*COOL_DOWN))
+    line = f"{'':11}positions are rotary: the file does not tell its clips, now 8 frames of 48 px, 144 tokens a clip"
+    assert line in load_weights(jepa, unknown)
+    assert unlike(dict(jepa.encoder.state_dict()), weights.networks["encoder"]) == []
+
+
 def test_without_the_setting_the_optimizer_starts_anew(run, cool_down, begun, capsys):
     _, first = run("first")
     trainers = begun()
@@ -235,12 +249,11 @@ def test_the_optimizer_of_weights_that_have_none_is_refused(run, cool_down, load
 
 
 def test_an_export_of_a_cool_down_is_read_again(run, cool_down, tmp_path):
-    from fastjepa.handover import hand_over
-    from fastjepa.opened import open_encoder
-
     _, first = run("first", "model.positions=table")
     _, folder = cool_down("second", first, "model.positions=table")
     hand_over(folder, tmp_path / "out", everything=True)
-    assert "linear" in (tmp_path / "out" / "README.md").read_text()
+    assert "- learning rate 0.001 -> 1e-06, linear (0 steps of" in (tmp_path / "out" / "README.md").read_text()
+    hand_over(first, tmp_path / "before", everything=True)
+    assert "- learning rate 0.0001 -> 0.001, constant (2 steps" in (tmp_path / "before" / "README.md").read_text()
     opened = open_encoder(tmp_path / "out")
     assert (opened.settings.data.frames, opened.settings.data.crop) == (8, 48)

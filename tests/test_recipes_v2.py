@@ -216,6 +216,8 @@ def test_both_phases_in_one_run_print_where_the_rate_falls(capsys):
     assert " ".join(more) in comments
     assert main(["plan", str(CONFIGS / "vjepa2_vitl.yaml"), *more]) == 0
     assert "-> 1e-06 (linear over the last 12000 steps, constant before them)" in capsys.readouterr().out
+    assert main(["plan", str(CONFIGS / "vjepa2_vitl.yaml"), more[1]]) == 0
+    assert "-> 1e-06 (linear after the warm-up)" in capsys.readouterr().out
     plan = build_schedule(recipe("vjepa2_vitl", *more))
     assert [plan.lr_at(n - 1) for n in (240_000, 246_000, 252_000)] == pytest.approx([5.25e-4, 2.63e-4, 1e-6])
 

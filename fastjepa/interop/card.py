@@ -108,11 +108,12 @@ def _licence_words(passport: Passport) -> str:
 
 def _rates(settings: Settings) -> str:
     o = settings.optim
+    first = f"{o.start_lr:g} -> {o.lr:g}" if o.warmup_steps else f"{o.lr:g}"
     if o.decay == "constant":
-        return f"{o.start_lr:g} -> {o.lr:g}, constant"
+        return f"{first}, constant"
     last = "" if o.decay_steps is None else f" over the last {o.decay_steps:,} steps"
     way = f", {o.decay}{last}" if o.decay != "cosine" or last else ""
-    return f"{o.start_lr:g} -> {o.lr:g} -> {o.final_lr:g}{way}"
+    return f"{first} -> {o.final_lr:g}{way}"
 
 
 def _training(passport: Passport, settings: Settings, trained_on: str) -> str:

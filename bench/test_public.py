@@ -14,7 +14,7 @@ from bench.public.beside import WARM_UP, NoCheckout, PublicCode, Size, checkout
 from bench.public.black_box import VARIANTS
 from bench.step.contenders import Own
 from bench.step.pairs import STEPS, TURN, Pair, Side
-from bench.step.ways import MODELS, fit_together, plan_of, settings_of
+from bench.step.ways import fit_together, plan_of, settings_of
 from fastjepa.memory import usable_memory
 
 KIND = "public"
@@ -28,7 +28,7 @@ TINY_SETTINGS = (
 CPU_STEPS = 20
 
 
-@pytest.mark.parametrize("model", ["tiny", *MODELS])  # the first variant of all models comes first
+@pytest.mark.parametrize("model", ["tiny", *PUBLISHED])  # the first variant of all models comes first
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_public(benchmark, results, device, model, variant):
     """Packed beside one variant."""

@@ -4,7 +4,7 @@ Clips of a truncation group keep equally many rows, and a dense call takes each 
 its own the rows stay as they are, and one ragged call takes all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastjepa_kernels as kernels
 from fastjepa.models.layers import Attention
 from fastjepa.models.operations import Operations
-from fastjepa.models.rotary import Turn
+from fastjepa.models.rotary import THETA, Turn
 from fastjepa.models.rows import (
     Layout,
     Rotary,
@@ -25,6 +25,7 @@ from fastjepa.models.rows import (
     joined,
     self_heads,
     self_parts,
+    split,
     turn_of_rows,
 )
 from fastjepa_kernels.indexed import HEAD_SIZES
@@ -38,17 +39,19 @@ NAMES = ("auto", *DENSE, *RAGGED, "xformers", "indexed")
 class Flat(NamedTuple):
     """Rows of clips in a row: `starts` int32 [clips + 1] on the device, rows of the longest clip, and the stretches.
 
-    `turn` as in `Layout`.
+    With rotary positions either `turn` as in `Layout`, or the token numbers [R] of the rows and what turns them.
     """
 
     starts: Tensor
     longest: int
     stretches: list[Stretch]
     turn: Turn | None = None
+    ids: Tensor | None = None
+    rope: kernels.Rope | None = None
 
 
 class Dispatched(Operations):
-    """Self-attention by a backend of `fastjepa_kernels.attention`.
+    """Self-attention by a backend of `fastjepa_kernels.attention`. Rotary positions turn rows by a table, made once.
 
     `flat` takes one ragged call where a backend has both forms, for clips whose lengths all differ. `group` cuts dense
     calls to so many clips, so that there are equally many in every step, also where neighbouring groups happen to be
@@ -93,10 +96,17 @@ class Dispatched(Operations):
     def cross(self, attention: Attention, query: Tensor, key_value: Tensor, layout: Any, kv_layout: Any) -> Tensor:
         """The same for fewer queries than keys."""
         if isinstance(layout, Flat):
-            heads = cross_heads(attention, query, key_value, layout.turn, kv_layout.turn)
-            return self._ragged(attention, *heads, layout, kv_layout)
+            return self._ragged(
+                attention, *self._heads(attention, query, key_value, layout, kv_layout), layout, kv_layout
+            )
         parts = cross_parts(attention, query, key_value, layout, kv_layout)
         return joined([self._dense(attention, *part) for part in parts])
+
+    def _heads(
+        self, attention: Attention, query: Tensor, key_value: Tensor, layout: Flat, kv_layout: Flat
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries and keys, and values, of flat rows: [Rq, H, d] and [R, H, d]."""
+        return cross_heads(attention, query, key_value, layout.turn, kv_layout.turn)
 
     def _dense(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mixed = kernels.attention(
@@ -136,7 +146,7 @@ class Indexed(Dispatched):
     """`fastjepa_kernels.indexed_attention`: all clips in one launch, straight from the packed projection.
 
     Its flat form takes as many queries as keys: where a last block asks with fewer there is a call for each stretch, or
-    with `flat` a ragged one of the library.
+    with `flat` a ragged one of the library. Rotary positions are turned on the way, from token numbers: no table.
     """
 
     def __init__(
@@ -157,25 +167,24 @@ class Indexed(Dispatched):
                 )
 
     def layout(self, stretches: list[Stretch], device: torch.device, rotary: Rotary | None = None) -> Flat:
-        """Where clips begin, and the longest."""
-        return flat_layout(self._cut(stretches), device, turn_of_rows(rotary))
+        """Where clips begin, the longest, and the token numbers of the rows where attention reads them."""
+        layout = flat_layout(self._cut(stretches), device)
+        if rotary is None:
+            return layout
+        places = rotary.places
+        rope = kernels.Rope((1, places.height, places.width), THETA, compat=rotary.style == "v2")
+        return layout._replace(ids=places.token, rope=rope)
 
     def attend(self, attention: Attention, x: Tensor, layout: Any) -> Tensor:
         """One launch for all clips, straight from the packed projection and into its gradient.
 
         The projection runs without its bias, which is added where its rows are read and gets its gradient there.
         """
-        if layout.turn is not None:
-            q, k, v = self_heads(attention, attention.qkv(x), layout.turn)
-            return kernels.indexed_attention(
-                q, k, v, cu_seqlens=layout.starts, max_length=layout.longest, scale=attention.sdpa_scale,
-                impl=self.impl,
-            ).flatten(1)  # fmt: skip
         heads, bias = (3, attention.num_heads, attention.head_dim), attention.qkv.bias
         packed = F.linear(x, attention.qkv.weight).unflatten(-1, heads)
         return kernels.indexed_attention(
             packed, cu_seqlens=layout.starts, max_length=layout.longest, scale=attention.sdpa_scale, impl=self.impl,
-            qkv_bias=None if bias is None else bias.unflatten(0, heads),
+            qkv_bias=None if bias is None else bias.unflatten(0, heads), rope=layout.rope, ids=layout.ids,
         ).flatten(1)  # fmt: skip
 
     def attend_wanted(self, attention: Attention, normed: Tensor, layout: Any, wanted: Wanted) -> Tensor:
@@ -195,12 +204,31 @@ class Indexed(Dispatched):
         """The library's ragged attention, or a launch for each stretch."""
         if self.flat:
             return super().cross(attention, query, key_value, layout, kv_layout)
-        return Operations.cross(self, attention, query, key_value, layout, kv_layout)
+        rows = cross_heads(attention, query, key_value, None, None)
+        sides = (layout.stretches, kv_layout.stretches, kv_layout.stretches)
+        parts = zip(*(split(one, stretches) for one, stretches in zip(rows, sides)))
+        pairs: Iterable[tuple[Tensor, Tensor] | None] = [None] * len(layout.stretches)
+        if layout.ids is not None:
+            pairs = zip(split(layout.ids, layout.stretches), split(kv_layout.ids, kv_layout.stretches))
+        mixed = [
+            kernels.indexed_attention(
+                *part, scale=attention.sdpa_scale, rope=layout.rope, ids=ids, impl=self.impl
+            ).flatten(2)
+            for part, ids in zip(parts, pairs)
+        ]
+        return joined([one.flatten(0, 1) for one in mixed])
 
-    def mix(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries of fewer rows than keys and values."""
-        mixed = kernels.indexed_attention(query, key, value, scale=attention.sdpa_scale, impl=self.impl)
-        return mixed.flatten(2).flatten(0, 1)
+    def _heads(
+        self, attention: Attention, query: Tensor, key_value: Tensor, layout: Flat, kv_layout: Flat
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For the library, which turns nothing."""
+        q, k, v = cross_heads(attention, query, key_value, None, None)
+        turned = [
+            x if one.rope is None or one.ids is None
+            else kernels.rope3d(x.unsqueeze(0), one.ids.unsqueeze(0), one.rope, impl=self.impl).squeeze(0)
+            for x, one in ((q, layout), (k, kv_layout))
+        ]  # fmt: skip
+        return turned[0], turned[1], v
 
 
 def flat_layout(stretches: Sequence[Stretch], device: torch.device, turn: Turn | None = None) -> Flat:

@@ -45,8 +45,10 @@ def run_blocks(runtime: Runtime, jepa: JEPA, device: torch.device, compiled: boo
         _allow_graphs()
     if isinstance(operations, Composite):
         operations.run_blocks_by(COMPILE if compiled else None, runtime.recompute)
-    elif compiled:
-        _compile_modules(jepa)
+    else:
+        jepa.encoder.recomputed = jepa.predictor.recomputed = runtime.recompute  # type: ignore[assignment]
+        if compiled:
+            _compile_modules(jepa)
     if compiled:
         told = "every block, one graph each" + (", asked for" if runtime.compile is True else ": on a GPU it pays")
     elif runtime.compile is False:
@@ -57,8 +59,9 @@ def run_blocks(runtime: Runtime, jepa: JEPA, device: torch.device, compiled: boo
         told = "off: on a CPU it does not pay"
     if not runtime.recompute:
         return f"compile    {told}; nothing recomputed"
-    # The last block of the predictor finishes few rows, and is never recomputed.
-    blocks = [len(_blocks(jepa.encoder)), len(_blocks(jepa.predictor)) - 1]
+    # The last block of the packed predictor finishes few rows, and is never recomputed.
+    packed = jepa.execution == "packed"
+    blocks = [len(_blocks(jepa.encoder)), len(_blocks(jepa.predictor)) - packed]
     first, second = (min(runtime.recompute, count) for count in blocks)
     return f"compile    {told}; {first} of {blocks[0]} blocks of the encoder and {second} of the predictor recomputed"
 

@@ -68,7 +68,6 @@ def _execution(s: Settings) -> Iterator[Mistake]:
         for key, expected, given, wrong in (
             ("kernels", "auto or library", _shown(r.kernels), taken - {"auto", "library"}),
             ("attention", "auto", r.attention, r.attention != "auto"),
-            ("recompute", "0", r.recompute, r.recompute),
         ):
             if wrong:
                 yield (

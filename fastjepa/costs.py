@@ -20,7 +20,10 @@ COMPONENTS = (
 
 @dataclass(frozen=True)
 class Network:
-    """One transformer: widths, depth, and its trained and frozen parameters."""
+    """One transformer: widths, depth, and its trained and frozen parameters.
+
+    A `gated` feed-forward layer has two products of `hidden` channels before its last.
+    """
 
     width: int
     depth: int
@@ -28,6 +31,7 @@ class Network:
     hidden: int
     trained: int
     frozen: int
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class StepShape:
     `batch` clips a forward pass, `parts` of them accumulated; `runs` stretches of clips with equally many tokens in a
     pass; `union` the tokens that are a target of some set. `packed` against the public code's way; `fused` kernels
     against torch's own functions, which may be `compiled`; `masters`: bf16 weights beside float32 masters, against
-    float32 under autocast. The first `recomputed` blocks of a network run forward twice. Of `processes` each does this
-    with its own clips, and holds one of the `shards` of every weight.
+    float32 under autocast. `rotary` attention turns queries and keys. The first `recomputed` blocks of a network run
+    forward twice. Of `processes` each does this with its own clips, and holds one of the `shards` of every weight.
     """
 
     encoder: Network
@@ -72,6 +76,7 @@ class StepShape:
     noised: bool
     clipped: bool
     regularised: bool
+    rotary: bool = False
     processes: int = 1
     shards: int = 1
 
@@ -254,8 +259,9 @@ def _packed_or_apart(s: StepShape, part: str, rows: list[float], pairs: list[flo
             yield from _blocks(s, part, sum(rows), sum(pairs), again, training=False)
         return
     for set_rows, set_pairs in zip(rows, pairs):
-        for item in _blocks(s, part, set_rows / s.runs, set_pairs / s.runs, layers, training=True):
-            yield replace(item, count=item.count * s.runs)
+        for training, blocks in ((True, layers), (False, min(s.recomputed, layers))):
+            for item in _blocks(s, part, set_rows / s.runs, set_pairs / s.runs, blocks, training=training):
+                yield replace(item, count=item.count * s.runs)
 
 
 def _blocks(
@@ -273,7 +279,7 @@ def _blocks(
     net, size = (s.predictor if part == "predictor" else s.encoder), s.value_bytes
     asked = rows if queries is None else queries
     linear, d, hidden = f"{part} linear", net.width, net.hidden
-    shapes = [(asked, d, d), (asked, hidden, d), (asked, d, hidden)]
+    shapes = [(asked, d, d), (asked, hidden, d), (asked, d, hidden)] + [(asked, hidden, d)] * net.gated
     shapes += [(rows, 3 * d, d)] if queries is None else [(rows, 2 * d, d), (asked, d, d)]
     for m, n, k in shapes:
         if training:
@@ -288,7 +294,14 @@ def _blocks(
     yield forward
     ahead, back = _elementwise(s, hidden / d, part == "predictor", training)
     kernels = (2, 5) if s.fused else (5, 13) if s.compiled else (13, 25) if s.packed else (15, 31)
+    if net.gated:  # by the library, whatever runs the rest
+        ahead, back = ahead + 3 * hidden / d * s.value_bytes, back + 5 * hidden / d * s.value_bytes
     yield Pass(f"{part} elementwise", asked * d * ahead, kernels[0], layers)
+    if s.rotary:
+        turned = _turning(s)
+        yield Pass(f"{part} elementwise", rows * d * turned[0], turned[2], layers)
+        if training:
+            yield Pass(f"{part} elementwise", rows * d * turned[1], turned[3], layers)
     if training:
         yield replace(forward, backward=True)
         yield Pass(f"{part} elementwise", asked * d * back, kernels[1], layers)
@@ -312,6 +325,18 @@ def _elementwise(s: StepShape, r: float, wide: bool, training: bool) -> tuple[fl
         return mixed + 40 + 8 * r, unpacked + 68 + 16 * r
     # Norms in float32 with a cast on either side.
     return mixed + (48 if wide else 52) + 4 * r, unpacked + (98 if wide else 86) + 8 * r
+
+
+def _turning(s: StepShape) -> tuple[float, float, int, int]:
+    """Bytes a row and channel of turning queries and keys, forward and backward, and kernels; counted by the census."""
+    scale = s.value_bytes / 2
+    if s.fused:  # q, k and v are written once more, and so are their gradients
+        return 12 * scale, 25 * scale, 3, 6
+    if s.compiled:
+        return 8 * scale, 8 * scale, 1, 1
+    if s.packed:  # by a table that is made once
+        return 72 * scale, 100 * scale, 9, 9
+    return 79 * scale, 97 * scale, 101, 106  # axis by axis, angles made every time
 
 
 def _with_gradients(name: str, m: float, n: float, k: float, size: int, count: float = 1.0) -> Iterator[Work]:

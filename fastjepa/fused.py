@@ -15,7 +15,7 @@ import fastjepa_kernels as kernels
 from fastjepa.attending import Indexed, flat_layout
 from fastjepa.masks.tokens import TokenSet, flat_tokens, gather_tokens, number_of_clips, split_runs
 from fastjepa.models.layers import MLP, Block, SwiGLU
-from fastjepa.models.operations import LIBRARY, Patches, Targets, product_dtype
+from fastjepa.models.operations import Patches, Targets, product_dtype
 from fastjepa.models.predictor import NOISE_STEPS, Draw, RowNoise, VisionTransformerPredictor
 from fastjepa.models.rows import split, stretches_of
 from fastjepa.models.vision_transformer import VisionTransformer
@@ -127,13 +127,11 @@ class Fused(Indexed):
         numbers: Sequence[int] | None = None,
     ) -> Tensor:
         """One launch for all clips of all sets, every row written once."""
-        if predictor.predictor_pos_embed is None:
-            return LIBRARY.assemble(predictor, embedded, masks_context, masks_target, goal, draws, numbers)
-        table = predictor.predictor_pos_embed[0]
+        table = None if predictor.predictor_pos_embed is None else predictor.predictor_pos_embed[0]
         indices, lengths = [], []
         for sets in (masks_context, masks_target):
             indices.append(torch.cat([flat_tokens(s) for s in sets]))
-            lengths.append(flat_layout([stretch for s in sets for stretch in stretches_of(s)], table.device).starts)
+            lengths.append(flat_layout([stretch for s in sets for stretch in stretches_of(s)], embedded.device).starts)
         token: Tensor | None = None
         asked: dict[str, Any] = {}
         if goal is None:
@@ -147,7 +145,7 @@ class Fused(Indexed):
         return kernels.assemble_tokens(
             embedded, indices[0], indices[1], table, token, **asked,
             context_lengths=lengths[0], target_lengths=lengths[1],
-            out_dtype=torch.promote_types(embedded.dtype, table.dtype), impl=self.impl,
+            out_dtype=torch.promote_types(embedded.dtype, _kept_dtype(table, token)), impl=self.impl,
         )  # fmt: skip
 
     def _drawn(
@@ -233,6 +231,12 @@ class Fused(Indexed):
 
 def _exact_gelu(act: nn.Module) -> bool:
     return isinstance(act, nn.GELU) and act.approximate == "none"
+
+
+def _kept_dtype(table: Tensor | None, token: Tensor | None) -> torch.dtype:
+    """What positions, mask tokens or noise make of the rows that they are added to or stand beside."""
+    given = table if table is not None else token
+    return torch.float32 if given is None else given.dtype
 
 
 def _written(x: Tensor, kept: bool) -> torch.dtype:

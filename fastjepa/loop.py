@@ -42,6 +42,7 @@ from fastjepa.profiling import Profiler
 from fastjepa.reporting import Clock, StepDone, console_line, metrics_row, mfu
 from fastjepa.runfolder import RunFolder
 from fastjepa.signals import Interrupts
+from fastjepa.streams import Purpose, torch_seed
 from fastjepa.verdict import DIVERGED, Judge
 from fastjepa.watchdog import Watchdog
 
@@ -224,6 +225,8 @@ class Trainer:
                 width = s.model.predictor_dim
                 keyed = self.jepa.operations.keyed_noise
                 draws = noise_draws(s.optim.seed, batch.slots, batch.masks_target, width, self.device, keyed=keyed)
+            if s.model.drop_path:  # its draws too follow from what they are for: there is no state to save
+                torch.manual_seed(torch_seed(s.optim.seed, Purpose.DROP_PATH, batch.slots[0]))
             with self.exchange.part(last):
                 with parallel.autocast(self.device, s.optim.dtype):
                     out = self.exchange.loss(

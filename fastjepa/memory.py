@@ -44,8 +44,10 @@ def _kept_for_backward(s: StepShape) -> float:
             values = 20 + 4 * r
         else:
             values = 32 + 8 * r
+        if net.gated:  # what is gated, the gate before and after it, and their product
+            values += 3 * r * size if s.fused else (4 * r if size == 2 else 8 * r)
         # Of a recomputed block its rows and their norm are kept, which are what the block before it gives.
-        again = min(s.recomputed, net.depth - (net is s.predictor)) if s.packed else 0
+        again = min(s.recomputed, net.depth - (s.packed and net is s.predictor))
         kept += (
             tokens * net.width * ((net.depth - again) * values + again * (size + (4 if net is s.predictor else size)))
         )

@@ -14,6 +14,7 @@ from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, Ragged, TokenSet
 from fastjepa.memory import STATE, held_bytes
 from fastjepa.models import VisionTransformer, VisionTransformerPredictor
+from fastjepa.models.layers import SwiGLU
 
 # Steps, each with its own block size, and clips whose masks are drawn to count tokens: a fraction of a second.
 MOST_DRAWS, MOST_CLIPS = 128, 3072
@@ -219,6 +220,7 @@ def _shape(s: Settings, jepa: JEPA, masks: GeneratorCollator, compiled: bool) ->
         noised=s.model.targets == "noised",
         clipped=s.optim.clip_grad is not None,
         regularised=s.loss.reg_coeff > 0,
+        rotary=s.model.positions != "table",
     )
     return at_batch(s, shape, s.data.clips_per_video)
 
@@ -231,7 +233,8 @@ def _network(network: nn.Module, blocks: nn.ModuleList) -> Network:
     assert isinstance(first, nn.Linear)
     heads = block.attn.num_heads  # type: ignore[union-attr]
     assert isinstance(heads, int)
-    return Network(first.in_features, len(blocks), heads, first.out_features, counts[True], counts[False])
+    gated = isinstance(block.mlp, SwiGLU)
+    return Network(first.in_features, len(blocks), heads, first.out_features, counts[True], counts[False], gated)
 
 
 def _mean_tokens(s: Settings, masks: GeneratorCollator, tokens: int) -> tuple[tuple[SetTokens, ...], float]:

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     ERASE = 10
     MIXTURE = 11
     DRAW = 12
+    DROP_PATH = 13
 
 
 def stream(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -16,21 +16,26 @@ SETS_384 = (
     SetTokens(1289.9, 2306.7, 1700442, 13002414, 8333200),
     SetTokens(426.2, 3321.3, 211166, 14083897, 12459492),
 )
+# Of the second generation: 256 px, batches of 24. Squares from the counted work of its attention.
+SETS_256 = (SetTokens(493, 973, 249800, 2152000, 1426900), SetTokens(128, 1440, 18000, 2458600, 2257900))
 # name, crop, clips, tokens of the sets, tokens that any set predicts
 RECIPES = {
     "L": ("vit_large", 224, 24, SETS_224, 1197.3),
     "H": ("vit_huge", 224, 24, SETS_224, 1197.3),
     "H384": ("vit_huge", 384, 10, SETS_384, 3599.8),
+    "V2L": ("vit_large", 256, 24, SETS_256, 1557),
+    "V2g": ("vit_giant_xformers", 256, 24, SETS_256, 1557),
 }
 
 
 def settings(recipe: str, parts: int = 1, dtype: str = "bfloat16", **runtime: str) -> Settings:
     name, crop, clips, *_ = RECIPES[recipe]
+    second = recipe.startswith("V2")
     return Settings(
-        model=Model(name=name),
+        model=Model(name=name, positions="rope_v2", predictor_heads=12) if second else Model(name=name),
         mask=Mask(group=clips),
         data=Data(crop=crop, batch_size=clips),
-        optim=Optim(global_batch=clips * parts, dtype=dtype),
+        optim=Optim(global_batch=clips * parts, dtype=dtype, clip_grad=None if second else 10.0),
         runtime=Runtime(**runtime),
     )
 

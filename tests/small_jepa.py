@@ -13,15 +13,20 @@ GRID = {"img_size": 32, "patch_size": 8, "num_frames": 4, "tubelet_size": 2, "un
 NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
-def make(execution="packed", noised=False, widths=(24, 12), **arguments):
-    """A small JEPA in float64 whose target encoder and mask tokens differ from what they start as."""
+def make(execution="packed", noised=False, widths=(24, 12), rotary=None, drop_path=0.0, **arguments):
+    """A small JEPA in float64 whose target encoder and mask tokens differ from what they start as.
+
+    `rotary` is the style of rotary positions, in place of tables.
+    """
     torch.manual_seed(0)
     width, narrow = widths
-    encoder = VisionTransformer(**GRID, embed_dim=width, depth=2, num_heads=2, norm_layer=NORM, init_std=0.2)
+    shared = {**GRID, "depth": 2, "num_heads": 2, "init_std": 0.2, "drop_path_rate": drop_path}
+    if rotary is not None:
+        shared |= {"use_rope": True, "rope_style": rotary}
+    encoder = VisionTransformer(**shared, embed_dim=width, norm_layer=NORM)
     predictor = vit_predictor(
-        **GRID, embed_dim=width, predictor_embed_dim=narrow, depth=2, num_heads=2, use_mask_tokens=not noised,
-        zero_init_mask_tokens=False, init_std=0.2,
-    )  # fmt: skip
+        **shared, embed_dim=width, predictor_embed_dim=narrow, use_mask_tokens=not noised, zero_init_mask_tokens=False
+    )
     jepa = JEPA(encoder, predictor, execution=execution, **arguments).double()
     with torch.no_grad():
         for p in jepa.target_encoder.parameters():
@@ -29,8 +34,8 @@ def make(execution="packed", noised=False, widths=(24, 12), **arguments):
     return jepa
 
 
-def clips(count):
-    return torch.randn(count, 3, 4, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def clips(count, frames=4):
+    return torch.randn(count, 3, frames, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def byte_clips(count):
@@ -40,11 +45,11 @@ def byte_clips(count):
     return pixels
 
 
-def masks(count, group=None, truncation="group", first=0, step=0):
+def masks(count, group=None, truncation="group", first=0, step=0, frames=4):
     """Two mask sets whose lengths differ between groups, and between steps."""
     generators = [
         MultiBlockMaskGenerator(
-            32, 4, 8, spatial_pred_mask_scale=(scale, scale), temporal_pred_mask_scale=(0.5, 0.5), npred=blocks,
+            32, frames, 8, spatial_pred_mask_scale=(scale, scale), temporal_pred_mask_scale=(0.5, 0.5), npred=blocks,
             aspect_ratio=(0.75, 1.5), set_number=number, truncation=truncation, group=group,
         )
         for number, (scale, blocks) in enumerate([(0.25, 3), (0.5, 2)])

@@ -130,8 +130,13 @@ def kept_bytes(jepa):
     return sum(size for address, size in seen.items() if address not in weights)
 
 
-def test_every_recomputed_block_keeps_less():
-    kept = [kept_bytes(prepared(recompute=count)) for count in (0, 1, 2)]
+@pytest.mark.parametrize("execution", ["packed", "reference"])
+def test_every_recomputed_block_keeps_less(execution):
+    kept = []
+    for count in (0, 1, 2):
+        jepa = prepared(recompute=count) if execution == "packed" else make("reference", widths=WIDTHS)
+        jepa.encoder.recomputed = jepa.predictor.recomputed = count
+        kept.append(kept_bytes(jepa))
     assert kept[0] > 1.3 * kept[1] > 1.3 * kept[2]
 
 
@@ -162,6 +167,16 @@ def test_a_run_recomputes_the_blocks_it_is_told_to(run, monkeypatch):
     assert seen[0].recomputed == 2
     told = (folder / "train.log").read_text()
     assert "; 2 of 3 blocks of the encoder and 0 of the predictor recomputed" in told
+
+
+def test_a_run_of_the_reference_execution_recomputes_too(run):
+    _, plain = run("runtime.stop_at=2", "runtime.execution=reference", folder="plain")
+    settings = ("runtime.stop_at=2", "runtime.execution=reference", "runtime.recompute=9")
+    code, again = run(*settings, folder="again")
+    assert code == Exit.DONE
+    assert losses(again) == losses(plain)
+    assert again.name == plain.name
+    assert "; 3 of 3 blocks of the encoder and 1 of the predictor recomputed" in (again / "train.log").read_text()
 
 
 @pytest.mark.parametrize(("named", "reason"), [("", "no C++ compiler (g++, clang++)"), ("icc", "CXX names icc")])

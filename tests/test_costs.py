@@ -45,6 +45,43 @@ def test_flop_of_a_clip_are_those_of_the_published_recipes(recipe, minimal, refe
     assert flop(shape(recipe, **REFERENCE)) / clips / 1e9 == pytest.approx(reference, rel=0.01)
 
 
+AGAIN = 1000  # every block, as the second generation is published
+
+
+@pytest.mark.parametrize(
+    ("recipe", "minimal", "reference", "context", "predictor"),
+    [("V2L", 3491, 4153, (1502, 1126), (523, 388)), ("V2g", 9655, 11251, (5019, 3764), (525, 391))],
+)
+def test_flop_of_the_second_generation(recipe, minimal, reference, context, predictor):
+    published = replace(shape(recipe, **REFERENCE), recomputed=AGAIN)
+    assert published.rotary
+    for s, total, number in ((published, reference, 0), (shape(recipe), minimal, 1)):
+        assert flop(s) / 24e9 == pytest.approx(total, rel=0.01)
+        assert flop(s, "context linear") / 24e9 == pytest.approx(context[number], rel=0.01)
+        assert flop(s, "predictor linear") / 24e9 == pytest.approx(predictor[number], rel=0.01)
+
+
+@pytest.mark.parametrize(("recipe", "counted"), [("V2L", (800, 675, 259)), ("V2g", (1559, 1339, 510))])
+def test_bytes_of_the_second_generation_are_those_of_the_census(recipe, counted):
+    """As published, with nothing recomputed, and packed with kernels."""
+    stored = shape(recipe, **REFERENCE)
+    steps = replace(stored, recomputed=AGAIN), stored, shape(recipe, **FUSED)
+    assert [moved(s) / 1e9 for s in steps] == pytest.approx(counted, rel=0.08)
+
+
+def test_turning_queries_and_keys_costs_bytes_and_no_products():
+    turned = shape("V2L")
+    plain = replace(turned, rotary=False)
+    assert flop(turned) == flop(plain)
+    rows = 24 * 2048 * 1024 * 24
+    # Counted by the census: 87.4 GB with a table of sines, 14.4 GB where the kernel turns what it reads.
+    for more, gigabytes in (({}, 87.4), ({"fused": True}, 14.4)):
+        one, other = (replace(s, **more) for s in (turned, plain))
+        difference = moved(one, "target elementwise") - moved(other, "target elementwise")
+        assert difference / 1e9 == pytest.approx(gigabytes, rel=0.02)
+        assert difference < 80 * rows
+
+
 @pytest.mark.parametrize(
     ("component", "minimal", "reference"),
     [
@@ -130,10 +167,12 @@ def test_the_packed_step_of_torchs_own_functions_lies_between():
 
 # Against torch's counter
 
+GATED = {"mlp": "swiglu", "predictor_mlp": "swiglu_full", "positions": "rope_v2"}
 
-def small(targets: str = "mask_tokens", truncation: str = "group", execution: str = "packed") -> Settings:
+
+def small(targets: str = "mask_tokens", truncation: str = "group", execution: str = "packed", **model: str) -> Settings:
     return Settings(
-        model=Model(name="vit_nano", predictor_depth=3, predictor_dim=48, targets=targets),
+        model=Model(name="vit_nano", predictor_depth=3, predictor_dim=48, targets=targets, **model),
         mask=Mask(
             sets=(MaskSet(num_blocks=1, spatial_scale=(0.3, 0.3)), MaskSet(num_blocks=2, spatial_scale=(0.5, 0.5))),
             group=4,
@@ -148,8 +187,9 @@ def small(targets: str = "mask_tokens", truncation: str = "group", execution: st
 @pytest.mark.parametrize("execution", ["packed", "reference"])
 @pytest.mark.parametrize("targets", ["mask_tokens", "noised"])
 @pytest.mark.parametrize("truncation", ["group", "none"])
-def test_products_and_attention_are_what_torch_counts_in_a_real_step(execution, targets, truncation):
-    s = small(targets, truncation, execution)
+@pytest.mark.parametrize("gated", [{}, GATED], ids=["", "gated"])
+def test_products_and_attention_are_what_torch_counts_in_a_real_step(execution, targets, truncation, gated):
+    s = small(targets, truncation, execution, **gated)
     jepa, masks = build_jepa(s), build_masks(s)
     drawn = masks.draw(0, range(4))
     plan = make_plan(s, jepa, type("One", (), {"draw": staticmethod(lambda step, slots: drawn)}), 1e12)

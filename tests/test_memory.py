@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastjepa import memory
 from fastjepa.gpus import GPUS
 from fastjepa.memory import STATE, held_bytes, usable_memory
+from fastjepa.models.layers import MLP, SwiGLU
 from tests.published import published_shape
 
 
@@ -111,3 +113,21 @@ def test_a_gpu_gives_nine_tenths_and_a_computer_six_of_its_memory_or_of_its_cont
     assert usable_memory(torch.device("cpu")) == whole
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100_000))
     assert usable_memory(torch.device("cuda", 0)) == 90_000
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_gated_layer_keeps_two_more_tensors_of_its_width(half):
+    kept = {}
+    for name, layer in (("mlp", MLP(8, 24)), ("gated", SwiGLU(8, 24, wide_silu=False))):
+        kept[name] = []
+        note = saved_tensors_hooks(lambda x, found=kept[name]: found.append(x) or x, lambda x: x)
+        with note, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            layer(torch.randn(5, 8))
+        sizes = {x.untyped_storage().data_ptr(): x.nbytes for x in kept[name] if x.shape == (5, 24)}
+        kept[name] = sum(sizes.values())
+    size = 2 if half else 4
+    assert kept["gated"] - kept["mlp"] == 2 * 5 * 24 * size
+    plain = published_shape("L", dtype="bfloat16" if half else "float32")
+    gated = replace(plain, encoder=replace(plain.encoder, gated=True))
+    more = held_bytes(gated)["activations"] - held_bytes(plain)["activations"]
+    assert more == pytest.approx(2 * size * 24 * plain.context * plain.encoder.depth * plain.encoder.hidden)

@@ -117,7 +117,7 @@ def without_values(arguments):
 def prepared(operations, targets, lengths):
     """(jepa in float32, arguments of its forward pass), everything on the CPU."""
     noised = targets == "noised"
-    jepa = make(noised=noised, widths=WIDTHS).float()
+    jepa = make(noised=noised, widths=WIDTHS, rotary="v2" if targets == "rotary" else None).float()
     jepa.operations = OPERATIONS[operations]
     context, target = masks(CLIPS, **LENGTHS[lengths])
     assert (lengths == "dense") != isinstance(target[0], Ragged)
@@ -149,7 +149,11 @@ def optimizer_pass(jepa, operations, half):
 
 
 def every_step(test):
-    for name, values in (("operations", OPERATIONS), ("targets", ["mask_tokens", "noised"]), ("lengths", LENGTHS)):
+    for name, values in (
+        ("operations", OPERATIONS),
+        ("targets", ["mask_tokens", "noised", "rotary"]),
+        ("lengths", LENGTHS),
+    ):
         test = pytest.mark.parametrize(name, values)(test)
     return test
 

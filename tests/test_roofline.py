@@ -36,6 +36,19 @@ def test_clips_a_second_of_the_fused_packed_step(recipe, floor, expected):
     assert clips_a_second(recipe, whole.expected) == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "floor", "expected", "shipped"), [("V2L", 191, 132, 52), ("V2g", 72, 55, 26)]
+)
+def test_clips_a_second_of_the_second_generation(recipe, floor, expected, shipped):
+    """Packed with kernels, and as published with every block recomputed."""
+    whole = total(costs(recipe, kernels="triton"))
+    assert clips_a_second(recipe, whole.floor) == pytest.approx(floor, rel=0.1)
+    assert clips_a_second(recipe, whole.expected) == pytest.approx(expected, rel=0.15)
+    public = replace(published_shape(recipe, execution="reference"), recomputed=1000)
+    seconds = total(component_costs(step_work(public), H200)).expected
+    assert clips_a_second(recipe, seconds) == pytest.approx(shipped, rel=0.15)
+
+
 # The public code's statistics and its float upload, in ms, are in its figures and no part of our reference.
 @pytest.mark.parametrize(
     ("recipe", "shipped", "beside", "bare"),

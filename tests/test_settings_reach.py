@@ -37,6 +37,8 @@ COMPAT = {
     "model.zero_init_mask_tokens=false": lambda t: all(token.any() for token in t.jepa.predictor.mask_tokens),
     "model.zero_init_mask_tokens=true": lambda t: not any(token.any() for token in t.jepa.predictor.mask_tokens),
     "model.init_std=0.3": lambda t: 0.2 < t.jepa.encoder.blocks[0].mlp.fc1.weight.std().item() < 0.35,
+    "model.drop_path=0.2": lambda t: [b.drop_path.rate for b in t.jepa.encoder.blocks] == [0.0, 0.1, 0.2],
+    "runtime.execution=reference and runtime.recompute=2": lambda t: t.jepa.encoder.recomputed == 2,
     "model.predictor_heads=4": lambda t: t.jepa.predictor.predictor_blocks[0].attn.num_heads == 4,
     # Shared equally, time has its third of the channels; otherwise it has half of them.
     "model.uniform_power=false": lambda t: (

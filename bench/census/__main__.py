@@ -1,12 +1,14 @@
-"""Launches, bytes and FLOPs of one training step at full ViT-L and ViT-H size, in both executions, by component.
+"""Launches, bytes and FLOPs of one training step of published models at full size, in both executions, by component.
 
     python -m bench.census [--json] [--model vitl,vith] [--items 20] [--out bench/results]
 
 Counted on tensors without numbers (`bench.census.steps`), so that any machine gives the same figures, exactly, in
 seconds; what a launch and its bytes are stands in `bench.census.counting`. The step: 24 clips of 16 frames at 224 px,
-the mean token counts of the published masks, bfloat16 autocast, clipping, AdamW, moving average of the target encoder.
-"reference" runs the networks and the optimizer as the public code does, without its statistics; "packed" is the
-library's own step with the Triton forms of `fastjepa_kernels`. Attention counts as one forward and one backward kernel
+the mean token counts of the published masks, bfloat16 autocast, clipping, AdamW, moving average of the target encoder;
+of V-JEPA 2 at 256 px, with rotary positions and without clipping. "reference" runs the networks and the optimizer as
+the public code does, without its statistics: that of V-JEPA 2 computes every block again in the backward pass, and
+"reference-stored" is the same without that. "packed" is the library's own step with the Triton forms of
+`fastjepa_kernels`, which computes nothing again. Attention counts as one forward and one backward kernel
 in both, though ours launches two for a gradient.
 """
 

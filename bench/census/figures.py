@@ -1,27 +1,27 @@
 """Both executions of a model counted, as plain numbers, rows of a result file, and a table."""
 
-from typing import Any, get_args
+from typing import Any
 
 from bench import files
 from bench.census.counting import Census, Figures
-from bench.census.steps import CLIPS, CONTEXT, FRAMES, KERNELS, SIDE, TARGET, Execution, count
+from bench.census.steps import CLIPS, FRAMES, KERNELS, MODELS, count
 
 ORDER = ("patch embed", "target", "context", "predictor", "loss", "optimizer")
-EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 Row = dict[str, Any]
 
 
 def census(model: str, items: int) -> Row:
-    """Both executions of one model, as plain numbers: totals, components, and the `items` largest single items."""
-    counted = {execution: count(model, execution) for execution in EXECUTIONS}
-    reference, packed = (counted[execution].total() for execution in EXECUTIONS)
+    """All executions of one model, as plain numbers: totals, components, and the `items` largest single items."""
+    m = MODELS[model]
+    counted = {execution: count(model, execution) for execution in m.executions}
+    reference, packed = counted["reference"].total(), counted["packed"].total()
     return {
         "model": model,
         "clips": CLIPS,
         "frames": FRAMES,
-        "side": SIDE,
-        "context_tokens": CONTEXT,
-        "target_tokens": TARGET,
+        "side": m.side,
+        "context_tokens": m.context,
+        "target_tokens": m.target,
         **{execution: _figures(one, items) for execution, one in counted.items()},
         "times_fewer_bytes": reference.bytes / packed.bytes,
         "times_fewer_launches": reference.launches / packed.launches,
@@ -52,36 +52,37 @@ def _numbers(figures: Figures) -> Row:
 
 def table(row: Row) -> str:
     """The figures of a model for people."""
+    executions = MODELS[row["model"]].executions
     tokens = " + ".join(map(str, row["context_tokens"])), " + ".join(map(str, row["target_tokens"]))
     lines = [
         f"{row['model']}: {row['clips']} clips of {row['frames']} frames at {row['side']} px, {tokens[0]} context and "
         f"{tokens[1]} target tokens a clip",
-        f"{'':<24}" + "".join(f"{execution:>12}{'GB':>10}{'GFLOP/clip':>12}" for execution in EXECUTIONS),
+        f"{'':<24}" + "".join(f"{execution:>18}{'GB':>10}{'GFLOP/clip':>12}" for execution in executions),
     ]
-    parts = {execution: {**row[execution]["components"], "total": row[execution]} for execution in EXECUTIONS}
-    names = [*dict.fromkeys(name for execution in EXECUTIONS for name in row[execution]["components"])]
+    parts = {execution: {**row[execution]["components"], "total": row[execution]} for execution in executions}
+    names = [*dict.fromkeys(name for execution in executions for name in row[execution]["components"])]
     names.sort(key=lambda name: ORDER.index(phase_of(name)))
     for name in (*names, "total"):
-        lines.append(f"{name:<24}" + "".join(_cells(parts[execution].get(name)) for execution in EXECUTIONS))
+        lines.append(f"{name:<24}" + "".join(_cells(parts[execution].get(name)) for execution in executions))
     fewer = row["times_fewer_bytes"], row["times_fewer_launches"]
     lines.append(f"packed moves {fewer[0]:.2f} times fewer bytes in {fewer[1]:.2f} times fewer launches")
-    for execution in EXECUTIONS:
+    for execution in executions:
         for item in row[execution]["items"]:
             figures = f"{item['bytes'] / 1e9:8.2f} GB {item['launches']:5d} launches"
-            lines.append(f"{execution:<10}{figures}  {item['phase']}: {item['operation']} {item['inputs']}")
+            lines.append(f"{execution:<17}{figures}  {item['phase']}: {item['operation']} {item['inputs']}")
     return "\n".join(lines)
 
 
 def _cells(figures: Row | None) -> str:
     if figures is None:
-        return f"{'-':>12}{'-':>10}{'-':>12}"
-    return f"{figures['launches']:>12,}{figures['bytes'] / 1e9:>10.1f}{figures['flops_per_clip'] / 1e9:>12,.1f}"
+        return f"{'-':>18}{'-':>10}{'-':>12}"
+    return f"{figures['launches']:>18,}{figures['bytes'] / 1e9:>10.1f}{figures['flops_per_clip'] / 1e9:>12,.1f}"
 
 
 def result_rows(row: Row) -> list[files.Row]:
     """The totals and components of a model as rows of a result file."""
     rows: list[files.Row] = []
-    for execution in EXECUTIONS:
+    for execution in MODELS[row["model"]].executions:
         parts = {"total": row[execution], **row[execution]["components"]}
         for component, figures in parts.items():
             for name, value, unit in (

@@ -68,6 +68,7 @@ def census(files: Sequence[Stored]) -> Figure | None:
         return None
     models = list(dict.fromkeys(row["parameters"]["model"] for row in rows))
     bars = [(model, execution) for model in models for execution in SHORT]
+    longest = max(row["value"] for row in rows if row["parameters"]["component"] == "total")
     figure = Figure(figsize=(8, 0.75 + 0.66 * len(bars)))
     panels = figure.subplots(2, 1, sharex=True)
     for axes, title, colours, part in ((panels[0], "by part", PARTS, 0), (panels[1], "by kind of work", KINDS, 2)):
@@ -77,7 +78,7 @@ def census(files: Sequence[Stored]) -> Figure | None:
                 p = row["parameters"]
                 if (p["model"], p["execution"]) == bar and p["component"] != "total":
                     sizes[p["component"].rpartition(" ")[part]] += row["value"]
-            _stack(axes, place, sizes, colours)
+            _stack(axes, place, sizes, colours, longest / 40)
         axes.set_yticks(range(len(bars)), [f"{MODELS.get(model, model)}, {SHORT[way]}" for model, way in bars])
         axes.set_title(title, loc="left")
         axes.invert_yaxis()
@@ -89,15 +90,16 @@ def census(files: Sequence[Stored]) -> Figure | None:
     return figure
 
 
-def _stack(axes: Axes, place: int, sizes: dict[str, float], colours: dict[str, str]) -> None:
+def _stack(axes: Axes, place: int, sizes: dict[str, float], colours: dict[str, str], narrow: float) -> None:
+    """One bar; pieces of at most `narrow` GB are narrower than their number."""
     left = 0.0
     for name, size in sizes.items():
         axes.barh(place, size, left=left, color=colours[name], edgecolor="white", linewidth=0.6, height=0.72)
-        if size > 14:  # GB: narrower than its number
+        if size > narrow:
             ink = "white" if colours[name] in DARK else INK
             axes.text(left + size / 2, place, f"{size:.0f}", ha="center", va="center", color=ink)
         left += size
-    axes.text(left + 4, place, f"{left:.0f} GB", va="center")
+    axes.text(left + 0.3 * narrow, place, f"{left:.0f} GB", va="center")
 
 
 def _key(axes: Axes, colours: dict[str, str]) -> None:

@@ -23,8 +23,8 @@ from fastjepa.plan import Plan, make_plan
 from fastjepa.spreading import build_exchange
 
 ROOT = Path(__file__).parents[2]
-# Clips of a forward pass in the published runs: 24 (ViT-L, ViT-H at 224 px) and 10 (384 px).
-MODELS = {"vitl": 24, "vith": 24, "vith_384": 10}
+# Clips of a forward pass in the published runs: 24 (ViT-L, ViT-H at 224 px, V-JEPA 2) and 10 (384 px).
+MODELS = {"vitl": 24, "vith": 24, "vith_384": 10, "vjepa2_vitl": 24, "vjepa2_vitg": 24}
 _FUSED = {piece: "fused" if piece in ("mlp", "embed") else "triton" for piece in PIECES}
 _REFERENCE = ("runtime.execution=reference", "runtime.compile=false")
 _NOISED = ("model.targets=noised", "model.noise=linear")  # as configs/vitl_noised.yaml has them
@@ -48,11 +48,13 @@ PAIRS = (
     ("packed", "packed-eager"),
     ("packed-noised", "packed"),
 )
+# The second generation is published with every block computed again.
+RECOMPUTING = ("runtime.recompute=1000",)
 # Most of a run clips its gradients; its first 12,300 steps, which these weights would be in, do not.
 CLIPPING = "compat.clip_after_warmup=0"
 QUICK = (
-    "model.name=vit_nano", "model.predictor_depth=1", "model.predictor_dim=32", "data.crop=64", "data.frames=4",
-    "runtime.threads=1",
+    "model.name=vit_nano", "model.predictor_depth=1", "model.predictor_dim=32", "model.predictor_heads=null",
+    "data.crop=64", "data.frames=4", "runtime.threads=1",
 )  # fmt: skip
 QUICK_CLIPS = 4
 CLIP_BATCHES = 2  # a run holds as many: the one that it works on and the next
@@ -81,7 +83,8 @@ def settings_of(model: str, way: str, *, quick: bool, overrides: Sequence[str] =
     """The published settings with one GPU's batch as the whole step, run in this way; `quick` has a tiny model."""
     clips = QUICK_CLIPS if quick else MODELS[model]
     batch = (f"mask.group={clips}", f"optim.global_batch={clips}", f"data.batch_size={clips}")
-    more = (*batch, CLIPPING, *WAYS[way], *(QUICK if quick else ()), *overrides)
+    again = RECOMPUTING if way.startswith("reference") and model.startswith("vjepa2") else ()
+    more = (*batch, CLIPPING, *WAYS[way], *again, *(QUICK if quick else ()), *overrides)
     return configfile.load(ROOT / "configs" / f"{model}.yaml", list(more))
 
 

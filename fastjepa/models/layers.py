@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastjepa.models.rotary import STYLES, Places, RopeStyle, axis_channels, rotated
 
@@ -254,6 +255,20 @@ class Block(nn.Module):
             return self.attn(self.norm1(x), return_attention=True, places=places)[1]
         x = x + self.drop_path(self.attn(self.norm1(x), places=places))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def recomputed(self, x: Tensor, places: Places | None = None) -> Tensor:
+        """The same, keeping `x` alone: the backward pass computes the rest again, with the same draws."""
+        drawn = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in self.modules())
+        state = drawn or self.drop_path.active
+        return checkpoint(self, x, places=places, use_reentrant=False, preserve_rng_state=state)
+
+
+def run_block(block: nn.Module, number: int, recomputed: int, x: Tensor, places: Places | None) -> Tensor:
+    """Block `number` of a network; of the first `recomputed` their input alone is kept where gradients are wanted."""
+    if number < recomputed and torch.is_grad_enabled():
+        assert isinstance(block, Block)
+        return block.recomputed(x, places)
+    return block(x, places=places)
 
 
 class CrossAttention(nn.Module):

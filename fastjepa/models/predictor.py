@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastjepa.masks.tokens import apply_masks
 from fastjepa.models.initialise import initialise, normal_, rescale_blocks
-from fastjepa.models.layers import Block
+from fastjepa.models.layers import Block, run_block
 from fastjepa.models.pos_embed import position_table
 from fastjepa.models.rotary import Places, RopeStyle
 from fastjepa.models.vision_transformer import size_pair
@@ -59,8 +59,9 @@ class VisionTransformerPredictor(nn.Module):
     target features themselves, normalised and diffused with noise. Constructor arguments and state-dict keys are the
     published ones; `noise` chooses the schedule of the noised path. With `use_rope` there is no position table
     (`predictor_pos_embed` is None): attention turns queries and keys by the places of the tokens in frames of the
-    constructor's size. `return_all_tokens` gives context tokens too, all of a clip in the order of their numbers:
-    [B, Nc + Kt, E]. Source: V-JEPA (arXiv 2404.08471, section 3.2), V-JEPA 2 (arXiv 2506.09985).
+    constructor's size. `return_all_tokens` gives context tokens too, all of a clip in the order of their numbers: [B,
+    Nc + Kt, E]. The attribute `recomputed` is as in the encoder. Source: V-JEPA (arXiv 2404.08471, section 3.2), V-JEPA
+    2 (arXiv 2506.09985).
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class VisionTransformerPredictor(nn.Module):
         return_all_tokens: bool = False,
     ) -> None:
         super().__init__()
-        self.return_all_tokens = return_all_tokens
+        self.return_all_tokens, self.recomputed = return_all_tokens, 0
         height, width = size_pair(img_size)
         grid: tuple[int, ...] = (height // patch_size, width // patch_size)
         if num_frames > 1:
@@ -173,8 +174,8 @@ class VisionTransformerPredictor(nn.Module):
         if order is not None:
             x, numbers = _gathered(x, order), numbers.gather(1, order)
         places = self.places(numbers)
-        for block in self.predictor_blocks:
-            x = block(x, places=places)
+        for number, block in enumerate(self.predictor_blocks):
+            x = run_block(block, number, self.recomputed, x, places)
         if not self.return_all_tokens:
             if order is not None:
                 x = _gathered(x, order.argsort(dim=1))

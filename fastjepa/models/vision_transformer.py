@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastjepa.masks.tokens import TokenSet, apply_masks
 from fastjepa.models.initialise import initialise, rescale_blocks
-from fastjepa.models.layers import Block
+from fastjepa.models.layers import Block, run_block
 from fastjepa.models.patch_embed import PatchEmbed, PatchEmbed3D
 from fastjepa.models.pos_embed import interpolate_pos_embed, position_table
 from fastjepa.models.rotary import Places, RopeStyle
@@ -36,7 +36,8 @@ class VisionTransformer(nn.Module):
     size than the constructor's get an interpolated position table; with `short_clips="cut"` a clip that is shorter but
     no smaller takes the first rows of it, as in the second generation. `use_rope` has no table (`pos_embed` is None):
     attention turns queries and keys by the places of the tokens in the clip's own grid. `drop_path_rate` is that of the
-    last block, growing evenly from 0 in the first. `out_layers` makes the forward pass return a list of the normalised
+    last block, growing evenly from 0 in the first. The attribute `recomputed` is the number of blocks that the backward
+    pass computes again. `out_layers` makes the forward pass return a list of the normalised
     outputs of these blocks instead. Source: V-JEPA (arXiv 2404.08471, section 3), V-JEPA 2 (arXiv 2506.09985).
     """
 
@@ -72,6 +73,7 @@ class VisionTransformer(nn.Module):
         if short_clips not in ("interpolate", "cut"):
             raise ValueError(f"short_clips must be 'interpolate' or 'cut', got {short_clips!r}")
         self.embed_dim, self.num_heads, self.short_clips = embed_dim, num_heads, short_clips
+        self.recomputed = 0
         self.patch_size, self.tubelet_size, self.num_frames = patch_size, tubelet_size, num_frames
         self.is_video = num_frames > 1
         if out_layers is not None and not all(0 <= layer < depth for layer in out_layers):
@@ -158,7 +160,7 @@ class VisionTransformer(nn.Module):
         """Blocks and final norm over embedded tokens [B, K, E] at their places; a list with `out_layers`."""
         collected = []
         for number, block in enumerate(self.blocks):
-            tokens = block(tokens, places=places)
+            tokens = run_block(block, number, self.recomputed, tokens, places)
             if self.out_layers is not None and number in self.out_layers:
                 collected.append(self.norm(tokens))
         return self.norm(tokens) if self.out_layers is None else collected

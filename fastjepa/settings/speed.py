@@ -40,7 +40,7 @@ class Runtime(Section):
     )
     recompute: int = setting(
         0,
-        "first blocks of encoder and predictor that are computed again in the backward pass, to save memory (packed)",
+        "first blocks of encoder and predictor that are computed again in the backward pass, to save memory",
         "free",
         ge=0,
     )

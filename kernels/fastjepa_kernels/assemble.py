@@ -20,7 +20,7 @@ def assemble_tokens(
     context: Tensor,
     context_index: Tensor,
     target_index: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     mask_token: Tensor | None = None,
     *,
     targets: Tensor | None = None,
@@ -39,7 +39,7 @@ def assemble_tokens(
 
     `context` [B, Kc, P] (projected) with `context_index` [B, Kc], and targets at `target_index` [B, Kt]
     -> [B, Kc + Kt, P]. `table` [N, P] holds the positions of all tokens and is read at both indices (int32 or int64,
-    0 to N - 1). At the targets stands one of
+    0 to N - 1); None adds no positions, for rotary attention. At the targets stands one of
 
     - `mask_token` [P], or [B, P], a row a clip (for clips of several mask sets, each set with its token);
     - `targets` [B, Kt, P], rows as they are;
@@ -56,12 +56,13 @@ def assemble_tokens(
     Floating dtypes may all differ; sums are float32 and rounded once to `out_dtype`, or to that of `context`. Context
     and targets are read in place where channels are neighbours; the result is contiguous.
 
-    Moves P values in (of the context or target) and P out a row, the position and an index; noise and statistics as for
-    `layer_norm_noise`; one launch. 1 FLOP a value, about 12 for noised ones; counters see none. Backward: the gradient
-    of the context is cut out (a view where dtypes agree), and so is that of ready rows; noised rows take one pass, as
-    for `layer_norm_noise`; the gradient of a mask token is the sum over its rows, float32, 8 partial sums a clip added
-    in a fixed order. Bitwise repeatable, no atomics. `table`, `alpha` and `noise` are constants without a gradient;
-    there is no second derivative. Where lengths differ, backward copies the gradient of context and of targets once.
+    Moves P values in (of the context or target) and P out a row, the position where there is one, and an index; noise
+    and statistics as for `layer_norm_noise`; one launch. 1 FLOP a value, about 12 for noised ones; counters see none.
+    Backward: the gradient of the context is cut out (a view where dtypes agree), and so is that of ready rows; noised
+    rows take one pass, as for `layer_norm_noise`; the gradient of a mask token is the sum over its rows, float32, 8
+    partial sums a clip added in a fixed order. Bitwise repeatable, no atomics. `table`, `alpha` and `noise` are
+    constants without a gradient; there is no second derivative. Where lengths differ, backward copies the gradient of
+    context and of targets once.
 
     It replaces two gathers of positions, two additions, the noising and a concatenation. Not for learned positions.
 
@@ -98,7 +99,9 @@ def assemble_tokens(
     )[0]  # fmt: skip
 
 
-def _check_rows(context: Tensor, context_index: Tensor, target_index: Tensor, table: Tensor, ragged: bool) -> None:
+def _check_rows(
+    context: Tensor, context_index: Tensor, target_index: Tensor, table: Tensor | None, ragged: bool
+) -> None:
     dims = 1 if ragged else 2
     names = "[R, P], [R] and [R]" if ragged else "[B, Kc, P], [B, Kc] and [B, Kt]"
     if (
@@ -114,6 +117,8 @@ def _check_rows(context: Tensor, context_index: Tensor, target_index: Tensor, ta
         )
     check_index(NAME, context_index, context)
     check_index(NAME, target_index, context)
+    if table is None:
+        return
     if table.ndim != 2 or table.shape[1] != context.shape[-1]:
         raise ValueError(f"{NAME}: expected table [N, {context.shape[-1]}], got {list(table.shape)}")
     check_constant(NAME, "table", table, context)
@@ -146,8 +151,11 @@ def _check_token(context: Tensor, mask_token: Tensor, clips: int) -> None:
         )
 
 
-def _check_targets(context: Tensor, target_index: Tensor, table: Tensor, targets: Tensor, gather_targets: bool) -> None:
-    rows = (len(context), table.shape[0]) if gather_targets else tuple(target_index.shape)
+def _check_targets(
+    context: Tensor, target_index: Tensor, table: Tensor | None, targets: Tensor, gather_targets: bool
+) -> None:
+    tokens = targets.shape[1:2] if table is None else table.shape[:1]
+    rows = (len(context), *tokens) if gather_targets else tuple(target_index.shape)
     if targets.shape != (*rows, context.shape[-1]):
         raise ValueError(f"{NAME}: targets must be {[*rows, context.shape[-1]]}, got {list(targets.shape)}")
     if not targets.dtype.is_floating_point or targets.device != context.device:

@@ -10,7 +10,8 @@ class Inputs(NamedTuple):
     """As the operator takes them. B clips, N rows, K rows that take part, H heads of d channels, R rows in flat form.
 
     q is packed [B, N, 3, H, d] without k and v, or [B, N, H, d] beside them; with `starts` [B + 1], the flat form, q is
-    [R, 3, H, d] or [R, H, d] and no clip has more than `longest` rows. An empty grid is no rotary positions.
+    [R, 3, H, d] or [R, H, d] and no clip has more than `longest` rows. An empty grid is no rotary positions; `q_ids`
+    and `kv_ids` are token numbers of all rows of q and of k, in place of their places.
     """
 
     q: Tensor
@@ -22,6 +23,8 @@ class Inputs(NamedTuple):
     kv_lengths: Tensor | None
     starts: Tensor | None
     bias: Tensor | None
+    q_ids: Tensor | None
+    kv_ids: Tensor | None
     longest: int
     scale: float
     grid: list[int]

@@ -29,6 +29,7 @@ def indexed_attention(
     max_length: int | None = None,
     scale: float | None = None,
     rope: Rope | None = None,
+    ids: Tensor | tuple[Tensor, Tensor] | None = None,
     qkv_bias: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -45,12 +46,14 @@ def indexed_attention(
     -> [R, H, d]. A clip may be empty.
 
     `rope` turns queries and keys by the token numbers in the index (the row number in the clip without one), in
-    float32, rounded once. The rows that take part are then first written one after another, once, and their gradients
-    written back by a second kernel: one more copy of those rows each way. `qkv_bias` [3, H, d] is added to packed rows
-    as they are read, in float32, rounded once to their dtype, so that the projection may run without one. Its gradient
-    is the float32 sum of theirs as it is written (with `rope`, before the last rounding): the programs that write it
-    leave a row of sums for each block, and one more launch adds those up. Without `rope` no row is copied. `scale` is
-    d ** -0.5 unless given.
+    float32, rounded once. Where rows are not the tokens of whole clips, `ids` are the token numbers of all rows, int32
+    or int64 [B, N], or [R] in flat form (a row of an index then has the number at its place); queries that are other
+    rows than the keys have their own: a pair ([B, Nq], [B, N]). The rows that take part are then first written one
+    after another, once, and their gradients written back by a second kernel: one more copy of those rows each way.
+    `qkv_bias` [3, H, d] is added to packed rows as they are read, in float32, rounded once to their dtype, so that the
+    projection may run without one. Its gradient is the float32 sum of theirs as it is written (with `rope`, before the
+    last rounding): the programs that write it leave a row of sums for each block, and one more launch adds those up.
+    Without `rope` no row is copied. `scale` is d ** -0.5 unless given.
 
     Dtypes: float32 (products in full float32), bfloat16 and float16, one for all rows; d from 16 to 128 in steps of 8.
     Softmax, sums and statistics are of float32. Forward reads each chosen query once and each chosen key and value
@@ -88,10 +91,11 @@ def indexed_attention(
             f"{NAME}: expected a floating qkv_bias {[3, heads, head]} on {q.device} beside a packed q, got "
             f"{list(qkv_bias.shape)}, {qkv_bias.dtype} on {qkv_bias.device}"
         )
+    q_ids, kv_ids = _check_ids(ids, q, q if k is None else k, rope, flat)
     run = operation(NAME, choose(NAME, impl, q))
     turn = Rope((1, 1, 1)) if rope is None else rope
     return run(
-        q, k, v, q_index, kv_index, q_lengths, kv_lengths, cu_seqlens, qkv_bias, max_length or 0,
+        q, k, v, q_index, kv_index, q_lengths, kv_lengths, cu_seqlens, qkv_bias, q_ids, kv_ids, max_length or 0,
         head**-0.5 if scale is None else float(scale), [] if rope is None else list(turn.grid), float(turn.theta),
         turn.compat,
     )[0]  # fmt: skip
@@ -140,6 +144,23 @@ def _check_clips(
         _check_numbers(what, lengths, q)
         if lengths.shape != q.shape[:1]:
             raise ValueError(f"{NAME}: expected {what} [{q.shape[0]}], got {list(lengths.shape)}")
+
+
+def _check_ids(
+    ids: Tensor | tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor, rope: Rope | None, flat: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Token numbers of the rows of q and of k."""
+    if ids is None:
+        return None, None
+    if rope is None:
+        raise ValueError(f"{NAME}: ids are token numbers, which rope alone reads: give rope too, or no ids")
+    both = ids if isinstance(ids, tuple) else (ids, ids)
+    for what, one, x in zip(("q", "k and v"), both, (q, k)):
+        _check_numbers("ids", one, q)
+        rows = x.shape[:1] if flat else x.shape[:2]
+        if one.shape != rows:
+            raise ValueError(f"{NAME}: expected ids {list(rows)} for {what} {list(x.shape)}, got {list(one.shape)}")
+    return both
 
 
 def _check_numbers(what: str, numbers: Tensor, q: Tensor) -> None:

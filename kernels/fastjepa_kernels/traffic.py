@@ -176,8 +176,10 @@ def _assemble(arguments: Sequence[Any], results: Sequence[Tensor]) -> Traffic:
     context_lengths, target_lengths, _, gather = arguments[10:14]
     seen, asked = context_index.numel(), target_index.numel()
     goal = asked * targets.shape[-1] * targets.itemsize if gather else _size(targets)
-    positions = (seen + asked) * table.shape[-1] * table.itemsize
-    moved = _size(context, context_index, target_index, token, *arguments[6:12], *results) + goal + positions
+    # Without positions no index is read, unless targets are gathered.
+    positions = 0 if table is None else (seen + asked) * table.shape[-1] * table.itemsize
+    indices = [] if table is None and not gather else [target_index] if table is None else [context_index, target_index]
+    moved = _size(context, *indices, token, *arguments[6:12], *results) + goal + positions
     numbers = [_row_numbers(context_lengths, seen), _row_numbers(target_lengths, asked)]
     return _sum(Traffic(1, moved), *numbers)
 
@@ -213,7 +215,7 @@ def _attention(arguments: Sequence[Any], results: Sequence[Tensor]) -> Traffic:
     """One launch, by the rule; ours is one."""
     case = Inputs(*arguments)
     queries, keys = _attention_rows(case)
-    found = Traffic(1, 4 * (queries + keys) * case.q.itemsize // 2 + _size(*case[3:9]))
+    found = Traffic(1, 4 * (queries + keys) * case.q.itemsize // 2 + _size(*case[3:11]))
     return _sum(found, _ready(case))
 
 
@@ -234,7 +236,7 @@ def _attention_backward(arguments: Sequence[Any], results: Sequence[Tensor]) -> 
     gradient, out, lse, *given, bias_wanted = arguments
     case = Inputs(*given)
     queries, keys = _attention_rows(case)
-    found = Traffic(1, 12 * (queries + keys) * case.q.itemsize // 2 + _size(*case[3:9]))
+    found = Traffic(1, 12 * (queries + keys) * case.q.itemsize // 2 + _size(*case[3:11]))
     if case.q_index is not None or case.kv_index is not None:
         found = _sum(found, Traffic(1 if case.packed else 3, _size(*results[:3])))
     if case.grid:

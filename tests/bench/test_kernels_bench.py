@@ -77,7 +77,7 @@ def test_places_have_the_published_sizes():
         "vith-target": (1568, 0, 16, 80),
         "vitl-context": (365, 100, 16, 64),
         "predictor-rows": (1115, 1203, 16, 24),
-        "vitg-context": (493, 128, 16, 88),
+        "vitg-context": (493, 128, 22, 64),
         "predictor2-rows": (1467, 1569, 12, 32),
     }
     names = ("vith-target", "vitl-context", "predictor-rows", "vitg-target", "predictor2-rows")
@@ -88,6 +88,12 @@ def test_places_have_the_published_sizes():
         "vitg-target": (49152, 1408),
         "predictor2-rows": (72864, 384),
     }
+    turned = {name: shape for name, shape in at.items() if name.startswith("indexed_attention-turned-flat-")}
+    assert {name.removeprefix("indexed_attention-turned-flat-"): (s["kept"], s["heads"], s["width"])
+            for name, s in turned.items()} == {
+        "vitg-context": (493, 22, 64), "vitg-target": (2048, 22, 64), "vitg-88": (493, 16, 88),
+        "predictor2-rows": (1569, 12, 32),
+    }  # fmt: skip
     assert at["patch_embed_gather-vitg-context"]["tokens"] == 2048
     assert at["target_loss-vith-set1"]["kept"] == 1103
 

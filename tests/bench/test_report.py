@@ -158,11 +158,16 @@ def test_the_census_as_a_whole_and_without_the_kernels_of_a_piece(home):
     ]
     fewer = [row(f"times fewer {name}", 2.0, "x", None, model="vitl") for name in ("bytes", "launches")]
     where = {"model": "vitl", "execution": "packed", "without": "norm"}
+    counts += [
+        row(name, value, unit, None, model="vitl", execution="reference-stored", component="total")
+        for name, value, unit in (("bytes", 255.0, "GB"), ("launches", 1500, "launches"))
+    ]
     lacking = [row("bytes", 201.5, "GB", None, **where), row("launches", 1400, "launches", None, **where)]
     plant(home / "bench" / "results", "census", [*counts, *fewer, *lacking], on_a_device=False)
     report(home)
     assert "| ViT-L/16, GB moved | 340.0 | 170.0 | 2.00 |" in region(home, "census")
     assert "| ViT-L/16, launches | 2,232 | 1,116 | 2.00 |" in region(home, "census")
+    assert "| ViT-L/16, nothing recomputed, GB moved | 255.0 | 170.0 | 1.50 |" in region(home, "census")
     assert "| ViT-L/16 | norm | +31.50 | +284 |" in region(home, "without")
     assert (home / "docs" / "bench-census.png").exists()
 

@@ -18,7 +18,7 @@ def profile(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--models", "vitx"), "--models: expected one of vitl,vith,vith_384, given 'vitx'."),
+        (("--models", "vitx"), "--models: expected one of vitl,vith,vith_384,vjepa2_vitl,vjepa2_vitg, given 'vitx'."),
         (("--way", "fast"), "--way: expected one of packed,packed-eager,"),
     ],
 )

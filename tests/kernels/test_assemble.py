@@ -67,6 +67,8 @@ def by_hand(given: dict) -> Tensor:
         for lengths, count in ((SEEN_LENGTHS, SEEN), (ASKED_LENGTHS, ASKED))
     )
     table, width = given["table"], WIDTH
+    if table is None:
+        table = torch.zeros(TOKENS, width)
     context = given["context"].reshape(-1, width) + table[given["context_index"].flatten()]
     clips = []
     for clip in range(CLIPS):
@@ -96,12 +98,13 @@ def leaves(given: dict) -> list[Tensor]:
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_and_gradients_are_those_of_separate_steps(kind: str, ragged: bool) -> None:
+@pytest.mark.parametrize("placed", [True, False], ids=["", "no table"])
+def test_rows_and_gradients_are_those_of_separate_steps(kind: str, ragged: bool, placed: bool) -> None:
     if ragged and "gathered" in kind:
         return
     results = []
     for run in (lambda given: assemble_tokens(**given), by_hand):
-        given = inputs(kind)
+        given = inputs(kind) | ({} if placed else {"table": None})
         out = run(flat(given) if ragged else given)
         (out * normal(*out.shape, seed=8)).sum().backward()
         results.append([out, *(x.grad for x in leaves(given))])
@@ -213,6 +216,7 @@ def test_torch_accepts_the_operators(form: str) -> None:
     for kind, ragged in (("token", True), ("noised", False), ("ready gathered", False)):
         given = inputs(kind)
         library.opcheck(run, operands(flat(given) if ragged else given))
+        library.opcheck(run, operands(given | {"table": None}))
     plain = {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs("ready").items()}
     library.opcheck(run, operands(plain | {"context": plain["context"].transpose(0, 1).contiguous().transpose(0, 1)}))
     total = getattr(torch.ops.fastjepa, f"sum_of_targets{form}").default

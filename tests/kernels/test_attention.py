@@ -137,6 +137,38 @@ def test_flat_rows_are_clips_one_after_another(lengths: list[int], rope) -> None
         torch.testing.assert_close(separate.grad, other.grad)
 
 
+@pytest.mark.parametrize("rope", TURNS[1:], ids=["rope", "compat"])
+def test_ids_are_the_token_numbers_of_rows_picked_before(rope) -> None:
+    """The same as an index into rows of whole clips."""
+    whole, bias, index = normal(2, 24, 3, 2, 24), normal(3, 2, 24, seed=1), chosen(2, 7, 24)
+    order, few = chosen(2, 5, 7, 3), chosen(2, 3, 24, 4)
+    x, b = leaf(whole), leaf(bias)
+    forms: list = [
+        ({"q_index": index, "kv_index": index}, {"ids": index.int()}),
+        ({"q_index": index.gather(1, order), "kv_index": index}, {"ids": index, "q_index": order}),
+    ]
+    for one, other in forms:
+        expected = indexed_attention(x, **one, rope=rope, qkv_bias=b)
+        picked = x.gather(1, index[..., None, None, None].expand(-1, -1, 3, 2, 24))
+        out = indexed_attention(picked, **other, rope=rope, qkv_bias=b)
+        upstream = normal(*out.shape, seed=9)
+        torch.testing.assert_close(out, expected)
+        gradients = (torch.autograd.grad(result, (x, b), upstream) for result in (out, expected))
+        for mine, theirs in zip(*gradients):
+            torch.testing.assert_close(mine, theirs)
+    flat = {"cu_seqlens": torch.tensor([0, 7, 14]).int(), "max_length": 7, "rope": rope, "ids": index.flatten()}
+    q, k, v = (whole + bias).unbind(2)
+    rows = picked.flatten(0, 1)
+    expected = indexed_attention(x, **forms[0][0], rope=rope, qkv_bias=b).flatten(0, 1)
+    torch.testing.assert_close(indexed_attention(rows, **flat, qkv_bias=b), expected)
+    torch.testing.assert_close(indexed_attention(*(rows + b).unbind(1), **flat), expected)
+    # Queries of fewer rows than keys.
+    asked, kept = (t[..., None, None].expand(-1, -1, 2, 24) for t in (few, index))
+    parts = q.gather(1, asked), k.gather(1, kept), v.gather(1, kept)
+    found = indexed_attention(*parts, rope=rope, ids=(few, index))
+    torch.testing.assert_close(found, indexed_attention(q, k, v, q_index=few, kv_index=index, rope=rope))
+
+
 def test_rows_that_take_no_part_may_hold_anything() -> None:
     case = CASES["ragged index"]
     x = normal(2, 24, 3, 2, 24)
@@ -177,7 +209,7 @@ def test_scores_too_large_for_exp() -> None:
 def test_rope_turns_three_segments_and_leaves_the_rest() -> None:
     """A head of 32 turns 10 channels an axis and leaves 2."""
     x, token = torch.ones(1, 1, 1, 32, dtype=torch.float64), torch.tensor([[3 * 15 + 2 * 5 + 4]])
-    case = Inputs(x, x, x, *[None] * 6, 0, 1.0, [4, 3, 5], 1e4, False)
+    case = Inputs(x, x, x, *[None] * 8, 0, 1.0, [4, 3, 5], 1e4, False)
     last = 1e4 ** (-4 / 5)
     for compat in (False, True):
         y = rotate(x, token, case._replace(compat=compat))[0, 0, 0]
@@ -209,8 +241,10 @@ def test_gradients_are_the_derivatives() -> None:
     assert torch.autograd.gradcheck(lambda x: indexed_attention(x, **flat), (leaf(x.flatten(0, 1)),))
 
 
-def arguments(x: Tensor, bias: Tensor | None, *index: Tensor | None, longest: int = 0, grid=()) -> tuple:
-    return x, None, None, *index, bias, longest, 0.25, list(grid), 1e4, False
+def arguments(
+    x: Tensor, bias: Tensor | None, *index: Tensor | None, longest: int = 0, grid=(), ids: Tensor | None = None
+) -> tuple:
+    return x, None, None, *index, bias, ids, ids, longest, 0.25, list(grid), 1e4, False
 
 
 @pytest.mark.parametrize("name", ["indexed_attention", "indexed_attention_reference"])
@@ -222,6 +256,7 @@ def test_torch_accepts_the_operators(name: str) -> None:
     inputs = [
         arguments(x, bias, chosen(2, 3, 6), chosen(2, 5, 6), lengths, lengths, None, grid=(1, 2, 3)),
         arguments(x, None, None, None, None, None, None),
+        arguments(x.flatten(0, 1), bias, *[None] * 4, starts, longest=8, grid=(1, 2, 3), ids=torch.arange(12).flip(0)),
         arguments(x.flatten(0, 1), bias, None, None, None, None, starts, longest=8),
         (*(t.transpose(0, 1) for t in x.unbind(2)), *arguments(x, None, *[None] * 5)[3:]),
     ]
@@ -290,6 +325,9 @@ def mistakes() -> list:
         (lambda x: indexed_attention(x.int()), "floating dtype"),
         (lambda x: indexed_attention(x[..., :12]), "steps of 8, got 12"),
         (lambda x: indexed_attention(x[..., :8]), "16 to 128"),
+        (lambda x: indexed_attention(x, ids=index), "ids are token numbers, which rope alone reads"),
+        (lambda x: indexed_attention(x, rope=Rope(GRID), ids=index), r"expected ids \[2, \d+\] for q"),
+        (lambda x: indexed_attention(x, rope=Rope(GRID), ids=index.float()), "ids must be int32 or int64"),
         (lambda x: indexed_attention(x, q_index=index.float()), "index must be int32"),
         (lambda x: indexed_attention(x, kv_index=index.to("meta")), "index on meta"),
         (lambda x: indexed_attention(x, q_index=index[:1]), r"q_index \[2, K\]"),

@@ -21,18 +21,19 @@ MASK_TOKEN, READY, NOISED = 0, 1, 2
 
 
 @triton.jit
-def _write(values, table, index, out, place, row, present, lane, WIDTH: tl.constexpr):
-    """values + table row of the token, into row `place` of the result."""
+def _write(values, table, index, out, place, row, present, lane, TABLE: tl.constexpr, WIDTH: tl.constexpr):
+    """values + table row of the token, if there is a table, into row `place` of the result."""
     inside = present[:, None] & (lane < WIDTH)[None, :]
-    token = tl.load(index + row, mask=present, other=0).to(tl.int64)
-    values += tl.load(table + token[:, None] * WIDTH + lane[None, :], mask=inside, other=0.0).to(tl.float32)
+    if TABLE:
+        token = tl.load(index + row, mask=present, other=0).to(tl.int64)
+        values += tl.load(table + token[:, None] * WIDTH + lane[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place[:, None] * WIDTH + lane[None, :], values.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _context(
     row, lane, context, index, clips, other_lengths, table, out, rows, inner, outer_stride, inner_stride, other,
-    RAGGED: tl.constexpr, WIDTH: tl.constexpr,
+    RAGGED: tl.constexpr, TABLE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows of the context; the targets of all clips before stand before them."""
     present = row < rows
@@ -45,7 +46,7 @@ def _context(
     else:
         place = row + clip * other
     values = tl.load(context + source[:, None] + lane[None, :], mask=inside, other=0.0).to(tl.float32)
-    _write(values, table, index, out, place, row, present, lane, WIDTH)
+    _write(values, table, index, out, place, row, present, lane, TABLE, WIDTH)
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def _targets(
     row, lane, targets, index, clips, other_lengths, table, token, alpha, row_key, seed, noise, out, mean, rstd, rows,
     inner, outer_stride, inner_stride, other, token_stride, share,
     EPS: tl.constexpr, TARGETS: tl.constexpr, GATHER: tl.constexpr, RECORDED: tl.constexpr, RAGGED: tl.constexpr,
-    WIDTH: tl.constexpr, LANES: tl.constexpr,
+    TABLE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Rows of the targets; the contexts of all clips before and of their own stand before them."""
     present = row < rows
@@ -80,7 +81,7 @@ def _targets(
             targets, source, alpha, share_of, row_key, seed, noise, mean, rstd, row, present, lane, EPS, RECORDED,
             WIDTH, LANES,
         )  # fmt: skip
-    _write(values, table, index, out, place, row, present, lane, WIDTH)
+    _write(values, table, index, out, place, row, present, lane, TABLE, WIDTH)
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def assemble_kernel(
     table, token, alpha, row_key, seed, noise, out, mean, rstd, programs, context_rows, context_inner, c_outer, c_inner,
     target_rows, target_inner, t_outer, t_inner, token_stride, share,
     EPS: tl.constexpr, TARGETS: tl.constexpr, GATHER: tl.constexpr, RECORDED: tl.constexpr, RAGGED: tl.constexpr,
-    WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    TABLE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program: the first `programs` take the context's, the others the targets'."""
     program = tl.program_id(0).to(tl.int64)
@@ -97,13 +98,14 @@ def assemble_kernel(
     if program < programs:
         _context(
             program * ROWS + tl.arange(0, ROWS), lane, context, context_index, context_clips, target_lengths, table,
-            out, context_rows, context_inner, c_outer, c_inner, target_inner, RAGGED, WIDTH,
+            out, context_rows, context_inner, c_outer, c_inner, target_inner, RAGGED, TABLE, WIDTH,
         )  # fmt: skip
     else:
         _targets(
             (program - programs) * ROWS + tl.arange(0, ROWS), lane, targets, target_index, target_clips,
             context_lengths, table, token, alpha, row_key, seed, noise, out, mean, rstd, target_rows, target_inner,
-            t_outer, t_inner, context_inner, token_stride, share, EPS, TARGETS, GATHER, RECORDED, RAGGED, WIDTH, LANES,
+            t_outer, t_inner, context_inner, token_stride, share, EPS, TARGETS, GATHER, RECORDED, RAGGED, TABLE, WIDTH,
+            LANES,
         )  # fmt: skip
 
 
@@ -146,7 +148,7 @@ def assemble_tokens(
     context: Tensor,
     context_index: Tensor,
     target_index: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     mask_token: Tensor | None,
     targets: Tensor | None,
     alpha: Tensor | None,
@@ -176,12 +178,13 @@ def assemble_tokens(
         assemble_kernel[(programs + more,)](
             source, context_index.contiguous(), _clips(context_lengths, seen, out), pointer(context_lengths, out),
             goal, target_index.contiguous(), _clips(target_lengths, asked, out), pointer(target_lengths, out),
-            table.contiguous(), pointer(mask_token, out), pointer(alpha, out), pointer(row_key, out),
+            pointer(table, out), pointer(mask_token, out), pointer(alpha, out), pointer(row_key, out),
             pointer(seed, out), pointer(noise, out), out, mean, rstd, programs, context_rows, seen, source.stride(0),
             source.stride(1), target_rows, asked, goal.stride(0), goal.stride(1),
             width if mask_token is not None and mask_token.ndim == 2 else 0,
             1 if alpha is None else target_rows // max(1, alpha.numel()), EPS=eps, TARGETS=what, GATHER=gather_targets,
-            RECORDED=noise is not None, RAGGED=context_lengths is not None, WIDTH=width, **fixed,
+            RECORDED=noise is not None, RAGGED=context_lengths is not None, TABLE=table is not None, WIDTH=width,
+            **fixed,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -228,7 +231,8 @@ def shipped(architecture: str = "any") -> Iterator[Shipped]:
                 if ragged and gather:
                     continue
                 for dtype in ("bf16",) if ragged else ("bf16", "fp32"):
-                    more = {"EPS": 1e-5, "TARGETS": what, "GATHER": gather, "RECORDED": recorded, "RAGGED": ragged}
+                    more = {"EPS": 1e-5, "TARGETS": what, "GATHER": gather, "RECORDED": recorded, "RAGGED": ragged,
+                            "TABLE": True}  # fmt: skip
                     given = {**types, "context": f"*{dtype}", "targets": f"*{dtype}"}
                     sizes: dict[str, Any] = {
                         "WIDTH": width,

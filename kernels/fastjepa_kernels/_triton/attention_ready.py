@@ -7,6 +7,7 @@ turned back, summed for the bias and written where the rows came from.
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,15 +22,15 @@ from fastjepa_kernels._triton.norms import sum_parts
 from fastjepa_kernels.attention_inputs import Inputs
 from fastjepa_kernels.config import lookup
 
-SIZES = ("most", "blocks", "heads", "x_clip", "x_row", "x_head")
+SIZES = ("most", "rows", "blocks", "heads", "x_clip", "x_row", "x_head")
 
 
 @triton.jit(do_not_specialize=SIZES)
 def ready_kernel(
-    x, index, lengths, starts, bias, out, most, blocks, heads, x_clip, x_row, x_head,
-    HEAD: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr, LENGTHS: tl.constexpr, UNIT: tl.constexpr,
-    BIAS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LOG2_THETA: tl.constexpr, COMPAT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, index, lengths, starts, ids, bias, out, most, rows, blocks, heads, x_clip, x_row, x_head,
+    HEAD: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr, LENGTHS: tl.constexpr, IDS: tl.constexpr,
+    UNIT: tl.constexpr, BIAS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LOG2_THETA: tl.constexpr,
+    COMPAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows of a clip and head a program, rounded after bias and after turn; absent ones are not written."""
     program = tl.program_id(0).to(tl.int64)
@@ -44,16 +45,17 @@ def ready_kernel(
     bias0, bias1 = bias_row(bias, 0, heads, head, HEAD, BIAS)
     a, b = add_bias(a, b, bias0, bias1, HEAD, BIAS)
     if HEIGHT:
-        a, b = turn(a, b, token, HEAD, HEIGHT, WIDTH, LOG2_THETA, COMPAT, False)
+        number = numbers(ids, clip, begin, rows, token, present, FLAT, IDS)
+        a, b = turn(a, b, number, HEAD, HEIGHT, WIDTH, LOG2_THETA, COMPAT, False)
     store(out, ((begin + place) * heads + head) * HEAD, present, a, b, HEAD)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def back_kernel(
-    x, index, lengths, starts, gradient, sums, most, blocks, heads, x_clip, x_row, x_head,
-    HEAD: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr, LENGTHS: tl.constexpr, UNIT: tl.constexpr,
-    SUMS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LOG2_THETA: tl.constexpr, COMPAT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, index, lengths, starts, ids, gradient, sums, most, rows, blocks, heads, x_clip, x_row, x_head,
+    HEAD: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr, LENGTHS: tl.constexpr, IDS: tl.constexpr,
+    UNIT: tl.constexpr, SUMS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LOG2_THETA: tl.constexpr,
+    COMPAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK ready rows turned back into x, where the rows came from, and its sum over them."""
     program = tl.program_id(0).to(tl.int64)
@@ -65,13 +67,24 @@ def back_kernel(
     token = tokens(index, begin, place, present, INDEX)
     a, b = load(gradient, ((begin + place) * heads + head) * HEAD, present, HEAD)
     if HEIGHT:
-        a, b = turn(a, b, token, HEAD, HEIGHT, WIDTH, LOG2_THETA, COMPAT, True)
+        number = numbers(ids, clip, begin, rows, token, present, FLAT, IDS)
+        a, b = turn(a, b, number, HEAD, HEIGHT, WIDTH, LOG2_THETA, COMPAT, True)
     if SUMS:
         store_sums(sums + ((clip * blocks + program % blocks) * heads + head) * HEAD, a, b, HEAD)
     # Without an index rows that take no part are within reach, and their zeros are written here.
     written = present if FLAT or INDEX else place < most
     first = origin(x, clip, begin, head, x_clip, x_row, x_head, FLAT, UNIT)
     store(first, token * (x_row * UNIT), written, a, b, HEAD)
+
+
+@triton.jit
+def numbers(ids, clip, begin, rows, token, present, FLAT: tl.constexpr, IDS: tl.constexpr):
+    """Token numbers of the rows `token` of a clip: those given for its `rows`, or the rows' own."""
+    number = token
+    if IDS:
+        first = begin if FLAT else clip * rows
+        number = tl.load(ids + first + token, mask=present, other=0)
+    return number
 
 
 @triton.jit
@@ -120,16 +133,16 @@ def swap(x):
 def ready(case: Inputs) -> Inputs:
     """The same attention with separate rows [B, K, H, d], or [R, H, d], that need no index, bias or turn."""
     made = []
-    for part, (x, (index, lengths, most)) in enumerate(zip(case.views(), _sides(case))):
+    for part, (x, side) in enumerate(zip(case.views(), _sides(case))):
         x = rows_in_place(x)
         # In flat form x is [1, R, H, d].
-        lead = (case.clips, most) if case.starts is None else x.shape[1:2]
+        lead = (case.clips, side.most) if case.starts is None else x.shape[1:2]
         out = x.new_empty(*lead, case.heads, case.head)
         row = x if case.bias is None else case.bias[part].contiguous()
-        _launch(ready_kernel, case, part, x, (index, lengths, most), (row, out), BIAS=case.bias is not None)
+        _launch(ready_kernel, case, part, x, side, (row, out), BIAS=case.bias is not None)
         made.append(out)
     q, k, v = made
-    return case._replace(q=q, k=k, v=v, q_index=None, kv_index=None, bias=None, grid=[])
+    return case._replace(q=q, k=k, v=v, q_index=None, kv_index=None, bias=None, q_ids=None, kv_ids=None, grid=[])
 
 
 def back(case: Inputs, made: tuple[Tensor, ...], bias_wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,7 +152,7 @@ def back(case: Inputs, made: tuple[Tensor, ...], bias_wanted: bool) -> tuple[Ten
     dbias = case.q.new_empty((3, case.heads, case.head) if bias_wanted else (0,), dtype=torch.float32)
     parts = case._replace(q=dq, k=None if case.packed else dk, v=None if case.packed else dv).views()
     for part, (x, gradient, side) in enumerate(zip(parts, made, _sides(case))):
-        rows = triton.cdiv(side[2], _settings(case)["BLOCK"]) * case.clips
+        rows = triton.cdiv(side.most, _settings(case)["BLOCK"]) * case.clips
         sums = dbias.new_empty(rows if bias_wanted else 0, case.heads * case.head)
         _launch(back_kernel, case, part, x, side, (gradient, sums), SUMS=bias_wanted)
         if bias_wanted and not rows:
@@ -150,10 +163,19 @@ def back(case: Inputs, made: tuple[Tensor, ...], bias_wanted: bool) -> tuple[Ten
     return dq, dk, dv, dbias
 
 
-def _sides(case: Inputs) -> list[tuple[Tensor | None, Tensor | None, int]]:
-    """Index, lengths and the most rows of a clip, of queries, keys and values."""
-    keys = (case.kv_index, case.kv_lengths, case.keys)
-    return [(case.q_index, case.q_lengths, case.queries), keys, keys]
+class _Side(NamedTuple):
+    """Of queries, keys or values: index, lengths, token numbers, and the most rows of a clip."""
+
+    picked: Tensor | None
+    lengths: Tensor | None
+    ids: Tensor | None
+    most: int
+
+
+def _sides(case: Inputs) -> list[_Side]:
+    """Those of queries, keys and values; the last are not turned."""
+    keys = _Side(case.kv_index, case.kv_lengths, case.kv_ids, case.keys)
+    return [_Side(case.q_index, case.q_lengths, case.q_ids, case.queries), keys, keys._replace(ids=None)]
 
 
 def _settings(case: Inputs) -> dict[str, int]:
@@ -161,33 +183,32 @@ def _settings(case: Inputs) -> dict[str, int]:
 
 
 def _launch(kernel, case, part, x, side, pointers, **flags) -> None:
-    index, lengths, most = side
     settings = _settings(case)
-    blocks = triton.cdiv(most, settings["BLOCK"])
+    blocks = triton.cdiv(side.most, settings["BLOCK"])
     if not blocks * case.clips:
         return
     strides = x.stride()[:3]
     unit = 1 if any(stride % 8 for stride in strides) else 8
     _, height, width = case.grid if case.grid and part < 2 else (0, 0, 0)
-    chosen = (index, lengths, case.starts)
+    chosen = (side.picked, side.lengths, case.starts, side.ids)
     with on_device_of(x):
         kernel[(blocks * case.heads * case.clips,)](
-            x, *(x if one is None else one.contiguous() for one in chosen), *pointers, most, blocks, case.heads,
-            *(stride // unit for stride in strides), HEAD=case.head, FLAT=case.starts is not None,
-            INDEX=index is not None, LENGTHS=lengths is not None, UNIT=unit, HEIGHT=height, WIDTH=width,
-            LOG2_THETA=math.log2(case.theta), COMPAT=case.compat, **settings, **flags,
+            x, *(x if one is None else one.contiguous() for one in chosen), *pointers, side.most, x.shape[1], blocks,
+            case.heads, *(stride // unit for stride in strides), HEAD=case.head, FLAT=case.starts is not None,
+            INDEX=side.picked is not None, LENGTHS=side.lengths is not None, IDS=side.ids is not None, UNIT=unit,
+            HEIGHT=height, WIDTH=width, LOG2_THETA=math.log2(case.theta), COMPAT=case.compat, **settings, **flags,
         )  # fmt: skip
 
 
 def shipped(architecture: str = "any") -> Iterator[Shipped]:
-    """Both kernels at the first-class head sizes, in bfloat16 and float32."""
+    """Both kernels at the first-class head sizes, with an index and in flat form, in bfloat16 and float32."""
     fixed = {
-        **dict.fromkeys(("INDEX", "LENGTHS", "BIAS", "SUMS"), True), "FLAT": False, "UNIT": 8, "HEIGHT": 16,
+        **dict.fromkeys(("INDEX", "LENGTHS", "IDS", "BIAS", "SUMS"), True), "FLAT": False, "UNIT": 8, "HEIGHT": 16,
         "WIDTH": 16, "LOG2_THETA": math.log2(1e4), "COMPAT": False,
     }  # fmt: skip
     for name in ("bf16", "fp32"):
         types = {
-            **dict.fromkeys(SIZES, "i32"), **dict.fromkeys(("index", "lengths", "starts"), "*i64"),
+            **dict.fromkeys(SIZES, "i32"), **dict.fromkeys(("index", "lengths", "starts", "ids"), "*i64"),
             **dict.fromkeys(("x", "out", "gradient"), f"*{name}"), "bias": "*fp32", "sums": "*fp32",
         }  # fmt: skip
         for head in (24, 32, 64, 80, 88, 104, 128):
@@ -196,6 +217,9 @@ def shipped(architecture: str = "any") -> Iterator[Shipped]:
                 constants = {key: value for key, value in fixed.items() if key in kernel.arg_names}
                 constants |= {"HEAD": head, **settings}
                 yield pinned(f"attention {title} {name} {head}", kernel, types, constants)
+                # What training launches.
+                flat = {**constants, "FLAT": True, "INDEX": False, "LENGTHS": False, "COMPAT": True}
+                yield pinned(f"attention {title} flat {name} {head}", kernel, {**types, "starts": "*i32"}, flat)
 
 
 def candidates(width: int) -> dict[str, list[dict[str, int]]]:

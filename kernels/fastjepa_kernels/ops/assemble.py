@@ -13,7 +13,7 @@ def _fake(
     context: Tensor,
     context_index: Tensor,
     target_index: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     mask_token: Tensor | None,
     targets: Tensor | None,
     alpha: Tensor | None,
@@ -42,7 +42,7 @@ def _sum_fake(
 
 register(
     "assemble_tokens",
-    "(Tensor context, Tensor context_index, Tensor target_index, Tensor table, Tensor? mask_token, Tensor? targets, "
+    "(Tensor context, Tensor context_index, Tensor target_index, Tensor? table, Tensor? mask_token, Tensor? targets, "
     "Tensor? alpha, Tensor? row_key, Tensor? seed, Tensor? noise, Tensor? context_lengths, Tensor? target_lengths, "
     "float eps, bool gather_targets, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
     reference=reference.assemble_tokens,

@@ -15,7 +15,8 @@ from fastjepa_kernels.registry import differentiable, operation, register
 
 _INPUTS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? q_index, Tensor? kv_index, Tensor? q_lengths, Tensor? kv_lengths, "
-    "Tensor? starts, Tensor? bias, SymInt longest, float scale, int[] grid, float theta, bool compat"
+    "Tensor? starts, Tensor? bias, Tensor? q_ids, Tensor? kv_ids, SymInt longest, float scale, int[] grid, "
+    "float theta, bool compat"
 )
 
 
@@ -34,7 +35,7 @@ def _backward_fake(gradient: Tensor, out: Tensor, lse: Tensor, *given: Any) -> t
 
 def _products(*given: Any) -> int:
     """FLOPs of one product of all queries with all keys; a shape stands for each tensor."""
-    q, k, _, q_index, kv_index, _, _, starts, _, longest = given[:10]
+    q, k, _, q_index, kv_index, _, _, starts, _, _, _, longest = given[:12]
     if starts is not None:
         return 2 * int(q[0] * longest * q[-2] * q[-1])
     keys = kv_index[1] if kv_index else (q if k is None else k)[1]
@@ -71,8 +72,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     case = Inputs(*inputs)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *case[:9])
-    ctx.settings = case[9:]
+    ctx.save_for_backward(*output, *case[:11])
+    ctx.settings = case[11:]
 
 
 def _gradient(ctx: Any, impl: str, gradient: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ def assemble_tokens(
     context: Tensor,
     context_index: Tensor,
     target_index: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     mask_token: Tensor | None,
     targets: Tensor | None,
     alpha: Tensor | None,
@@ -59,8 +59,11 @@ def assemble_tokens(
             if clip_of_target is not None:
                 alpha = alpha[clip_of_target]
             asked, mean, rstd = layer_norm_noise(rows, alpha, row_key, seed, noise, None, eps, wide)
-    seen = (context.to(wide) + table.to(wide)[context_index.long()]).to(out_dtype)
-    asked = (asked + table.to(wide)[target_index.long()]).to(out_dtype)
+    seen = context.to(wide)
+    if table is not None:
+        positions = table.to(wide)
+        seen, asked = seen + positions[context_index.long()], asked + positions[target_index.long()]
+    seen, asked = seen.to(out_dtype), asked.to(out_dtype)
     if context_lengths is None:
         return torch.cat((seen, asked), dim=1), mean, rstd
     out = seen.new_empty(len(seen) + len(asked), seen.shape[1])

@@ -117,19 +117,22 @@ def _places(case: Inputs) -> tuple[_Rows, _Rows]:
         place = torch.arange(case.longest, device=device).expand(case.clips, -1)
         present = place < starts.diff().unsqueeze(1)
         row = (starts[:-1, None] + place).masked_fill(~present, 0)
-        one = _Rows(torch.zeros(case.clips, 1, dtype=torch.long, device=device), row, present, place)
-        return one, one
+        clip = torch.zeros(case.clips, 1, dtype=torch.long, device=device)
+        queries, keys = (
+            _Rows(clip, row, present, place if ids is None else ids.long()[row]) for ids in (case.q_ids, case.kv_ids)
+        )
+        return queries, keys
     clip = torch.arange(case.clips, device=device).unsqueeze(1)
 
-    def side(index: Tensor | None, lengths: Tensor | None, most: int) -> _Rows:
+    def side(index: Tensor | None, lengths: Tensor | None, ids: Tensor | None, most: int) -> _Rows:
         place = torch.arange(most, device=device).expand(case.clips, -1)
         present = torch.ones_like(place, dtype=torch.bool) if lengths is None else place < lengths.unsqueeze(1)
         row = (place if index is None else index.long()).masked_fill(~present, 0)
-        return _Rows(clip, row, present, row)
+        return _Rows(clip, row, present, row if ids is None else ids.long()[clip, row])
 
     return (
-        side(case.q_index, case.q_lengths, case.queries),
-        side(case.kv_index, case.kv_lengths, case.keys),
+        side(case.q_index, case.q_lengths, case.q_ids, case.queries),
+        side(case.kv_index, case.kv_lengths, case.kv_ids, case.keys),
     )
 
 

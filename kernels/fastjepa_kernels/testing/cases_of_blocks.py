@@ -170,6 +170,41 @@ def _turn(x: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([*pieces, values[..., 3 * part :]], -1)
 
 
+def _flat_turned_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """As `_biased_inputs`, and the token numbers of the rows."""
+    return *_biased_inputs(shape, device, dtype), _some(shape, device).flatten()
+
+
+def _flat_turned(impl: Any, x: Tensor, bias: Tensor, starts: Tensor, ids: Tensor) -> tuple[Tensor]:
+    longest, rope = len(x) // (len(starts) - 1), ours.Rope(GRID)
+    named: dict[str, Any] = {"cu_seqlens": starts, "max_length": longest, "rope": rope, "ids": ids, "impl": impl}
+    return (ours.indexed_attention(x, qkv_bias=bias, **named),)
+
+
+def _flat_turned_rows(x: Tensor, bias: Tensor, starts: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    q, k, v = (part.transpose(1, 2) for part in _biased_rows(x, bias, starts))
+    number = ids.unflatten(0, (len(starts) - 1, -1))
+    q, k = (_turn(part, number).to(x.dtype) for part in (q, k))
+    return tuple(part.transpose(1, 2) for part in (q, k, v))
+
+
+def _flat_turned_eager(x: Tensor, bias: Tensor, starts: Tensor, ids: Tensor) -> tuple[Tensor]:
+    q, k, v = _flat_turned_rows(x, bias, starts, ids)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return ((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(0, 1),)
+
+
+def _flat_turned_library(x: Tensor, bias: Tensor, starts: Tensor, ids: Tensor) -> tuple[Tensor]:
+    q, k, v = _flat_turned_rows(x, bias, starts, ids)
+    return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1),)
+
+
+def _flat_turned_exact(x: Tensor, bias: Tensor, starts: Tensor, ids: Tensor) -> tuple[Tensor]:
+    clips = len(starts) - 1
+    rows = zip(x.unflatten(0, (clips, -1)), ids.unflatten(0, (clips, -1)))
+    return _a_clip_at_a_time(_flat_turned_eager, ((clip, bias, starts[:2], number) for clip, number in rows))
+
+
 def _rope_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     size = shape["clips"], shape["kept"], shape["heads"], shape["width"]
     return random(*size, like=(device, dtype), seed=1), _some(shape, device)
@@ -307,8 +342,16 @@ BLOCK_CASES = (
         _turned_library, _turned_exact,
     ),
     Case(
+        "indexed_attention turned flat", _flat_turned_inputs, _flat_turned, _flat_turned_eager,
+        {**_ATTENTION, "v2 encoder": heads(24, 2048, 410, 16, 64), "v2 giant": heads(24, 2048, 410, 22, 64),
+         "giant": heads(24, 2048, 410, 16, 88), "v2 predictor": heads(24, 2048, 1700, 12, 32)},
+        {}, (0, 1), _flat_turned_library, _flat_turned_exact,
+    ),
+    Case(
         "rope3d", _rope_inputs, _rope, lambda x, ids: (_turn(x, ids).to(x.dtype),),
-        {**_ATTENTION, "encoder": heads(24, 2048, 560, 16, 80)}, {"rope3d": "forward"}, (0,),
+        {**_ATTENTION, "encoder": heads(24, 2048, 560, 16, 80), "v2 encoder": heads(24, 2048, 410, 16, 64),
+         "giant": heads(24, 2048, 410, 16, 88), "v2 predictor": heads(24, 2048, 1700, 12, 32)},
+        {"rope3d": "forward"}, (0,),
     ),
     Case(
         "linear_gelu", _gelu_inputs,

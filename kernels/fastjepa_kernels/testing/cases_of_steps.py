@@ -1,8 +1,9 @@
 """Where a training step calls the operations: the shapes of the published recipes, in the order in which they matter.
 
 V-JEPA ViT-L and ViT-H: 24 clips of 16 frames at 224 px, 1568 tokens. V-JEPA 2 ViT-g: the same at 256 px, 2048 tokens,
-with rotary positions. Rows of the two mask sets are rounded means of the published masks, cut to the shortest of 24
-clips. A target encoder and what it consists of has no backward pass.
+with rotary positions; its width in 16 heads of 88 channels, as before, is measured too. Rows of the two mask sets are
+rounded means of the published masks, cut to the shortest of 24 clips. A target encoder and what it consists of has no
+backward pass.
 """
 
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ MODELS = {
     "vith": Model(1280, 16, 1568, (365, 100), (749, 1103)),
     "predictor": Model(384, 16, 1568, (1115, 1203), (749, 1103)),
     "vitl": Model(1024, 16, 1568, (365, 100), (749, 1103)),
-    "vitg": Model(1408, 16, 2048, (493, 128), (973, 1440), side=256, rotary=True),
+    "vitg": Model(1408, 22, 2048, (493, 128), (973, 1440), side=256, rotary=True),
     "predictor2": Model(384, 12, 2048, (1467, 1569), (973, 1440), rotary=True),
 }
 
@@ -70,6 +71,7 @@ def _encoder(model: Model) -> Iterator[tuple[str, str, Shape]]:
         turned = heads(CLIPS, model.tokens, kept, model.heads, model.head)
         whole = heads(CLIPS, model.tokens, model.tokens, model.heads, model.head)
         for part, shape in (("context", turned), ("target", whole)):
+            yield "indexed_attention turned flat", part, shape
             yield "indexed_attention turned", part, shape
             yield "rope3d", part, shape
     yield "mlp", "target", product(CLIPS * model.tokens, width)
@@ -99,6 +101,10 @@ def _once(name: str, model: Model) -> Iterator[tuple[str, str, Shape]]:
         yield "linear_gelu fused", "context", product(model.rows, model.width)
         for part, rows in (("context", model.sets[0]), ("target", model.tokens)):
             yield "patch_embed_gather fused", part, clip(CLIPS, 16, model.side, 16, rows, model.width)
+    if name == "vitg":
+        wide = heads(CLIPS, model.tokens, model.sets[0], 16, 88)
+        yield "indexed_attention turned flat", "88", wide
+        yield "rope3d", "88", wide
     if name == "predictor":
         alone = heads(CLIPS, model.tokens, model.sets[1], model.heads, model.head)
         asked = rows_of_clips(CLIPS, model.tokens, model.predicted[1], model.width)
@@ -115,6 +121,7 @@ def _predictor(model: Model) -> Iterator[tuple[str, str, Shape]]:
         yield "assemble_tokens", f"set{number}", assembled(CLIPS, model.tokens, rows - asked, asked, model.width)
     if model.rotary:
         longest = heads(CLIPS, model.tokens, model.sets[1], model.heads, model.head)
+        yield "indexed_attention turned flat", "rows", longest
         yield "indexed_attention turned", "rows", longest
         yield "rope3d", "rows", longest
     yield "mlp", "rows", product(model.rows, model.width)

@@ -67,11 +67,14 @@ NAMES = ("context", "context_index", "target_index", "table", "mask_token", "tar
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_is_as_exact_as_eager(dtype: torch.dtype, kind: str, ragged: bool) -> None:
+@pytest.mark.parametrize("placed", [True, False], ids=["", "no table"])
+def test_forward_is_as_exact_as_eager(placed: bool, dtype: torch.dtype, kind: str, ragged: bool) -> None:
     if ragged and "gathered" in kind:
         return
     for sizes in SIZES:
         given = inputs(kind, *sizes, dtype)
+        if not placed:
+            del given["table"]
         given = flat(given) if ragged else given
 
         def operands(given: dict[str, Tensor], context: Tensor) -> tuple:

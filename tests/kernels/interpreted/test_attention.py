@@ -115,9 +115,9 @@ def test_log_sum_exp_is_that_of_the_reference() -> None:
     x, lengths, starts = normal(2, 9, 3, 2, 16), torch.tensor([9, 4]), torch.tensor([0, 5, 18]).int()
     none = [None] * 2
     for given in (
-        (x, *none, None, None, lengths, None, None, None, 0),
-        (x, *none, None, None, None, lengths * 0, None, None, 0),
-        (x.flatten(0, 1), *none, *none, *none, starts, None, 13),
+        (x, *none, None, None, lengths, None, None, None, None, None, 0),
+        (x, *none, None, None, None, lengths * 0, None, None, None, None, 0),
+        (x.flatten(0, 1), *none, *none, *none, starts, None, None, None, 13),
     ):
         results = [one(*given, 0.3, [], 1e4, False)[1] for one in (forward.attention, reference.attention)]
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

@@ -147,6 +147,28 @@ def test_flat_rows() -> None:
     same(*guarded(normal(21, 3, 1, 16)).unbind(1), cu_seqlens=starts, max_length=17)
 
 
+@pytest.mark.parametrize(("head", "compat", "dtype"), [(24, True, torch.int64), (64, False, torch.int32)])
+def test_ids_name_the_tokens_of_rows(head: int, compat: bool, dtype: torch.dtype) -> None:
+    starts, x = torch.tensor([0, 17, 17, 20, 21]).int(), normal(21, 3, 2, head)
+    bias, rope = normal(3, 2, head, seed=2), Rope((1, 3, 4), 100.0, compat)
+    ids = guarded(torch.randperm(48, generator=torch.Generator().manual_seed(3))[:21].to(dtype))
+    clips, few, kept = ids[:20].view(2, 10).contiguous(), chosen(2, 4, 10), chosen(2, 7, 10, 1)
+    forms = [
+        (x, {"ids": ids, "cu_seqlens": starts, "max_length": 17}),
+        (x[:20].unflatten(0, (2, 10)), {"ids": clips, "q_index": few, "kv_index": kept}),
+    ]
+    for rows, named in forms:
+        runs = [
+            lambda x, b, impl=impl, named=named: indexed_attention(x, qkv_bias=b, **named, rope=rope, impl=impl)
+            for impl in ("triton", "reference")
+        ]
+        for ours, theirs in zip(*(gradients(run, rows.contiguous(), bias) for run in runs)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    q, (k, v) = x[:8].select(1, 0).unflatten(0, (2, 4)), x[:20, 1:].unflatten(0, (2, 10)).unbind(2)
+    same(q.contiguous(), k.contiguous(), v.contiguous(), ids=(few, clips), rope=rope)
+    assert intact(ids)
+
+
 @pytest.mark.parametrize(("head", "several", "compat"), [(24, 2, True), (88, 1, False)])
 def test_rope_turns_gradients_back_and_the_bias_gets_its_sums(head: int, several: int, compat: bool) -> None:
     x, bias = normal(several, 40, 3, several, head), guarded(normal(3, several, head, seed=2))

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastjepa_kernels as kernels
 from bench.census.counting import aten_traffic
+from fastjepa_kernels._triton.rope import _paces
 from fastjepa_kernels.registry import LAUNCHERS
 from fastjepa_kernels.testing.case import results
 from fastjepa_kernels.testing.cases import CASES
@@ -66,6 +67,7 @@ def launched(launches: Counter[str], monkeypatch: pytest.MonkeyPatch) -> Counter
             return run(self, *given, **named)
 
     monkeypatch.setattr(InterpretedFunction, "run", unseen)
+    _paces(1e4, 32, torch.device("cpu"))  # made once, not in every call
     return launches
 
 

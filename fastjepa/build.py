@@ -42,6 +42,11 @@ def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
     if s.compat.reinit:
         redraw_linears(encoder, s.model.init_std)
         redraw_linears(predictor, s.model.init_std)
+    if s.compat.mask_token_by_length and predictor.mask_tokens is not None:
+        # All clips have one length: nothing reads the tokens after the first. AdamW leaves weights without a gradient
+        # alone, but processes that train together would wait for it.
+        for token in list(predictor.mask_tokens)[1:]:
+            token.requires_grad_(False)
     return JEPA(
         encoder,
         predictor,
@@ -237,7 +242,7 @@ def build_decoding(
 def build_schedule(s: Settings) -> Schedule:
     """Learning rate, weight decay and momentum as functions of the step."""
     names = ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "momentum", "final_momentum")
-    values = {name: getattr(s.optim, name) for name in names}
+    values = {name: getattr(s.optim, name) for name in (*names, "decay", "decay_steps")}
     return Schedule(s.optim.steps, s.optim.warmup_steps, **values, ipe_scale=s.compat.ipe_scale)
 
 

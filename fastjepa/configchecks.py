@@ -17,6 +17,8 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
     yield from _ranges(s)
     yield from _execution(s)
     yield from _profile(s)
+    if s.init.optimizer and s.init.from_ is None:
+        yield ("init.optimizer", "init.from"), "init.optimizer: expected false without init.from, given true"
     if s.accept_changes and s.resume in ("auto", "never"):
         yield (
             ("accept_changes", "resume"),
@@ -29,6 +31,7 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
 HEADS = {
     "vit_nano": 2, "vit_tiny": 3, "vit_small": 6, "vit_base": 12,
     "vit_large": 16, "vit_huge": 16, "vit_giant": 16, "vit_gigantic": 16,
+    "vit_giant_xformers": 22, "vit_gigantic_xformers": 26,
 }  # fmt: skip
 
 
@@ -236,6 +239,17 @@ def _schedule(s: Settings) -> Iterator[Mistake]:
         yield (
             ("optim.warmup_steps", "optim.steps"),
             f"optim.warmup_steps: expected at most optim.steps {o.steps}, given {o.warmup_steps}",
+        )
+    elif o.decay_steps is not None and o.warmup_steps + o.decay_steps > o.steps:
+        yield (
+            ("optim.decay_steps", "optim.warmup_steps", "optim.steps"),
+            f"optim.decay_steps: expected at most the {o.steps - o.warmup_steps} steps of optim.steps {o.steps} after "
+            f"optim.warmup_steps {o.warmup_steps}, given {o.decay_steps}",
+        )
+    if o.decay == "constant" and o.decay_steps is not None:
+        yield (
+            ("optim.decay_steps", "optim.decay"),
+            f"optim.decay_steps: expected null with optim.decay constant, which has no decay, given {o.decay_steps}",
         )
     if s.runtime.stop_at is not None and s.runtime.stop_at > o.steps:
         yield (

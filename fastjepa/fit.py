@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastjepa.models import VisionTransformer, VisionTransformerPredictor
 from fastjepa.models.vision_transformer import SIZES
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
+TABLES = {"encoder": "pos_embed", "predictor": "predictor_pos_embed", "target_encoder": "pos_embed"}
 Networks = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -74,6 +76,13 @@ def heads_of(jepa: JEPA) -> tuple[int, int]:
     return encoder.num_heads, predictor.predictor_blocks[0].attn.num_heads  # type: ignore[union-attr, return-value]
 
 
+def positions_of(jepa: JEPA) -> str:
+    """The model.positions that these networks were made with. Errors: ValueError, as `heads_of`."""
+    encoder, _ = _networks(jepa)
+    style = encoder.blocks[0].attn.rope_style  # type: ignore[union-attr]
+    return {None: "table", "v2": "rope_v2", "interleaved": "rope"}[style]  # type: ignore[index]
+
+
 def _networks(jepa: JEPA) -> tuple[VisionTransformer, VisionTransformerPredictor]:
     encoder, predictor = jepa.encoder, jepa.predictor
     if not isinstance(encoder, VisionTransformer) or not isinstance(predictor, VisionTransformerPredictor):
@@ -83,7 +92,6 @@ def _networks(jepa: JEPA) -> tuple[VisionTransformer, VisionTransformerPredictor
 
 def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | None) -> Iterator[str]:
     """A sentence for every setting that the file contradicts; `heads` (encoder, predictor) are None if not known."""
-    encoder, _ = _networks(jepa)
     file, model, own = architecture(networks), architecture(state_of(jepa)), heads_of(jepa)
     if (file.width, file.depth, file.hidden) != (model.width, model.depth, model.hidden):
         yield f"model.name: the file has {_named(file)}, the settings {_named(model)}"
@@ -100,7 +108,6 @@ def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | 
     ):
         if given != expected:
             yield f"{key}: the file has {unit.format(given)}, the settings {expected}"
-    yield from _clip_to_change(encoder, file)
     if heads is not None and heads[1] != own[1]:
         yield f"model.predictor_heads: the file was trained with {heads[1]}, the settings have {own[1]}"
     if bool(file.mask_tokens) != bool(model.mask_tokens):
@@ -115,31 +122,57 @@ def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | 
         )
 
 
-def _clip_to_change(encoder: VisionTransformer, file: Architecture) -> Iterator[str]:
-    """The sentence for another size of clip, as far as patch and tubelet do not explain the number of tokens."""
-    if file.tokens is None or not file.patch or not file.tubelet:
-        return
-    frames, crop = encoder.num_frames, encoder.grid[-1] * encoder.patch_size
-    planes = frames // file.tubelet
-    if file.tokens == planes * (crop // file.patch) ** 2:
-        return
-    side = math.isqrt(file.tokens // planes) if planes and file.tokens % planes == 0 else 0
-    fits = f"data.crop={side * file.patch} fits" if planes * side**2 == file.tokens else "another data.frames is needed"
-    yield (
-        f"data.crop: the file has positions for {file.tokens} tokens a clip, the settings make {encoder.num_patches}; "
-        f"with {frames} frames, {fits}"
+@dataclass(frozen=True)
+class Clip:
+    """The clips that networks are made for, as far as they are known: sizes in frames and pixels."""
+
+    tokens: int | None
+    grid: tuple[int, ...] | None = None
+    frames: int | None = None
+    crop: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens a clip" if self.frames is None else f"{self.frames} frames of {self.crop} px"
+
+
+def clip_of(jepa: JEPA) -> Clip:
+    """The clips of a model. Errors: ValueError for networks that are not this library's."""
+    encoder, _ = _networks(jepa)
+    return Clip(encoder.num_patches, encoder.grid, encoder.num_frames, encoder.grid[-1] * encoder.patch_size)
+
+
+def clip_of_file(networks: Networks, settings: Mapping[str, Any] | None) -> Clip:
+    """The clips of a checkpoint, by the `settings` of its run where they are known, else by its position tables."""
+    sizes = [(settings or {}).get(f"data.{key}") for key in ("frames", "crop", "tubelet", "patch")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return Clip(architecture(networks).tokens)
+    frames, crop, tubelet, patch = (int(str(size)) for size in sizes)
+    grid = (frames // tubelet, crop // patch, crop // patch)
+    return Clip(math.prod(grid), grid, frames, crop)
+
+
+def tables_to_make(jepa: JEPA, networks: Networks, file: Clip) -> bool:
+    """Whether the position tables of a checkpoint are whole, and for another grid of tokens than the model's."""
+    live, model = state_of(jepa), clip_of(jepa)
+    given = {name: _shape(networks[name], key, 3) for name, key in TABLES.items()}
+    whole = all(
+        shape is not None and key in live[name] and shape == (1, file.tokens, live[name][key].shape[2])
+        for (name, key), shape in zip(TABLES.items(), given.values())
     )
+    return whole and (file.tokens != model.tokens or file.grid not in (None, model.grid))
 
 
 def _named(a: Architecture) -> str:
     return f"an encoder {a.width} wide, {a.depth} blocks deep, with MLPs {a.hidden} wide ({a.name})"
 
 
-def differences(jepa: JEPA, networks: Networks) -> Iterator[str]:
-    """A line for every key that is missing, not expected, of another shape or not finite."""
+def differences(jepa: JEPA, networks: Networks, *, tables: bool = True) -> Iterator[str]:
+    """A line for every key that is missing, not expected, of another shape or not finite; `tables` of positions too."""
     for network, expected in state_of(jepa).items():
         given = networks[network]
         for key, tensor in expected.items():
+            if not tables and key == TABLES[network]:
+                continue
             if key not in given:
                 yield f"{network}.{key}: missing, expected {list(tensor.shape)}"
             elif given[key].shape != tensor.shape:

@@ -52,24 +52,37 @@ class Keeper:
     ) -> None:
         self.settle()
 
-    def restore(self) -> int:
+    def restore(self, begins_with: checkpoint.Found | None = None) -> int:
         """Continue from the newest intact checkpoint; returns the step to start with.
 
-        Errors: CheckpointError.
+        `begins_with` is a checkpoint of another run, whose optimizer state this one takes where it has no checkpoint
+        yet. Errors: CheckpointError.
         """
         found = checkpoint.newest(self.root, self.log.say, self.world.saving)
         if found is None:
+            if begins_with is not None:
+                self._take_optimizer(begins_with)
             self.log.rewind(0)
             return 0
         checkpoint.load(found, self.update.tensors(), self.world.saving)
         self.update.restored()
-        scaler = found.trainer.get("scaler")
-        if self.scaler is not None and scaler is not None:  # a run that went on in float16 has none yet
-            self.scaler.load_state_dict(scaler)
+        self._restore_scaler(found)
         self.saved_step = found.step
         self.log.rewind(found.step)
         self.log.say(f"resumed    from {found.folder}, step {found.step}")
         return found.step
+
+    def _take_optimizer(self, found: checkpoint.Found) -> None:
+        """Moments and step counts, and the scale of the loss. How many steps were skipped is each run's own."""
+        state = {name: t for name, t in self.update.state().items() if not name.startswith("optim.skipped")}
+        checkpoint.load(found, state, self.world.saving, part=True)
+        self._restore_scaler(found)
+        self.log.say(f"optimizer  moments and step counts are those of {found.folder}, step {found.step}")
+
+    def _restore_scaler(self, found: checkpoint.Found) -> None:
+        scaler = found.trainer.get("scaler")
+        if self.scaler is not None and scaler is not None:  # a run that went on in float16 has none yet
+            self.scaler.load_state_dict(scaler)
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Begin to keep the state of this step, unless that was done; `wait` until it is on the disk.

@@ -14,6 +14,7 @@ from fastjepa import health, parallel
 from fastjepa.alarms import Alarms
 from fastjepa.badsteps import BadSteps, file_names
 from fastjepa.build import build_dataset, build_decoding, build_optimizer_pass
+from fastjepa.checkpoint import Found
 from fastjepa.config import Settings
 from fastjepa.data.crashes import LISTED, Crashes
 from fastjepa.data.dataset import ClipDataset
@@ -76,6 +77,8 @@ class Trainer:
     interrupts: Interrupts
     watchdog: Watchdog
     workers: int
+    # A checkpoint of another run, whose optimizer state a new run goes on with.
+    begins_with: Found | None = None
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -107,7 +110,7 @@ class Trainer:
         """Train to the last step, or until something ends the run; returns how it ended."""
         log, last = self.log, self.settings.last_step
         self.watchdog.stage("looking for a checkpoint", 0, PATIENCE)
-        first = self.keeper.restore()
+        first = self.keeper.restore(self.begins_with)
         self.run.describe()
         if first >= last and self.world.first_does(self.run.status).get("state") == "done":
             log.say(f"done       this run has its {last} steps: {self.run.path}")

@@ -123,7 +123,7 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     )
     noise = f", noise: {s.model.noise}" if s.model.targets == "noised" else ""
     state, kept = plan.state_bytes, plan.held["activations"]
-    lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last)))
+    lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last))) + _decay(s)
     decays = " -> ".join(f"{schedule.weight_decay_at(step):.3g}" for step in (0, last))
     momenta = " -> ".join(f"{schedule.momentum_at(step):.5g}" for step in (0, last))
     return [
@@ -139,6 +139,20 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
         f"schedule   {s.optim.steps} steps, {s.optim.warmup_steps} of warm-up; lr {lrs}, weight decay {decays}, "
         f"momentum {momenta}",
     ]
+
+
+def _decay(s: Settings) -> str:
+    """How the learning rate falls, where that is not half a cosine after the warm-up; and where it is cut off."""
+    o, told = s.optim, []
+    if o.decay == "constant":
+        return " (constant after the warm-up)"
+    if o.decay_steps is not None:
+        told.append(f"{o.decay} over the last {o.decay_steps} steps, constant before them")
+    elif o.decay != "cosine":
+        told.append(f"{o.decay} after the warm-up" if o.warmup_steps else f"{o.decay} from the first step")
+    if told and s.compat.ipe_scale > 1:
+        told.append(f"cut off before {o.final_lr:.3g} by compat.ipe_scale {s.compat.ipe_scale:g}")
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _gigabytes(number: float) -> str:
@@ -157,6 +171,7 @@ def _rule(s: Settings) -> str:
 def _clips(s: Settings) -> str:
     d = s.data
     pace = f"at stride {d.stride}" if d.duration is None else f"over {d.duration:g} s at any frame rate"
+    pace = pace if d.fps is None else f"at {d.fps:g} frames/s"
     parts = [f"{d.frames} frames of {d.crop} px {pace}"]
     if d.clips_per_video > 1:
         parts.append(f"{d.clips_per_video} of each video with the same masks ({s.videos_per_step} videos a step)")

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fastjepa import config, parallel
 from fastjepa.build import Step, build_masks, build_step
-from fastjepa.checkpoint import CheckpointError
+from fastjepa.checkpoint import CheckpointError, Found
 from fastjepa.config import Settings
 from fastjepa.configchecks import needs_frames
 from fastjepa.data.decoders.choose import Decoder, choose_decoder
@@ -27,7 +27,7 @@ from fastjepa.data.source import Videos
 from fastjepa.evaluation import should_probe
 from fastjepa.exchange import Exchange
 from fastjepa.exits import Exit
-from fastjepa.interop import WeightsRefused, load_weights, read_weights
+from fastjepa.interop import WeightsRefused, load_weights, read_weights, with_optimizer
 from fastjepa.jepa import JEPA
 from fastjepa.log import Log, RunLog
 from fastjepa.loop import Trainer
@@ -113,6 +113,7 @@ class _Ready:
     run: RunFolder
     log: Log
     lines: list[str]
+    begins_with: Found | None
 
 
 def _get_ready(settings: Settings, name: str, device: torch.device, world: World) -> _Ready:
@@ -132,7 +133,7 @@ def _get_ready(settings: Settings, name: str, device: torch.device, world: World
     )
     _alike(world, decoder.name, "data.decoder: the processes would not decode alike, name one of them")
     world.together(lambda: should_probe(settings, videos))
-    weights = world.together(lambda: _initial_weights(settings, name, videos.fingerprint, step.jepa))
+    weights, begins_with = world.together(lambda: _initial_weights(settings, name, videos.fingerprint, step.jepa))
     exchange = world.together(lambda: build_exchange(kind, step.jepa, device, settings.optim.dtype))
     opened: list[RunFolder] = []
 
@@ -149,7 +150,8 @@ def _get_ready(settings: Settings, name: str, device: torch.device, world: World
             else Log(path, f"process {world.rank} of {world.size}")
         )
     )
-    return _Ready(step, masks, videos, decoder, exchange, run, log, [*notes, *weights, *([line] if line else [])])
+    lines = [*notes, *weights, *([line] if line else [])]
+    return _Ready(step, masks, videos, decoder, exchange, run, log, lines, begins_with)
 
 
 def _alike(world: World, value: str, problem: str) -> None:
@@ -200,7 +202,7 @@ def _train(
         log.settings(config.flat(settings))
         trainer = Trainer(
             settings, run, log, device, world, step.jepa, ready.exchange, ready.masks, videos, decoder, plan,
-            interrupts, watchdog, workers,
+            interrupts, watchdog, workers, ready.begins_with,
         )  # fmt: skip
         return trainer.train()
     except TooManyBadFiles as error:
@@ -225,19 +227,25 @@ def _train(
         run.close()
 
 
-def _initial_weights(settings: Settings, name: str, data: str, jepa: JEPA) -> list[str]:
+def _initial_weights(settings: Settings, name: str, data: str, jepa: JEPA) -> tuple[list[str], Found | None]:
     """Put the weights of `init.from` into a new run; lines that say what went where.
+
+    And with `init.optimizer` the checkpoint whose optimizer state comes after them.
 
     A run that has checkpoints goes on from them: the file is not read again, and need not exist any more. Errors:
     ValueError where the weights cannot be read or do not fit.
     """
     source = settings.init.from_
     if source is None:
-        return []
+        return [], None
     if _has_checkpoints(settings, name, data):
-        return [f"weights    began as those of {source} (init.from); this run goes on from its own"]
+        return [f"weights    began as those of {source} (init.from); this run goes on from its own"], None
     try:
-        return load_weights(jepa, read_weights(source))
+        weights = read_weights(source)
+        if not settings.init.optimizer:
+            return load_weights(jepa, weights), None
+        own = with_optimizer(weights)
+        return load_weights(jepa, own), own.found
     except WeightsRefused as error:
         raise ValueError(f"init.from: {error}") from None
 

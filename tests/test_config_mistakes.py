@@ -54,7 +54,14 @@ def yaml_of(key, value):
 
 # The only leaves that take a text of any kind, null, or 2.5.
 TEXT = {"data.path", "eval.data", "eval.test", "init.from", "log.folder", "resume"}
-NULL = {"model.predictor_heads", "model.qk_scale", "optim.clip_grad", "runtime.stop_at", "runtime.threads"}
+NULL = {
+    "model.predictor_heads",
+    "model.qk_scale",
+    "optim.clip_grad",
+    "optim.decay_steps",
+    "runtime.stop_at",
+    "runtime.threads",
+}
 NULL |= {
     "mask.sets.0.max_keep",
     "eval.data",
@@ -81,7 +88,7 @@ LARGE |= {
     "compat.ipe_scale",
 }
 # What a setting is of use with only.
-BESIDE = {"accept_changes": ("resume=runs/one",)}
+BESIDE = {"accept_changes": ("resume=runs/one",), "init.optimizer": ("init.from=runs/one",)}
 BOOL = {key for key, field in config.fields() if isinstance(field.default, bool) or bool in get_args(field.annotation)}
 VALUES = {
     "null": NULL,
@@ -286,6 +293,15 @@ eval: 3
         ("data: {crop: 100}", "data.crop: expected a multiple of data.patch 16, given 100"),
         ("data: {crop: 8}", "data.crop: expected a multiple of data.patch 16, given 8"),
         ("runtime: {stop_at: 90001}", "runtime.stop_at: expected at most optim.steps 90000, given 90001"),
+        (
+            "optim: {steps: 100, warmup_steps: 60, decay_steps: 50}",
+            "optim.decay_steps: expected at most the 40 steps of optim.steps 100 after optim.warmup_steps 60, given 50",
+        ),
+        (
+            "optim: {decay: constant, decay_steps: 50}",
+            "optim.decay_steps: expected null with optim.decay constant, which has no decay, given 50",
+        ),
+        ("init: {optimizer: true}", "init.optimizer: expected false without init.from, given true"),
         ("optim: {betas: [0.9, 1.0]}", "optim.betas: expected numbers from 0 to below 1, given 1.0 at place 2"),
         ("data: {scale: [0.5, 1.5]}", "data.scale: expected 0 < low <= high <= 1, given [0.5, 1.5]"),
         ("data: {scale: [0, 1]}", "data.scale: expected 0 < low <= high <= 1, given [0, 1]"),
@@ -302,6 +318,9 @@ def test_a_contradiction_between_settings_is_refused(refuse, text, sentence):
 
 def test_what_is_no_contradiction_is_accepted(read):
     read("optim: {steps: 100, warmup_steps: 100}\nruntime: {stop_at: 100}")
+    read("optim: {steps: 100, warmup_steps: 60, decay: linear, decay_steps: 40}")
+    read("init: {from: runs/one, optimizer: true}\nmodel: {name: vit_giant_xformers, predictor_heads: 12}")
+    read("model: {name: vit_giant_xformers, predictor_dim: 352}")
     read("optim: {global_batch: 30}\nmask: {truncation: none}")
     read("optim: {global_batch: 6}\ndata: {batch_size: 3, aspect: [0.5, 3.0], scale: [1.0, 1.0]}")
     read("data: {frames: 8, tubelet: 8}\noptim: {betas: [0, 0]}")

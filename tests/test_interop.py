@@ -145,20 +145,6 @@ def test_values_that_are_not_finite_are_refused(make, file, value):
         ),
         ("data.patch=16", ["data.patch: the file has patches of 8 pixels, the settings 16"]),
         ("data.tubelet=4", ["data.tubelet: the file has tubelets of 2 frames, the settings 4"]),
-        (
-            "data.crop=48",
-            [
-                "data.crop: the file has positions for 32 tokens a clip, the settings make 72; "
-                "with 4 frames, data.crop=32 fits"
-            ],
-        ),
-        (
-            "data.frames=12",
-            [
-                "data.crop: the file has positions for 32 tokens a clip, the settings make 96; "
-                "with 12 frames, another data.frames is needed"
-            ],
-        ),
         ("model.predictor_dim=32", ["model.predictor_dim: the file has a predictor 24 wide, the settings 32"]),
         ("model.predictor_depth=2", ["model.predictor_depth: the file has a predictor of 1 blocks, the settings 2"]),
         (
@@ -183,6 +169,29 @@ def test_a_wrong_size_names_the_setting_to_change(make, file, override, sentence
     assert rest
     assert len(rest) <= 9
     assert all(re.match(r"  ((target_)?encoder|predictor)\.\S+: |  and \d+ more", line) for line in rest)
+
+
+@pytest.mark.parametrize(
+    ("override", "clip"), [("data.crop=48", "4 frames of 48 px, 72"), ("data.frames=12", "12 frames of 32 px, 96")]
+)
+def test_clips_of_another_size_get_tables_of_their_own(make, file, override, clip):
+    source = shaken(make())
+    torch.save(published(source), file)
+    jepa, drawn = make(override), make(override)
+    lines = load_weights(jepa, load_meta_checkpoint(file))
+    assert f"           from 32 tokens a clip to {clip} tokens a clip: position tables are made for them" in lines
+    for name, live in state_of(jepa).items():
+        for key, tensor in live.items():
+            want = state_of(drawn if "pos_embed" in key else source)[name][key]
+            assert torch.equal(tensor, want), f"{name}.{key}"
+
+
+def test_tables_that_are_for_no_clip_at_all_do_not_fit(make, file):
+    content = published(make())
+    content["predictor"]["module.backbone.predictor_pos_embed"] = torch.zeros(1, 31, 24)
+    torch.save(content, file)
+    told = refusal(load_weights, make(), load_meta_checkpoint(file))
+    assert "predictor.predictor_pos_embed: expected [1, 32, 24], given [1, 31, 24]" in told
 
 
 def test_an_encoder_of_images_is_named(make, file):

@@ -13,6 +13,14 @@ COMPAT = {
     "compat.clip_per_network=true": lambda t: t.update.clip_per_network,
     "compat.ema_positions=true": lambda t: t.update.ema_positions,
     "compat.ipe_scale=1.25": lambda t: t.update.schedule.planned == 12,
+    "compat.mask_token_by_length=true": lambda t: (
+        t.jepa.mask_token_by == "length" and [p.requires_grad for p in t.jepa.predictor.mask_tokens] == [True, False]
+    ),
+    "compat.mask_token_by_length=false": lambda t: (
+        t.jepa.mask_token_by == "set" and all(p.requires_grad for p in t.jepa.predictor.mask_tokens)
+    ),
+    "optim.decay=linear": lambda t: t.update.schedule.decay == "linear",
+    "optim.decay_steps=3": lambda t: t.update.schedule.decays_from == t.settings.optim.steps - 3,
     "compat.sdpa_ignores_scale=true": lambda t: t.jepa.encoder.blocks[0].attn.sdpa_ignores_scale,
     "model.qk_scale=0.3": lambda t: t.jepa.predictor.predictor_blocks[0].attn.scale == 0.3,
     "optim.clip_grad=2.5": lambda t: t.update.clip_grad == 2.5,

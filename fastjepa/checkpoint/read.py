@@ -116,8 +116,10 @@ def _checked(folder: Path, *, sums: bool) -> Found:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
 
 
-def load(found: Found, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Copy a checkpoint into live tensors, in place. Names, shapes and dtypes must be equal.
+def load(
+    found: Found, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None, *, part: bool = False
+) -> None:
+    """Copy a checkpoint into live tensors, in place. Names, shapes and dtypes must be equal; a `part` may leave some.
 
     Of a DTensor each process reads the shards that it holds, of any other tensor everything, however the tensors were
     spread and by how many processes when they were saved. `group` (gloo): all of its processes call this.
@@ -127,13 +129,13 @@ def load(found: Found, tensors: dict[str, Tensor], group: dist.ProcessGroup | No
     """
     ranks = Ranks(group)
     reader = HuggingFaceStorageReader(str(found.folder))
-    sums = ranks.each(lambda: _fits(found.folder, reader, tensors, ranks))
+    sums = ranks.each(lambda: _fits(found.folder, reader, tensors, ranks, part))
     if len(set(sums)) > 1:
         raise CheckpointError(f"{found.folder} is not the same for all processes: they need one file system")
     ranks.each(lambda: _read(found.folder, reader, tensors))
 
 
-def _fits(folder: Path, reader: HuggingFaceStorageReader, tensors: dict[str, Tensor], ranks: Ranks) -> int:
+def _fits(folder: Path, reader: HuggingFaceStorageReader, tensors: dict[str, Tensor], ranks: Ranks, part: bool) -> int:
     """The checksum of the manifest that this process sees. Errors: CheckpointError where `load` cannot go on."""
     try:
         if ranks.rank and not looks_intact(folder):  # the first one has looked closely
@@ -142,7 +144,8 @@ def _fits(folder: Path, reader: HuggingFaceStorageReader, tensors: dict[str, Ten
     except UNREADABLE as error:
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {one_line(error)}") from error
     problems = [f"{name} is missing" for name in sorted(tensors.keys() - stored.keys())]
-    problems += [f"{name} is not expected" for name in sorted(stored.keys() - tensors.keys())]
+    if not part:
+        problems += [f"{name} is not expected" for name in sorted(stored.keys() - tensors.keys())]
     for name in sorted(tensors.keys() & stored.keys()):
         kept = stored[name]
         assert isinstance(kept, TensorStorageMetadata), "a safetensors file holds tensors only"

@@ -8,7 +8,7 @@ from fastjepa.fit import NETWORKS
 from fastjepa.interop.folder import load_folder
 from fastjepa.interop.loading import load_moments, load_weights
 from fastjepa.interop.meta import PREFIX, MetaCheckpoint, load_meta_checkpoint, write_meta_checkpoint
-from fastjepa.interop.own import load_own_checkpoint
+from fastjepa.interop.own import OwnCheckpoint, load_own_checkpoint, with_optimizer
 from fastjepa.interop.reading import read_weights
 from fastjepa.interop.weights import Weights, WeightsRefused
 from fastjepa.interop.writing import write_folder
@@ -17,6 +17,7 @@ __all__ = [
     "NETWORKS",
     "PREFIX",
     "MetaCheckpoint",
+    "OwnCheckpoint",
     "Weights",
     "WeightsRefused",
     "load_folder",
@@ -25,6 +26,7 @@ __all__ = [
     "load_own_checkpoint",
     "load_weights",
     "read_weights",
+    "with_optimizer",
     "write_folder",
     "write_meta_checkpoint",
 ]

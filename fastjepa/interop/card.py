@@ -106,6 +106,16 @@ def _licence_words(passport: Passport) -> str:
     return f"Not known: {passport.licence}."
 
 
+def _rates(settings: Settings) -> str:
+    o = settings.optim
+    first = f"{o.start_lr:g} -> {o.lr:g}" if o.warmup_steps else f"{o.lr:g}"
+    if o.decay == "constant":
+        return f"{first}, constant"
+    last = "" if o.decay_steps is None else f" over the last {o.decay_steps:,} steps"
+    way = f", {o.decay}{last}" if o.decay != "cosine" or last else ""
+    return f"{first} -> {o.final_lr:g}{way}"
+
+
 def _training(passport: Passport, settings: Settings, trained_on: str) -> str:
     if passport.shapes_only:
         return "Trained elsewhere, with the public V-JEPA code or in its layout; the recipe is not in the weights."
@@ -114,7 +124,7 @@ def _training(passport: Passport, settings: Settings, trained_on: str) -> str:
     lines = [
         f"- data: {trained_on or 'not described'}",
         f"- {steps:,} of {o.steps:,} steps of {o.global_batch} clips, {o.dtype}",
-        f"- learning rate {o.start_lr:g} -> {o.lr:g} -> {o.final_lr:g} ({o.warmup_steps:,} steps of warm-up), weight "
+        f"- learning rate {_rates(settings)} ({o.warmup_steps:,} steps of warm-up), weight "
         f"decay {o.weight_decay:g} -> {o.final_weight_decay:g}, momentum {o.momentum:g} -> {o.final_momentum:g}",
         f"- predictor: {settings.model.predictor_depth} blocks, {settings.model.predictor_dim} wide, "
         f"{settings.model.targets.replace('_', ' ')}; masks: {settings.mask.kind}, "

@@ -3,7 +3,20 @@
 import torch
 from torch import Tensor
 
-from fastjepa.fit import NETWORKS, differences, heads_of, loaded_lines, settings_to_change, state_of
+from fastjepa.fit import (
+    NETWORKS,
+    TABLES,
+    Clip,
+    clip_of,
+    clip_of_file,
+    differences,
+    heads_of,
+    loaded_lines,
+    positions_of,
+    settings_to_change,
+    state_of,
+    tables_to_make,
+)
 from fastjepa.interop.meta import MetaCheckpoint
 from fastjepa.interop.weights import Weights, WeightsRefused
 from fastjepa.jepa import JEPA
@@ -17,8 +30,9 @@ SAME_TABLE = 1e-3
 def load_weights(jepa: JEPA, weights: Weights) -> list[str]:
     """Copy the three networks into a JEPA, in place; returns the report, a line each.
 
-    Values become the dtype of the model. Errors: WeightsRefused with the settings to change and the differences, each
-    with what was expected and what was given; nothing is copied then.
+    Values become the dtype of the model. Clips may be of another length and size than those of the checkpoint: rotary
+    positions know no size, and position tables stay the model's own then. Errors: WeightsRefused with the settings to
+    change and the differences, each with what was expected and what was given; nothing is copied then.
     """
     missing = [name.replace("_", " ") for name in NETWORKS if name not in weights.networks]
     if missing:
@@ -26,18 +40,34 @@ def load_weights(jepa: JEPA, weights: Weights) -> list[str]:
             f"{weights.path} has no {' and no '.join(missing)}: a run begins with all three networks "
             "(`export --all` and `import` write them)"
         )
+    # Of shapes alone (no heads) the clips of a run are a guess.
+    settings = None if weights.heads is None else weights.settings
+    clip = clip_of_file(weights.networks, settings)
+    anew = tables_to_make(jepa, weights.networks, clip)
     wrong = list(settings_to_change(jepa, weights.networks, weights.heads))
-    unlike = list(differences(jepa, weights.networks))
+    if settings is not None and (style := settings.get("model.positions", "table")) != positions_of(jepa):
+        wrong.append(f"model.positions: the file was trained with {style}, the settings have {positions_of(jepa)}")
+    unlike = list(differences(jepa, weights.networks, tables=not anew))
     if wrong or unlike:
         more = len(unlike) - SHOWN_DIFFERENCES
         shown = [*wrong, *unlike[:SHOWN_DIFFERENCES], *([f"and {more} more"] if more > 0 else [])]
         raise WeightsRefused("\n  ".join([f"{weights.path} does not fit the settings:", *shown]))
     live = state_of(jepa)
     pairs = [(key, ours, weights.networks[name][key]) for name, state in live.items() for key, ours in state.items()]
-    drift = max((ours.cpu() - tensor).abs().max().item() for key, ours, tensor in pairs if key.endswith("pos_embed"))
-    for _, ours, tensor in pairs:
-        ours.copy_(tensor)
-    return _report(jepa, weights, drift)
+    tables = [(ours.cpu(), tensor) for key, ours, tensor in pairs if key in TABLES.values()]
+    if anew:  # both are sines of the same numbers where the grids overlap
+        own = clip_of(jepa).grid
+        tables = [(_overlap(a, own, clip.grid), _overlap(b, clip.grid, own)) for a, b in tables if clip.grid and own]
+    drift = max(((ours - given).abs().max().item() for ours, given in tables), default=None)
+    for key, ours, tensor in pairs:
+        if not (anew and key in TABLES.values()):
+            ours.copy_(tensor)
+    return _report(jepa, weights, clip, anew, drift)
+
+
+def _overlap(table: Tensor, grid: tuple[int, ...], other: tuple[int, ...]) -> Tensor:
+    """The places of a table [1, N, E] of one grid that another grid has too."""
+    return table.reshape(*grid, -1)[tuple(slice(min(pair)) for pair in zip(grid, other))]
 
 
 def load_moments(state: dict[str, Tensor], loaded: MetaCheckpoint) -> None:
@@ -55,17 +85,33 @@ def load_moments(state: dict[str, Tensor], loaded: MetaCheckpoint) -> None:
             tensor.copy_(stored[name])
 
 
-def _report(jepa: JEPA, weights: Weights, drift: float) -> list[str]:
+def _report(jepa: JEPA, weights: Weights, clip: Clip, anew: bool, drift: float | None) -> list[str]:
     heads = heads_of(jepa)
     source = "from the settings, for the file does not tell them" if weights.heads is None else "as in that run"
-    near = f"equal to the settings' within {drift:.1g}"
-    far = f"up to {drift:.2g} from the settings': is model.uniform_power right?"
     lines = [
         f"{weights.path}, {weights.description}",
         *loaded_lines(state_of(jepa)),
-        f"position tables are the file's, {near if drift < SAME_TABLE else far}",
+        _positions(jepa, clip, anew, drift),
         f"heads: {heads[0]} in the encoder, {heads[1]} in the predictor, {source}",
         f"ignored: {'; '.join(weights.ignored) or 'nothing'}",
         f"licence: {weights.licence}",
     ]
     return [f"{'' if number else 'weights':<11}{line}" for number, line in enumerate(lines)]
+
+
+def _positions(jepa: JEPA, clip: Clip, anew: bool, drift: float | None) -> str:
+    """What became of positions; `drift` is how far the file's tables are from the model's, where both can be seen."""
+    own = clip_of(jepa)
+    near = "" if drift is None else f"equal to the settings' within {drift:.1g}"
+    if drift is not None and not drift < SAME_TABLE:
+        near = f"up to {drift:.2g} from the settings': is model.uniform_power right?"
+    if not anew and drift is not None:
+        return f"position tables are the file's, {near}"
+    changed = f"from {clip} to {own}, {own.tokens} tokens a clip"
+    if anew:
+        return f"{changed}: position tables are made for them" + (f"; the file's are {near}" if near else "")
+    if clip.grid == own.grid:
+        return "positions are rotary, clips as in that run"
+    if clip.tokens is None:
+        return f"positions are rotary: the file does not tell its clips, now {own}, {own.tokens} tokens a clip"
+    return f"{changed}: rotary positions need no other weights"

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +26,27 @@ from fastjepa.interop.weights import (
 )
 
 SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
+ANEW = "optimizer state (the optimizer starts anew)"
 
 
-def load_own_checkpoint(path: str | Path, *, generations: int = 8) -> Weights:
+@dataclass(frozen=True, kw_only=True)
+class OwnCheckpoint(Weights):
+    """Weights of a run of this library; `found` is the checkpoint that they lie in, with the state of its optimizer."""
+
+    found: checkpoint.Found
+
+
+def with_optimizer(weights: Weights) -> OwnCheckpoint:
+    """The same weights for a run that takes the state of the optimizer too. Errors: WeightsRefused."""
+    if not isinstance(weights, OwnCheckpoint):
+        raise WeightsRefused(
+            f"{weights.path} has no optimizer state that a run can go on with: expected a run of fastjepa or a "
+            f"checkpoint of one, or init.optimizer=false, given {weights.description}"
+        )
+    return replace(weights, ignored=[text for text in weights.ignored if text != ANEW])
+
+
+def load_own_checkpoint(path: str | Path, *, generations: int = 8) -> OwnCheckpoint:
     """The networks of a run of this library: of the newest intact checkpoint of a run folder, or of one checkpoint.
 
     Nothing in the folder is touched. `generations`: how far back the licence is looked for, where runs began with runs.
@@ -56,16 +75,17 @@ def load_own_checkpoint(path: str | Path, *, generations: int = 8) -> Weights:
     settings = found.trainer.get("settings")
     settings = {str(key): value for key, value in settings.items()} if isinstance(settings, dict) else {}
     licence, licence_id = _licence(settings.get("init.from"), generations)
-    return Weights(
+    return OwnCheckpoint(
         found.folder,
         f"a checkpoint of fastjepa, step {found.step}",
         networks,
-        ["optimizer state (the optimizer starts anew)", "step, schedules and data position (this run has its own)"],
+        [ANEW, "step, schedules and data position (this run has its own)"],
         licence,
         heads_of_settings(settings),
         settings,
         found.step,
         licence_id,
+        found=found,
     )
 
 

@@ -40,7 +40,7 @@ class Passport:
         told = {
             key: values[key]
             for key, field in fields()
-            if resume_class(field) == "fatal" and key != "init.from" and key.startswith(sections)
+            if resume_class(field) == "fatal" and not key.startswith("init.") and key.startswith(sections)
         }
         public = {key: value for key, value in weights.public.items() if math.isfinite(value)}
         return cls(

@@ -191,7 +191,15 @@ class Optim(Section):
     global_batch: Count = setting(3072, "clips of one optimizer step, over all devices and accumulation")
     lr: float = setting(6.25e-4, "peak learning rate", ge=0)
     start_lr: float = setting(2e-4, "learning rate at the start of the warm-up", ge=0)
-    final_lr: float = setting(1e-6, "learning rate at the end", ge=0)
+    final_lr: float = setting(1e-6, "learning rate at the end of its decay; constant decay does not read it", ge=0)
+    decay: Literal["cosine", "linear", "constant"] = setting(
+        "cosine",
+        "way of the learning rate from lr to final_lr; constant stays at lr, linear without warm-up is the published "
+        "cool-down",
+    )
+    decay_steps: Count | None = setting(
+        None, "last steps in which the learning rate falls, constant before them; null is all after the warm-up"
+    )
     weight_decay: float = setting(0.04, "weight decay at the start", ge=0)
     final_weight_decay: float = setting(0.4, "weight decay at the end", ge=0)
     momentum: float = setting(0.998, "momentum of the target encoder at the start", ge=0, le=1)
@@ -220,6 +228,11 @@ class Init(Section):
         "weights that a new run starts from: a first-generation V-JEPA checkpoint (.pth.tar), a folder that import or "
         "export --all made, or a run of fastjepa (its folder, or one checkpoint in it); null draws them",
         alias="from",
+    )
+    optimizer: bool = setting(
+        False,
+        "the moments and step counts of AdamW go along too, as in the published cool-down: of a run of fastjepa only; "
+        "schedules and step begin anew all the same",
     )
 
 

@@ -212,3 +212,23 @@ def test_a_probe_of_several_processes_finds_what_one_finds(started, run, overrid
         json.loads((path / "probe" / "step-0000004.json").read_text())["results"] for path in (two.path, alone)
     )
     assert [one["task"] for one in found] == [one["task"] for one in wanted]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_cool_down_of_two_processes_begins_as_that_of_one(run, started, kind):
+    """With the optimizer of a run of one process, and a mask token that the recipe never trains."""
+    shared = ("compat.mask_token_by_length=true", "model.positions=rope_v2", "optim.decay=constant")
+    _, first = run(*shared, "runtime.stop_at=3", folder="first")
+    second = (
+        *shared, f"init.from={first}", "init.optimizer=true", "optim.decay=linear", "optim.warmup_steps=0",
+        "data.crop=48", "runtime.stop_at=4",
+    )  # fmt: skip
+    code, alone = run(*second, ONE_BY_ONE, folder="alone")
+    assert code == Exit.DONE
+    two = started("two", 2, *second, f"runtime.parallel={kind}")
+    said = two.wait()
+    assert two.process.returncode == Exit.DONE, said
+    assert said.count("optimizer  moments and step counts are those of") == 1
+    expected = [json.loads(line)["loss"] for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert len(expected) == 4
+    assert two.losses() == pytest.approx(expected, rel=1e-5)

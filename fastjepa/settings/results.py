@@ -76,6 +76,11 @@ class MaskSet(Section):
     aspect_ratio: Pair = setting((0.75, 1.5), "height / width of a block: [low, high]")
     max_temporal_keep: float = setting(1.0, "share of the clip, from its start, that the context may see", gt=0, le=1)
     max_keep: Count | None = setting(None, "most context tokens a clip keeps")
+    full_complement: bool = setting(False, "predict every token outside of the context, those too that cutting dropped")
+    pred_full_complement: bool = setting(
+        False, "see every token outside of the targets, those too that cutting dropped"
+    )
+    inv_block: bool = setting(False, "exchange the sides: blocks are seen and what is around them is predicted")
 
 
 class Mask(Section):

@@ -171,6 +171,11 @@ def _clips(s: Settings) -> Iterator[Mistake]:
             ("data.stride", "data.fps"),
             f"data.stride: expected its default {stride} beside data.fps, which takes its place, given {d.stride}",
         )
+    if s.compat.fps_whole_stride and d.fps is None:
+        yield (
+            ("compat.fps_whole_stride", "data.fps"),
+            "compat.fps_whole_stride: expected false without data.fps, which it rounds, given true",
+        )
     if d.fps is not None and d.duration is not None:
         yield (
             ("data.fps", "data.duration"),

@@ -89,6 +89,7 @@ LARGE |= {
 }
 # What a setting is of use with only.
 BESIDE = {
+    "compat.fps_whole_stride": ("data.fps=4",),
     "accept_changes": ("resume=runs/one",),
     "init.optimizer": ("init.from=runs/one",),
 }
@@ -306,6 +307,10 @@ eval: 3
             "optim.decay_steps: expected null with optim.decay constant, which has no decay, given 50",
         ),
         (
+            "compat: {fps_whole_stride: true}",
+            "compat.fps_whole_stride: expected false without data.fps, which it rounds, given true",
+        ),
+        (
             "mask: {sets: [{}, {full_complement: true, pred_full_complement: true}]}",
             "mask.sets.1.pred_full_complement: expected false beside full_complement, which also fills what cutting",
         ),
@@ -347,6 +352,7 @@ def test_what_is_no_contradiction_is_accepted(read):
     read("data: {clips_per_video: 2, batch_size: 6}\noptim: {global_batch: 72}\nmask: {group: 12}")
     read("data: {clips_per_video: 5, batch_size: 5}\noptim: {global_batch: 30}\nmask: {truncation: none}")
     read("data: {duration: 2.0, stride: 4}")
+    read("data: {fps: 4}\ncompat: {fps_whole_stride: true}")
     read("mask: {truncation: none, sets: [{full_complement: true, max_keep: 9, inv_block: true}]}")
     assert not list(cross_checks(Settings()))
 

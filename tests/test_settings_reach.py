@@ -49,6 +49,10 @@ COMPAT = {
     "data.sampling=replacement": lambda t: build_dataset(t.settings, t.videos).plan.order.replaces,
     "data.shuffle_window=77": lambda t: build_dataset(t.settings, t.videos).plan.order.window == 77,
     "data.fps=6 and data.stride=4": lambda t: build_dataset(t.settings, t.videos).plan.fps == 6,
+    "data.fps=6 and data.stride=4 and compat.fps_whole_stride=true": lambda t: (
+        build_dataset(t.settings, t.videos).plan.whole_stride
+        and build_dataset(t.settings, t.videos).reader.needs_rate == "compat.fps_whole_stride"
+    ),
     "mask.sets.0.full_complement=true and mask.sets.1.inv_block=true": lambda t: (
         [(g.full_complement, g.pred_full_complement, g.inv_block) for g in build_masks(t.settings).generators]
         == [(True, False, False), (False, False, True)]

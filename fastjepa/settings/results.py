@@ -261,3 +261,8 @@ class Compat(Section):
         "the learned mask token is chosen by the place of the clips' length among those of a step, not by the mask "
         "set: the public V-JEPA 2 trains one token a length",
     )
+    fps_whole_stride: bool = setting(
+        False,
+        "data.fps becomes a stride of whole frames, rounded down, as in the public V-JEPA 2: 4.29 frames/s of a video "
+        "at 30 for 4",
+    )

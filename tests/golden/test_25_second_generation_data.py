@@ -1,8 +1,9 @@
-"""Parity cases 25: the options of mask sets of the second generation."""
+"""Parity cases 25: the options of mask sets and the frame numbers of the second generation."""
 
 import numpy as np
 import torch
 
+from fastjepa.data.frames import clip_frames, clip_stride, rate_stride
 from fastjepa.masks import MaskCollator
 
 # Mask options, 25_v2_masks
@@ -61,3 +62,45 @@ def test_the_recorded_options_are_all_of_them_and_do_what_they_say(case):
     assert sides["full_inv."] == sides["full."][::-1]
     options = {key for call in masks.info["calls"] for key, value in call["mask"].items() if value is True}
     assert options == {"full_complement", "pred_full_complement", "inv_block"}
+
+
+# Frame numbers, 25_v2_frame_sampling
+
+
+class Recorded:
+    """In place of a random generator: gives the recorded numbers, and notes the ranges that were asked for."""
+
+    def __init__(self, numbers):
+        self.numbers, self.asked = list(numbers), []
+
+    def integers(self, low, high):
+        self.asked.append([low, high])
+        return self.numbers.pop(0)
+
+
+def stride_of(call):
+    args, frames = call["args"], call["frames_per_clip"]
+    if "fps" in args:
+        return rate_stride(args["fps"], call["video_fps"])
+    return clip_stride(frames, args.get("frame_step", 0), args.get("duration"), call["video_fps"])
+
+
+def test_frame_numbers_by_a_rate_are_those_of_the_published_code(case):
+    """Exact, with the recorded ends of the windows handed in. Too slow a video fails there; here its stride is 1."""
+    frames_case = case("25_v2_frame_sampling")
+    assert {key for call in frames_case.info["calls"] for key in call["args"]} == {"fps", "duration", "frame_step"}
+    for call in frames_case.info["calls"]:
+        if call["error"]:
+            assert call["args"]["fps"] > call["video_fps"]
+            assert stride_of(call) == 1
+            continue
+        tensors = frames_case.group(call["prefix"])
+        rng = Recorded(tensors["drawn"].tolist())
+        got = clip_frames(call["n"], call["frames_per_clip"], stride_of(call), rng, fixed="start")
+        assert [got.tolist()] == tensors["indices"].tolist(), call
+        assert rng.asked == call["draw_ranges"], call
+
+
+def test_every_case_of_masks_and_frames_is_read_here(shared):
+    names = {path.stem for path in (shared / "golden" / "cases").glob("25_*.json")}
+    assert names == {"25_v2_masks", "25_v2_frame_sampling"}

@@ -173,11 +173,20 @@ def build_reader(s: Settings, videos: Videos, decoder: Decoder | None = None, ca
         videos.paths,
         d.tubelet,
         cache_bytes,
-        needs_rate="data.duration" if d.duration is not None else "data.fps" if d.fps is not None else "",
+        needs_rate=_needs_rate(s),
         frame_rate=d.frame_rate,
         read=read_with_torchcodec if decoder is not None and decoder.name == "torchcodec" else read_frames,
         known=None if decoder is None else decoder.entries,
     )
+
+
+def _needs_rate(s: Settings) -> str:
+    """The setting by which frames are chosen, where a video must tell its frame rate or times for it; else empty."""
+    if s.data.duration is not None:
+        return "data.duration"
+    if s.compat.fps_whole_stride:
+        return "compat.fps_whole_stride"
+    return "data.fps" if s.data.fps is not None else ""
 
 
 def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -> ClipDataset:
@@ -202,6 +211,7 @@ def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -
         clips_per_video=d.clips_per_video,
         duration=d.duration,
         fps=d.fps,
+        whole_stride=s.compat.fps_whole_stride,
     )
     return ClipDataset(
         reader,

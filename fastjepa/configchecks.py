@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fastjepa.config import Mask, MaskSet, Model, Settings
+from fastjepa.config import Loss, Mask, MaskSet, Model, Settings
 
 Mistake = tuple[tuple[str, ...], str]
 
@@ -14,6 +14,7 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
     yield from _masks(s)
     yield from _batches(s)
     yield from _schedule(s)
+    yield from _context_loss(s)
     yield from _ranges(s)
     yield from _execution(s)
     yield from _profile(s)
@@ -285,6 +286,24 @@ def _schedule(s: Settings) -> Iterator[Mistake]:
                 ("optim.betas",),
                 f"optim.betas: expected numbers from 0 to below 1, given {beta} at place {index + 1}",
             )
+
+
+def _context_loss(s: Settings) -> Iterator[Mistake]:
+    loss = s.loss
+    if loss.context_full < loss.context_start:
+        yield (
+            ("loss.context_full", "loss.context_start"),
+            f"loss.context_full: expected at least loss.context_start {loss.context_start}, given {loss.context_full}",
+        )
+    if not loss.context:
+        for key in ("context_start", "context_full", "context_distance"):
+            expected, given = getattr(Loss(), key), getattr(loss, key)
+            if given != expected:
+                yield (
+                    (f"loss.{key}", "loss.context"),
+                    f"loss.{key}: expected the default {str(expected).lower()} with loss.context 0, "
+                    f"given {str(given).lower()}",
+                )
 
 
 def _ranges(s: Settings) -> Iterator[Mistake]:

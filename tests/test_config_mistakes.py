@@ -85,6 +85,7 @@ LARGE |= {
     "runtime.watchdog_minutes",
     "loss.exponent",
     "loss.reg_coeff",
+    "loss.context",
     "compat.ipe_scale",
 }
 # What a setting is of use with only.

@@ -28,6 +28,9 @@ COMPAT = {
     "optim.eps=1e-6": lambda t: t.update.optimizer.param_groups[0]["eps"] == 1e-6,
     "loss.exponent=2.0": lambda t: t.jepa.loss_exp == 2.0,
     "loss.reg_coeff=0.1": lambda t: t.jepa.reg_coeff == 0.1,
+    "model.levels=deep": lambda t: t.jepa.encoder.levels == [0, 1, 2] and t.jepa.predictor.levels == 3,
+    "loss.context=0.5": lambda t: t.jepa.dense and t.jepa.context_distance and t.jepa.levels == 1,
+    "loss.context=0.5 and loss.context_distance=false": lambda t: not t.jepa.context_distance,
     "model.noise=linear and model.targets=noised": lambda t: torch.equal(
         t.jepa.predictor.signal_left, signal_left("linear").to(t.jepa.predictor.signal_left.dtype)
     ),

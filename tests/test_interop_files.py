@@ -119,7 +119,7 @@ def write(kind, path):
         ("second generation without patches", "encoder has no patch_embed.proj.weight"),
         (
             "V-JEPA 2.1",
-            "holds V-JEPA 2.1 (encoder.module.backbone.norms_block.0.weight), which this version cannot read",
+            "holds V-JEPA 2.1 (encoder.module.backbone.norms_block.0.weight), which this",
         ),
         ("V-JEPA 2-AC", "holds the action-conditioned V-JEPA 2-AC (predictor.module.action_encoder.weight)"),
         ("whole numbers", "module.backbone.norm.bias is not a dense tensor of floating-point numbers"),

@@ -47,7 +47,7 @@ def is_second(path: Path, networks: Networks) -> bool:
         return True
     tokens = mask_tokens(networks.get("predictor", {}))
     named = path.suffix == ".pt"
-    return trained_first_only(tokens) or named and ("predictor" not in networks or len(tokens) > 2)
+    return trained_first_only(tokens) or (named and ("predictor" not in networks or len(tokens) > 2))
 
 
 def without_tables(networks: Networks) -> tuple[dict[str, dict[str, Tensor]], list[str]]:

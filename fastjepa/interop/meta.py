@@ -80,8 +80,8 @@ def load_meta_checkpoint(path: str | Path) -> MetaCheckpoint:
     """A file of the training scripts of V-JEPA (`.pth.tar`) or V-JEPA 2 (`.pt`), on the CPU; nothing in it is executed.
 
     Keys lose exactly the prefix "module.backbone.". A file of V-JEPA 2 may hold one encoder, with or without predictor;
-    position tables in it are left out, for its networks do not use them. Errors: WeightsRefused with one sentence for anything else: another
-    kind of file, a truncated one, a pickle that asks for more than tensors, another layout.
+    position tables in it are left out, for its networks do not use them. Errors: WeightsRefused with one sentence for
+    anything else: another kind of file, a truncated one, a pickle that asks for more than tensors, another layout.
     """
     path = Path(path).expanduser()
     content = _torch_file(path)
@@ -175,7 +175,7 @@ def _networks(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, dict[st
     networks = {name: dict(_bare(path, name, content[name])) for name in held}
     passport = Passport.from_text(path, content[PASSPORT]) if PASSPORT in content else None
     known = passport is not None and passport.settings.get("model.positions", "table") != "table"
-    if known or passport is None and is_second(path, networks):
+    if known or (passport is None and is_second(path, networks)):
         for name in held:
             if name != "predictor" and "patch_embed.proj.weight" not in networks[name]:
                 raise WeightsRefused(f"{path} is no V-JEPA checkpoint: {name} has no patch_embed.proj.weight")

@@ -81,7 +81,7 @@ def load_encoder(settings: Settings, state: Mapping[str, Tensor], where: str) ->
         raise WeightsRefused(
             f"{where} does not fit its settings: pos_embed: expected {tokens} tokens, given {list(table.shape)}"
         )
-    if table is None:
+    if table is None and settings.model.positions == "table":
         raise WeightsRefused(f"{where} does not fit its settings: it has no pos_embed")
     with torch.device("meta"):
         encoder = build_encoder(settings)

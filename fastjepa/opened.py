@@ -77,12 +77,13 @@ def load_encoder(settings: Settings, state: Mapping[str, Tensor], where: str) ->
     """An encoder with these weights in float32, in evaluation mode, without gradients. Errors: WeightsRefused."""
     # Before anything is built: position tables are computed, and those of absurd sizes would fill the memory.
     table, tokens = state.get("pos_embed"), _tokens(settings)
-    if table is not None and table.shape[1:2] != (tokens,):
-        raise WeightsRefused(
-            f"{where} does not fit its settings: pos_embed: expected {tokens} tokens, given {list(table.shape)}"
-        )
-    if table is None and settings.model.positions == "table":
-        raise WeightsRefused(f"{where} does not fit its settings: it has no pos_embed")
+    if settings.model.positions == "table":
+        if table is None:
+            raise WeightsRefused(f"{where} does not fit its settings: it has no pos_embed")
+        if table.shape[1:2] != (tokens,):
+            raise WeightsRefused(
+                f"{where} does not fit its settings: pos_embed: expected {tokens} tokens, given {list(table.shape)}"
+            )
     with torch.device("meta"):
         encoder = build_encoder(settings)
     expected = {key: list(tensor.shape) for key, tensor in encoder.state_dict().items()}

@@ -177,7 +177,7 @@ def test_the_classifier_of_a_folder_gives_the_logits_of_transformers(tmp_path):
     ("card", "licence", "name"),
     [
         (None, "published weights of this layout are Meta's V-JEPA 2 weights: MIT", "mit"),
-        ("---\nlicense: apache-2.0\ntags: [video]\n---\n# x\n", "apache-2.0, as the model card of theirs says", "apache-2.0"),
+        ("---\nlicense: apache-2.0\ntags: [x]\n---\n", "apache-2.0, as the model card of theirs says", "apache-2.0"),
         ("# license: gpl\n", "published weights of this layout are Meta's V-JEPA 2 weights: MIT", "mit"),
     ],
 )  # fmt: skip

@@ -41,7 +41,7 @@ class Opened:
 
 
 def open_encoder(source: str | Path, network: Network | None = None, device: torch.device | str = "cpu") -> Opened:
-    """The encoder of a run (its folder, or a checkpoint in it), of an exported folder or of a published `.pth.tar`.
+    """The encoder of a run (its folder, or a checkpoint in it), of an exported folder or of a published file.
 
     `network` None is the target encoder, or of a folder that holds one encoder that one. Errors: WeightsRefused (a
     ValueError) with one sentence.

@@ -1,11 +1,18 @@
 """What shapes tell of rotary networks: the size with its heads, the feed-forward layer, and what a run must change."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from fastjepa import configfile
 from fastjepa.build import build_jepa
 from fastjepa.config import Settings
-from fastjepa.fit import architecture, settings_to_change, state_of
+from fastjepa.fit import architecture, heads_of, settings_to_change, state_of
+from fastjepa.interop import Weights
+from fastjepa.opened import settings_of
+
+ROOT = Path(__file__).parents[1]
 
 
 def jepa(**model):
@@ -73,3 +80,30 @@ def test_what_a_run_must_change():
         "model.predictor_mlp: the feed-forward layer of the file is not gated (gelu), that of the settings is gated "
         "(swiglu or swiglu_full)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("vjepa2_vitl", "vit_large"),
+        ("vjepa2_vitl_cooldown", "vit_large"),
+        ("vjepa2_vith", "vit_huge"),
+        ("vjepa2_vith_cooldown", "vit_huge"),
+        ("vjepa2_vitg", "vit_giant_xformers"),
+        ("vjepa2_vitg_cooldown", "vit_giant_xformers"),
+        ("vjepa2_vitg_384_cooldown", "vit_giant_xformers"),
+    ],
+)
+def test_the_recipes_take_the_published_files(recipe, name):
+    """By shapes: 10 mask tokens in the file are no obstacle, and its settings are found without a recipe."""
+    with torch.device("meta"):
+        own = build_jepa(configfile.load(ROOT / "configs" / f"{recipe}.yaml"))
+        file = state_of(own)
+        file["predictor"] |= {f"mask_tokens.{n}": torch.zeros(1, 1, 384) for n in range(10)}
+    assert len(file["predictor"]) == 160
+    assert list(settings_to_change(own, file, None)) == []
+    told = settings_of(Weights(Path("a.pt"), "", file, [], ""))
+    assert told.model.name == name
+    assert (told.model.positions, told.model.predictor_heads, told.data.crop) == ("rope_v2", 12, 256)
+    with torch.device("meta"):
+        assert heads_of(build_jepa(told)) == heads_of(own)

@@ -1,6 +1,6 @@
 """Weights in and out: checkpoints of the public V-JEPA code, folders in the transformers layout, runs of this library.
 
-Reading executes nothing: `.pth.tar` goes through torch's weights-only reader; folders and our own checkpoints are
+Reading executes nothing: `.pth.tar` and `.pt` go through torch's weights-only reader; folders and our own checkpoints are
 safetensors and JSON. Loading is strict: every key and every shape, or nothing is copied. Writing is a rename.
 """
 

@@ -288,6 +288,16 @@ def test_features_of_a_clip_are_the_hidden_state_of_transformers(tmp_path, monke
     assert (tokens - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+def test_embed_and_probe_take_the_folder(tmp_path, capsys):
+    saved(tmp_path / "theirs", "VJEPA2ForVideoClassification")
+    folder, videos = str(tmp_path / "theirs"), "synthetic://moving-shapes?videos=16&size=48&frames=40"
+    assert main(["embed", folder, videos, "--out", str(tmp_path / "f.safetensors"), "--device", "cpu"]) == Exit.DONE
+    assert load_file(tmp_path / "f.safetensors")["features"].shape[1] == 64
+    how = ["--probe", "knn", "--data", videos, "--no-untrained", "--device", "cpu", "--out", str(tmp_path / "probe")]
+    assert main(["probe", folder, *how]) == Exit.DONE
+    assert "knn probe" in capsys.readouterr().out
+
+
 # What is refused
 
 

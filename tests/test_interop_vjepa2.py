@@ -4,13 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastjepa.build import build_encoder
+from fastjepa.configfile import restore
 from fastjepa.interop import WeightsRefused
 from fastjepa.interop.vjepa2 import (
     DEFAULTS,
     build_classifier,
+    config_of,
     encoder_arguments,
     from_transformers,
     predictor_arguments,
+    settings_of_config,
     to_transformers,
     with_defaults,
 )
@@ -213,6 +217,42 @@ def test_the_defaults_are_those_of_transformers():
     assert with_defaults({}, "config") == DEFAULTS
     config = transformers.VJEPA2Config().to_dict()
     assert {key: config[key] for key in DEFAULTS} == DEFAULTS
+
+
+# The released models, without their values
+
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+HUGE = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}
+GIANT = {"hidden_size": 1408, "num_hidden_layers": 40, "num_attention_heads": 22, "mlp_ratio": 4.363636363636363}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "crop", "name"),
+    [(LARGE, 256, "vit_large"), (HUGE, 256, "vit_huge"), (GIANT, 256, "vit_giant_xformers"),
+     (GIANT, 384, "vit_giant_xformers")],
+)  # fmt: skip
+def test_released_sizes_are_named_and_have_our_entries(sizes, crop, name):
+    with torch.device("meta"):
+        model = transformers.VJEPA2Model(transformers.VJEPA2Config(**sizes, crop_size=crop))
+    config = with_defaults(model.config.to_dict(), "config")
+    told = settings_of_config(config, "config")
+    assert (told["model.name"], told["data.crop"], told["data.frames"]) == (name, crop, 64)
+    settings = restore(told, "config")
+    assert {**config_of(settings, 10), "mlp_ratio": config["mlp_ratio"]} == config
+    networks = from_transformers(model.state_dict(), "model")
+    with torch.device("meta"):
+        encoder = build_encoder(settings)
+        predictor = VisionTransformerPredictor(**predictor_arguments(config))
+    for network, ours in (("encoder", encoder), ("predictor", predictor)):
+        shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+        assert {key: tensor.shape for key, tensor in networks[network].items()} == shapes
+
+
+def test_the_classifier_of_174_classes_has_the_published_number_of_weights():
+    with torch.device("meta"):
+        classifier = build_classifier(with_defaults(LARGE, "config"), 174)
+    assert sum(p.numel() for p in classifier.parameters()) == 49_514_670
 
 
 @pytest.mark.parametrize(

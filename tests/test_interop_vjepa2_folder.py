@@ -102,7 +102,7 @@ def test_from_transformers_and_back_to_the_bit(tmp_path, capsys, cls, part):
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
     said = capsys.readouterr().out
     assert "MIT" in said
-    assert "one encoder, which stands for both of a run, and the predictor" in said
+    assert "as a folder with the target encoder and predictor" in said
     assert ("a classifier of 3 classes" in said) == (cls != "VJEPA2Model")
     assert not (tmp_path / "ours" / "pretraining.safetensors").exists()
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "again")]) == Exit.DONE
@@ -136,7 +136,7 @@ def test_a_run_becomes_a_folder_that_transformers_loads_and_comes_back_to_the_bi
     model.save_pretrained(tmp_path / "saved")
     one = read_weights(tmp_path / "saved")
     assert settings_of(one) == settings
-    assert one.network(None) == "target_encoder"
+    assert one.networks.keys() == {network, "predictor"}
     assert_equal(one.networks[network], weights.networks[network])
 
 
@@ -199,11 +199,24 @@ def test_a_run_begins_from_the_networks_of_a_folder(tmp_path):
     jepa = build_jepa(SETTINGS)
     weights = read_weights(tmp_path / "theirs")
     report = "\n".join(load_weights(jepa, weights))
-    assert "one encoder, which stands for both of a run" in report
+    assert "one encoder in the file: encoder and target encoder both begin with its target encoder" in report
     assert "heads: 2 in the encoder, 4 in the predictor, as in that run" in report
-    for name in NETWORKS:
-        assert_equal(state_of(jepa)[name], weights.networks[name])
+    for name, source in zip(NETWORKS, ("target_encoder", "predictor", "target_encoder")):
+        assert_equal(state_of(jepa)[name], weights.networks[source])
     assert jepa.encoder.norm.weight.data_ptr() != jepa.target_encoder.norm.weight.data_ptr()
+
+
+def test_mask_tokens_that_were_never_trained_are_not_taken(tmp_path):
+    model = made()
+    tokens = torch.zeros(10, 1, 1, 32)
+    tokens[0] = 0.5
+    model.predictor.embeddings.mask_tokens = torch.nn.Parameter(tokens)
+    model.config.pred_num_mask_tokens = 10
+    model.save_pretrained(tmp_path / "theirs")
+    jepa = build_jepa(SETTINGS)
+    report = load_weights(jepa, read_weights(tmp_path / "theirs"))
+    assert any("the file has 10, and number 0 alone was trained: all 2 begin with it" in line for line in report)
+    assert all((token == 0.5).all() for token in jepa.predictor.mask_tokens)
 
 
 @pytest.mark.parametrize(
@@ -222,21 +235,39 @@ def test_other_settings_are_named(tmp_path, changes, words):
     assert words in str(caught.value)
 
 
-def test_a_run_from_a_folder_trains_ends_and_is_exported(run, tmp_path):
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+SIZES = ["model.positions=rope_v2", "model.predictor_dim=32", "model.predictor_heads=4"]
+STILL = ["optim.lr=0", "optim.start_lr=0", "optim.final_lr=0", "optim.momentum=1.0", "optim.final_momentum=1.0"]
+
+
+def test_a_run_that_moves_nothing_gives_the_folder_back(run, tmp_path):
     model = saved(tmp_path / "theirs")
-    still = ["optim.lr=0", "optim.start_lr=0", "optim.final_lr=0", "optim.momentum=1.0", "optim.final_momentum=1.0"]
-    sizes = ["model.positions=rope_v2", "model.predictor_dim=32", "model.predictor_heads=4", "optim.weight_decay=0"]
     # Rotary positions take other clips than the folder's.
-    code, folder = run(f"init.from={tmp_path / 'theirs'}", *sizes, *still, "optim.final_weight_decay=0", "data.crop=48")
+    code, folder = run(f"init.from={tmp_path / 'theirs'}", *SIZES, *STILL, "data.crop=48")
     assert code == Exit.DONE
     hand_over(folder, tmp_path / "after")
     assert_equal(reread(tmp_path / "after", "VJEPA2Model").state_dict(), model.state_dict())
-    assert "MIT" in read_weights(tmp_path / "after").licence
-    code, folder = run(f"init.from={tmp_path / 'theirs'}", *sizes, folder="moved")
+    assert read_weights(tmp_path / "after").licence_id == "mit"
+
+
+def test_a_run_from_a_folder_trains_and_resumes_exactly(run, tmp_path):
+    saved(tmp_path / "theirs")
+    begin = [f"init.from={tmp_path / 'theirs'}", *SIZES]
+    code, whole = run(*begin, folder="whole")
     assert code == Exit.DONE
-    hand_over(folder, tmp_path / "trained")
-    after = reread(tmp_path / "trained", "VJEPA2Model").state_dict()
-    assert not torch.equal(after["encoder.layernorm.weight"], model.state_dict()["encoder.layernorm.weight"])
+    _, still = run(*begin, *STILL, folder="still")
+    assert losses(still)[0] == losses(whole)[0]
+    assert losses(still)[-1] != losses(whole)[-1]
+    hand_over(tmp_path / "theirs", tmp_path / "ours", everything=None)
+    _, copied = run(f"init.from={tmp_path / 'ours'}", *SIZES, folder="copied")
+    assert losses(copied) == losses(whole)
+    run(*begin, "runtime.stop_at=4", folder="parts")
+    code, parts = run(*begin, folder="parts")
+    assert code == Exit.DONE
+    assert losses(parts) == losses(whole)
 
 
 # Features of videos
@@ -255,6 +286,16 @@ def test_features_of_a_clip_are_the_hidden_state_of_transformers(tmp_path, monke
     expected = model(torch.cat(seen).transpose(1, 2), skip_predictor=True).last_hidden_state
     tokens = torch.as_tensor(found.features).view_as(expected)
     assert (tokens - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_embed_and_probe_take_the_folder(tmp_path, capsys):
+    saved(tmp_path / "theirs", "VJEPA2ForVideoClassification")
+    folder, videos = str(tmp_path / "theirs"), "synthetic://moving-shapes?videos=16&size=48&frames=40"
+    assert main(["embed", folder, videos, "--out", str(tmp_path / "f.safetensors"), "--device", "cpu"]) == Exit.DONE
+    assert load_file(tmp_path / "f.safetensors")["features"].shape[1] == 64
+    how = ["--probe", "knn", "--data", videos, "--no-untrained", "--device", "cpu", "--out", str(tmp_path / "probe")]
+    assert main(["probe", folder, *how]) == Exit.DONE
+    assert "knn probe" in capsys.readouterr().out
 
 
 # What is refused

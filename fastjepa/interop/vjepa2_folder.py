@@ -38,11 +38,9 @@ from fastjepa.interop.vjepa2 import (
     with_defaults,
 )
 from fastjepa.interop.vjepa2 import MODEL as MODEL_CLASS
-from fastjepa.interop.weights import Weights, WeightsRefused
+from fastjepa.interop.weights import ROTARY_LICENCE, ROTARY_LICENCE_ID, Weights, WeightsRefused
 from fastjepa.models import AttentiveClassifier, VisionTransformer, VisionTransformerPredictor
 
-LICENCE_ID = "mit"
-LICENCE = "published weights of this layout are Meta's V-JEPA 2 weights: MIT"
 LONGEST_CARD = 1_000_000  # characters that are looked at
 # Entries that say nothing of the networks' shapes, or that transformers writes anew.
 NOT_KEPT = ("architectures", "dtype", "torch_dtype", "fastjepa", "_name_or_path")
@@ -59,8 +57,8 @@ class VJEPA2Weights(Weights):
 def load_vjepa2_folder(path: str | Path) -> VJEPA2Weights:
     """The networks of a folder of transformers, by our names, in the precision of its files.
 
-    A single encoder stands for both that a run has. Nothing in the folder is executed. Errors: WeightsRefused with one
-    sentence.
+    A single encoder is the target encoder, where nothing says otherwise. Nothing in the folder is executed. Errors:
+    WeightsRefused with one sentence.
     """
     path = Path(path).expanduser()
     where = str(path / CONFIG)
@@ -93,12 +91,9 @@ def load_vjepa2_folder(path: str | Path) -> VJEPA2Weights:
             second[key.removeprefix(f"{other}.")] = tensor
         _expect(path / MORE, VisionTransformer, encoder_arguments(config), second, other)
         networks[other] = second
-    elif predictor is not None:
-        networks[other], held = encoder, "one encoder, which stands for both of a run, and the predictor"
     if predictor is not None:
         networks["predictor"] = predictor
-    if len(networks) == len(NETWORKS) and networks[other] is not encoder:
-        held = "all three networks"
+        held = "all three networks" if len(networks) == len(NETWORKS) else f"the {name.replace('_', ' ')} and predictor"
     if classifier is not None:
         held += f", and a classifier of {len(classifier['linear.weight'])} classes"
     licence, licence_id = (passport.licence, passport.licence_id) if passport else _licence(path)
@@ -165,11 +160,6 @@ def content_of(weights: Weights, settings: Settings, network: str) -> tuple[dict
     return {"architectures": [architecture], "model_type": MODEL_TYPE, **config, "dtype": dtype}, state
 
 
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Do two encoders have the same values, to the bit?"""
-    return one is other or (one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one))
-
-
 def _agree(where: str, config: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     """Errors: WeightsRefused where config.json and the settings that travel along build different networks."""
     try:
@@ -230,9 +220,9 @@ def _licence(path: Path) -> tuple[str, str]:
         with (path / CARD).open(encoding="utf-8") as file:
             text = file.read(LONGEST_CARD)
     except (OSError, UnicodeDecodeError):
-        return LICENCE, LICENCE_ID
+        return ROTARY_LICENCE, ROTARY_LICENCE_ID
     front = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
     named = re.search(r"(?m)^license: *([\w.+-]+) *$", front)
-    if named is None or named[1] == LICENCE_ID:
-        return LICENCE, LICENCE_ID
+    if named is None or named[1] == ROTARY_LICENCE_ID:
+        return ROTARY_LICENCE, ROTARY_LICENCE_ID
     return f"{named[1]}, as the model card of {path.name} says", named[1]

@@ -17,7 +17,7 @@ from fastjepa.interop.commit import committed
 from fastjepa.interop.files import CARD, CONFIG, MODEL, MORE, PREPROCESSOR
 from fastjepa.interop.folder import MODEL_TYPE, architecture_of
 from fastjepa.interop.passport import Passport
-from fastjepa.interop.vjepa2_folder import content_of, same
+from fastjepa.interop.vjepa2_folder import content_of
 from fastjepa.interop.weights import Weights
 from fastjepa.pixels import MEAN, STD
 
@@ -46,8 +46,7 @@ def write_folder(
     beside = [name for name in NETWORKS if everything and name != network]
     if second:
         config, state = content_of(weights, settings, network)
-        # An encoder that stands for both is written once.
-        beside = [n for n in beside if n != "predictor" and not same(weights.networks[n], weights.networks[network])]
+        beside = [name for name in beside if name != "predictor"]
     else:
         config = {
             "architectures": [ARCHITECTURE],

@@ -391,4 +391,5 @@ def test_other_networks_are_not_written_as_if_they_were_its(tmp_path, changes, w
     with pytest.raises(WeightsRefused) as caught:
         write_folder(weights, settings, tmp_path / "out", "encoder", everything=False)
     assert words in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}: model.")
     assert not (tmp_path / "out").exists()

@@ -140,6 +140,16 @@ def test_a_run_becomes_a_folder_that_transformers_loads_and_comes_back_to_the_bi
     assert_equal(one.networks[network], weights.networks[network])
 
 
+def test_by_way_of_the_public_layout_nothing_changes(tmp_path):
+    settings, weights = own(tmp_path)
+    write_folder(weights, settings, tmp_path / "straight", "target_encoder", everything=True)
+    hand_over(tmp_path / "straight", tmp_path / "public.pt", "meta")
+    hand_over(tmp_path / "public.pt", tmp_path / "around", everything=True)
+    for name in ("model.safetensors", "pretraining.safetensors"):
+        assert_equal(load_file(tmp_path / "around" / name), load_file(tmp_path / "straight" / name))
+    assert settings_of(read_weights(tmp_path / "around")) == settings
+
+
 def test_values_are_converted_where_that_is_asked_for(tmp_path):
     saved(tmp_path / "theirs", "VJEPA2ForVideoClassification")
     hand_over(tmp_path / "theirs", tmp_path / "half", dtype="bfloat16")

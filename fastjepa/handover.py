@@ -13,6 +13,7 @@ from fastjepa.fit import NETWORKS, Networks, loaded_lines
 from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
 from fastjepa.interop.card import Probed
 from fastjepa.interop.commit import refuse_taken
+from fastjepa.models.vision_transformer import SIZES
 from fastjepa.opened import load_encoder, settings_of
 
 Format = Literal["transformers", "meta"]
@@ -67,7 +68,16 @@ def hand_over(
     written = weights.networks if everything else {network: weights.networks[network]}
     if settings.model.positions != "table" and "predictor" in weights.networks:  # one file holds both
         written = written | {"predictor": weights.networks["predictor"]}
-    return list(_report(weights, out, written, format))
+    report = list(_report(weights, out, written, format))
+    if settings.model.positions != "table" and weights.heads is None:
+        model = settings.model
+        heads = SIZES[model.name]["num_heads"]
+        report.insert(
+            -1,
+            f"heads      {heads} in the encoder, {model.predictor_heads or heads} in the predictor: as published, for "
+            "the file does not tell them",
+        )
+    return report
 
 
 def probes_of(weights: Weights) -> Iterator[Probed]:

@@ -296,13 +296,16 @@ def test_the_usual_order_of_angles_is_not_handed_over(settings, tmp_path):
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_a_published_file_is_taken_in_whole(networks, file, tmp_path):
+def test_a_published_file_is_taken_in_whole(settings, networks, file, tmp_path):
     said = "\n".join(hand_over(file, tmp_path / "folder", everything=None))
     assert "licence    published weights of this layout are Meta's V-JEPA 2 weights: MIT" in said
     assert "opt (the optimizer starts anew)" in said
+    assert "\nheads      2 in the encoder, 2 in the predictor: as published, for the file does not tell them\n" in said
     taken = read_weights(tmp_path / "folder")
     assert_same(taken.networks, networks)
     assert (taken.licence_id, taken.settings["model.positions"]) == ("mit", "rope_v2")
+    assert taken.heads is None  # the file does not tell them
+    load_weights(build_jepa(settings()), taken)
     hand_over(tmp_path / "folder", tmp_path / "back.pt", "meta")
     assert_same(load_meta_checkpoint(tmp_path / "back.pt").networks, networks)
 

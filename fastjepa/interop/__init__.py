@@ -1,7 +1,7 @@
 """Weights in and out: checkpoints of the public V-JEPA code, folders in the transformers layout, runs of this library.
 
-Reading executes nothing: `.pth.tar` and `.pt` go through torch's weights-only reader; folders and our own checkpoints are
-safetensors and JSON. Loading is strict: every key and every shape, or nothing is copied. Writing is a rename.
+Reading executes nothing: `.pth.tar` and `.pt` go through torch's weights-only reader; folders and our own checkpoints
+are safetensors and JSON. Loading is strict: every key and every shape, or nothing is copied. Writing is a rename.
 """
 
 from fastjepa.fit import NETWORKS

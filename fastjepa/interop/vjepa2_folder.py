@@ -96,6 +96,7 @@ def load_vjepa2_folder(path: str | Path) -> VJEPA2Weights:
         held = "all three networks" if len(networks) == len(NETWORKS) else f"the {name.replace('_', ' ')} and predictor"
     if classifier is not None:
         held += f", and a classifier of {len(classifier['linear.weight'])} classes"
+    heads = config["num_attention_heads"], config["pred_num_attention_heads"]
     licence, licence_id = (passport.licence, passport.licence_id) if passport else _licence(path)
     about = "a V-JEPA 2 model in the layout of transformers" if passport is None else passport.description
     return VJEPA2Weights(
@@ -104,7 +105,8 @@ def load_vjepa2_folder(path: str | Path) -> VJEPA2Weights:
         {one: networks[one] for one in NETWORKS if one in networks},
         [],
         licence,
-        (config["num_attention_heads"], config["pred_num_attention_heads"]),
+        # Of a folder that was made of shapes alone the heads are a guess.
+        None if passport is not None and passport.shapes_only else heads,
         settings,
         passport.step if passport else None,
         licence_id,

@@ -38,12 +38,12 @@ VERBS = {
     "export": (
         "fastjepa.verbs.export",
         "RUN OUT [--format transformers|meta] ...",
-        "hand weights over: a folder in the transformers layout with its card, or the public code's .pth.tar",
+        "hand weights over: a folder in the transformers layout with its card, or the public code's file",
     ),
     "import": (
         "fastjepa.verbs.import_",
         "FILE OUT",
-        "take published weights (.pth.tar) in: a folder that every verb and init.from read",
+        "take published weights (.pth.tar, .pt) in: a folder that every verb and init.from read",
     ),
     "info": (
         "fastjepa.verbs.info",

@@ -15,6 +15,8 @@ from fastjepa.models.vision_transformer import SIZES
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
 TABLES = {"encoder": "pos_embed", "predictor": "predictor_pos_embed", "target_encoder": "pos_embed"}
+# Every predictor of the second generation that was published: twelve heads of 32.
+ROTARY_PREDICTOR = {"predictor_dim": 384, "predictor_heads": 12}
 Networks = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -23,7 +25,8 @@ class Architecture:
     """What the shapes of a checkpoint tell of its networks; None where the entry is absent or of another form.
 
     The number of heads is not among them: queries, keys and values of all heads lie in one matrix. `tubelet` is None
-    for an encoder of images.
+    for an encoder of images, `tokens` for rotary positions, which know no size. `gated` and `predictor_gated`: feed-
+    forward layers are gated (SwiGLU), then `hidden` is the width of the gate.
     """
 
     width: int | None
@@ -35,25 +38,69 @@ class Architecture:
     predictor_dim: int | None
     predictor_depth: int
     mask_tokens: int
+    rotary: bool = False
+    gated: bool = False
+    predictor_hidden: int | None = None
+    predictor_gated: bool = False
 
     @property
     def name(self) -> str:
-        """The named size with this width, depth and MLP, or "no named size"."""
-        for name, size in SIZES.items():
-            hidden = int(size["embed_dim"] * size["mlp_ratio"])
-            if (size["embed_dim"], size["depth"], hidden) == (self.width, self.depth, self.hidden):
-                return name
-        return "no named size"
+        """The named size with this width, depth and MLP, or "no named size".
+
+        Where sizes differ by their heads alone, rotary positions mean that of V-JEPA 2: vit_giant_xformers.
+        """
+        names = [
+            name
+            for name, size in SIZES.items()
+            if (size["embed_dim"], size["depth"]) == (self.width, self.depth)
+            and _feed_forward(self.gated, self.hidden, int(size["embed_dim"] * size["mlp_ratio"])) is not None
+        ]
+        return "no named size" if not names else names[-1] if self.rotary else names[0]
+
+    def settings(self) -> dict[str, Any]:
+        """Dotted settings of `model`, and patch and tubelet of `data`, as far as shapes tell them.
+
+        Rotary positions are taken for those of the published weights (rope_v2), their predictor for one of 12 heads if
+        it is as wide as the published ones.
+        """
+        told: dict[str, Any] = {
+            "model.predictor_dim": self.predictor_dim,
+            "model.predictor_depth": self.predictor_depth or None,
+            "data.patch": self.patch,
+            "data.tubelet": self.tubelet,
+        }
+        if self.name in SIZES:
+            size = SIZES[self.name]
+            told["model.name"] = self.name
+            told["model.mlp"] = _feed_forward(self.gated, self.hidden, int(size["embed_dim"] * size["mlp_ratio"]))
+        if self.predictor_dim is not None:
+            told["model.predictor_mlp"] = _feed_forward(
+                self.predictor_gated, self.predictor_hidden, 4 * self.predictor_dim
+            )
+        if self.rotary:
+            told["model.positions"] = "rope_v2"
+            if self.predictor_dim == ROTARY_PREDICTOR["predictor_dim"]:
+                told["model.predictor_heads"] = ROTARY_PREDICTOR["predictor_heads"]
+        return {key: value for key, value in told.items() if value is not None}
+
+
+def _feed_forward(gated: bool, hidden: int | None, full: int) -> str | None:
+    """The model.mlp that is this wide inside, where an ungated one has `full`; None where there is none."""
+    if not gated:
+        return "gelu" if hidden == full else None
+    return {-(-(2 * full // 3) // 8) * 8: "swiglu", full: "swiglu_full"}.get(hidden)  # type: ignore[arg-type]
 
 
 def architecture(networks: Networks) -> Architecture:
-    """Constructor arguments from the shapes of bare state dicts of `encoder` and `predictor`."""
-    encoder, predictor = networks["encoder"], networks["predictor"]
+    """Constructor arguments from the shapes of bare state dicts; of the encoders `encoder` is asked first."""
+    encoder = networks.get("encoder") or networks.get("target_encoder", {})
+    predictor = networks.get("predictor", {})
     position, patch = _shape(encoder, "pos_embed", 3), _shape(encoder, "patch_embed.proj.weight", 5)
     image = _shape(encoder, "patch_embed.proj.weight", 4)
     mlp, embed = _shape(encoder, "blocks.0.mlp.fc1.weight", 2), _shape(predictor, "predictor_embed.weight", 2)
+    bias, inner = _shape(encoder, "patch_embed.proj.bias", 1), _shape(predictor, "predictor_blocks.0.mlp.fc1.weight", 2)
     return Architecture(
-        width=position[2] if position else None,
+        width=position[2] if position else bias[0] if bias else None,
         depth=_count(encoder, r"blocks\.(\d+)\..*"),
         hidden=mlp[0] if mlp else None,
         patch=patch[4] if patch else image[3] if image else None,
@@ -62,6 +109,10 @@ def architecture(networks: Networks) -> Architecture:
         predictor_dim=embed[0] if embed else None,
         predictor_depth=_count(predictor, r"predictor_blocks\.(\d+)\..*"),
         mask_tokens=_count(predictor, r"mask_tokens\.(\d+)"),
+        rotary="pos_embed" not in encoder,
+        gated="blocks.0.mlp.fc3.weight" in encoder,
+        predictor_hidden=inner[0] if inner else None,
+        predictor_gated="predictor_blocks.0.mlp.fc3.weight" in predictor,
     )
 
 
@@ -97,6 +148,15 @@ def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | 
         yield f"model.name: the file has {_named(file)}, the settings {_named(model)}"
     elif heads is not None and heads[0] != own[0]:
         yield f"model.name: the file was trained with {heads[0]} heads, the settings have {own[0]}"
+    elif heads is None and file.rotary and file.name in SIZES and (known := SIZES[file.name]["num_heads"]) != own[0]:
+        yield f"model.name: published networks of this size have {known} heads ({file.name}), the settings {own[0]}"
+    for key, gated, wanted in (
+        ("model.mlp", file.gated, model.gated),
+        ("model.predictor_mlp", file.predictor_gated, model.predictor_gated),
+    ):
+        if gated != wanted:
+            words = ("is gated (swiglu or swiglu_full)", "is not gated (gelu)")
+            yield f"{key}: the feed-forward layer of the file {words[not gated]}, that of the settings {words[gated]}"
     if file.patch is not None and file.tubelet is None:
         yield "data.frames: the file holds an encoder of images, the settings make one of clips"
         return
@@ -110,10 +170,13 @@ def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | 
             yield f"{key}: the file has {unit.format(given)}, the settings {expected}"
     if heads is not None and heads[1] != own[1]:
         yield f"model.predictor_heads: the file was trained with {heads[1]}, the settings have {own[1]}"
+    known = file.settings().get("model.predictor_heads")
+    if heads is None and known not in (None, own[1]):
+        yield f"model.predictor_heads: published predictors of this width have {known}, the settings {own[1]}"
     if bool(file.mask_tokens) != bool(model.mask_tokens):
         kind = "mask_tokens" if file.mask_tokens else "noised"
         yield f"model.targets: the file's predictor has {file.mask_tokens} mask tokens: it needs model.targets={kind}"
-    elif file.mask_tokens != model.mask_tokens:
+    elif file.mask_tokens != model.mask_tokens and not file.rotary:  # the second generation's are told apart by length
         given, expected = file.mask_tokens, model.mask_tokens
         tube = " (mask.kind=tube always draws one)" if expected == 1 else ""
         yield (
@@ -163,7 +226,8 @@ def tables_to_make(jepa: JEPA, networks: Networks, file: Clip) -> bool:
 
 
 def _named(a: Architecture) -> str:
-    return f"an encoder {a.width} wide, {a.depth} blocks deep, with MLPs {a.hidden} wide ({a.name})"
+    kind = "gated MLPs" if a.gated else "MLPs"
+    return f"an encoder {a.width} wide, {a.depth} blocks deep, with {kind} {a.hidden} wide ({a.name})"
 
 
 def differences(jepa: JEPA, networks: Networks, *, tables: bool = True) -> Iterator[str]:

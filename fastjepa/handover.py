@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 
 from fastjepa.data.source import SYNTHETIC
-from fastjepa.fit import NETWORKS, loaded_lines
+from fastjepa.fit import NETWORKS, Networks, loaded_lines
 from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
 from fastjepa.interop.card import Probed
 from fastjepa.interop.commit import refuse_taken
+from fastjepa.models.vision_transformer import SIZES
 from fastjepa.opened import load_encoder, settings_of
 
 Format = Literal["transformers", "meta"]
@@ -32,10 +33,10 @@ def hand_over(
 ) -> list[str]:
     """Write the weights at `source` to `out`; returns the report, a line each.
 
-    `network`: the encoder that the folder is for, None the target encoder; with `everything` all three are written,
-    which `format` meta always does, and with None as many as there are. `dtype` None keeps what is stored: the values
-    stay the same to the bit. `licence` names one for weights that have none; `trained_on` is for the card. Errors:
-    WeightsRefused (a ValueError) with one sentence; OSError.
+    `network`: the encoder that the folder is for, None the target encoder, beside which rotary networks have their
+    predictor; with `everything` all three are written, which `format` meta always does, and with None as many as there
+    are. `dtype` None keeps what is stored: the values stay the same to the bit. `licence` names one for weights that
+    have none; `trained_on` is for the card. Errors: WeightsRefused (a ValueError) with one sentence; OSError.
     """
     out = Path(out).expanduser()
     refuse_taken(out)
@@ -70,7 +71,19 @@ def hand_over(
             probed=list(probes_of(weights)),
             trained_on=_trained_on(weights) if trained_on is None else trained_on,
         )
-    return list(_report(weights, out, network, everything, format))
+    written = weights.networks if everything else {network: weights.networks[network]}
+    if settings.model.positions != "table" and "predictor" in weights.networks:  # one file holds both
+        written = written | {"predictor": weights.networks["predictor"]}
+    report = list(_report(weights, out, written, format))
+    if settings.model.positions != "table" and weights.heads is None:
+        model = settings.model
+        heads = SIZES[model.name]["num_heads"]
+        report.insert(
+            -1,
+            f"heads      {heads} in the encoder, {model.predictor_heads or heads} in the predictor: as published, for "
+            "the file does not tell them",
+        )
+    return report
 
 
 def probes_of(weights: Weights) -> Iterator[Probed]:
@@ -132,9 +145,8 @@ def _last_name(path: str) -> str:
     return f"{path} (drawn clips)" if path.startswith(SYNTHETIC) else Path(path).name
 
 
-def _report(weights: Weights, out: Path, network: str, everything: bool, format: Format) -> Iterator[str]:
+def _report(weights: Weights, out: Path, written: Networks, format: Format) -> Iterator[str]:
     yield f"from       {weights.path}, {weights.description}"
-    written = weights.networks if everything else {network: weights.networks[network]}
     for number, line in enumerate(loaded_lines(written)):
         yield f"{'' if number else 'weights':<11}{line}"
     kinds = sorted({str(t.dtype).removeprefix("torch.") for state in written.values() for t in state.values()})
@@ -147,8 +159,10 @@ def _report(weights: Weights, out: Path, network: str, everything: bool, format:
             "note       the public code evaluates this file (checkpoint_key: target_encoder); it cannot go on training "
             "from it, for the state of its optimizer is not there"
         )
-    elif not everything:
+    elif "predictor" not in written:
         yield "note       an encoder for features; a run begins from all three networks (--all)"
+    elif len(written) < len(NETWORKS):
+        yield "note       one encoder: both of a run that goes on from here begin with it"
     yield f"written    {out}"
 
 

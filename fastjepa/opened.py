@@ -18,6 +18,8 @@ from fastjepa.models.vision_transformer import SIZES
 
 Network = Literal["target_encoder", "encoder"]
 PUBLISHED_FRAMES = 16  # of every published first-generation model
+# Clips of the published second-generation models: rotary weights do not tell, and compute with clips of any size.
+ROTARY_CLIP = {"data.frames": 64, "data.fps": 4.0, "data.crop": 256}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Opened:
 
 
 def open_encoder(source: str | Path, network: Network | None = None, device: torch.device | str = "cpu") -> Opened:
-    """The encoder of a run (its folder, or a checkpoint in it), of an exported folder or of a published `.pth.tar`.
+    """The encoder of a run (its folder, or a checkpoint in it), of an exported folder or of a published file.
 
     `network` None is the target encoder, or of a folder that holds one encoder that one. Errors: WeightsRefused (a
     ValueError) with one sentence.
@@ -77,12 +79,13 @@ def load_encoder(settings: Settings, state: Mapping[str, Tensor], where: str) ->
     """An encoder with these weights in float32, in evaluation mode, without gradients. Errors: WeightsRefused."""
     # Before anything is built: position tables are computed, and those of absurd sizes would fill the memory.
     table, tokens = state.get("pos_embed"), _tokens(settings)
-    if table is not None and table.shape[1:2] != (tokens,):
-        raise WeightsRefused(
-            f"{where} does not fit its settings: pos_embed: expected {tokens} tokens, given {list(table.shape)}"
-        )
-    if table is None:
-        raise WeightsRefused(f"{where} does not fit its settings: it has no pos_embed")
+    if settings.model.positions == "table":
+        if table is None:
+            raise WeightsRefused(f"{where} does not fit its settings: it has no pos_embed")
+        if table.shape[1:2] != (tokens,):
+            raise WeightsRefused(
+                f"{where} does not fit its settings: pos_embed: expected {tokens} tokens, given {list(table.shape)}"
+            )
     with torch.device("meta"):
         encoder = build_encoder(settings)
     expected = {key: list(tensor.shape) for key, tensor in encoder.state_dict().items()}
@@ -107,21 +110,16 @@ def _published_settings(path: Path, networks: Mapping[str, Mapping[str, Tensor]]
     found = architecture(networks)
     if found.name not in SIZES:
         raise WeightsRefused(f"{path}: its encoder has {found.name}: {found.width} wide, {found.depth} blocks deep")
-    if not (found.tokens and found.patch and found.tubelet):
+    if not (found.patch and found.tubelet and (found.rotary or found.tokens)):
         raise WeightsRefused(f"{path}: its encoder is none of clips: no tubelet embedding or no position table")
-    planes = PUBLISHED_FRAMES // found.tubelet
-    side = round((found.tokens / planes) ** 0.5)
-    if planes * side**2 != found.tokens:
+    told = found.settings()
+    if found.rotary:
+        return told | ROTARY_CLIP
+    planes, tokens = PUBLISHED_FRAMES // found.tubelet, found.tokens or 0
+    side = round((tokens / planes) ** 0.5)
+    if planes * side**2 != tokens:
         raise WeightsRefused(
-            f"{path}: positions for {found.tokens} tokens are expected to be {planes} square planes of clips of "
+            f"{path}: positions for {tokens} tokens are expected to be {planes} square planes of clips of "
             f"{PUBLISHED_FRAMES} frames, and are not"
         )
-    return {
-        "model.name": found.name,
-        "model.predictor_dim": found.predictor_dim,
-        "model.predictor_depth": found.predictor_depth,
-        "data.frames": PUBLISHED_FRAMES,
-        "data.tubelet": found.tubelet,
-        "data.patch": found.patch,
-        "data.crop": side * found.patch,
-    }
+    return told | {"data.frames": PUBLISHED_FRAMES, "data.crop": side * found.patch}

@@ -79,10 +79,15 @@ def write(kind, path):
         torch.save({"classifiers": [{"module.linear.weight": torch.zeros(3, 3)}], "epoch": 3}, path)
     elif kind == "encoder only":
         torch.save({"encoder": content["encoder"]}, path)
-    elif kind == "second generation":
+    elif kind == "second generation without patches":
         for name in ("encoder", "target_encoder"):
             del content[name]["module.backbone.pos_embed"]
         torch.save(content, path)
+    elif kind == "V-JEPA 2.1":
+        content["encoder"]["module.backbone.norms_block.0.weight"] = torch.ones(64)
+        torch.save(content, path)
+    elif kind == "V-JEPA 2-AC":
+        torch.save({**content, "predictor": {"module.action_encoder.weight": torch.ones(8, 7)}}, path)
     elif kind == "whole numbers":
         content["encoder"]["module.backbone.norm.bias"] = torch.zeros(64, dtype=torch.int64)
         torch.save(content, path)
@@ -111,7 +116,12 @@ def write(kind, path):
         ("tensor", "it holds a Tensor"),
         ("probe", "it has no encoder, predictor, target_encoder; it holds classifiers, not a pretrained encoder"),
         ("encoder only", "it has no predictor, target_encoder"),
-        ("second generation", "rotary positions (V-JEPA 2)"),
+        ("second generation without patches", "encoder has no patch_embed.proj.weight"),
+        (
+            "V-JEPA 2.1",
+            "holds V-JEPA 2.1 (encoder.module.backbone.norms_block.0.weight), which this",
+        ),
+        ("V-JEPA 2-AC", "holds the action-conditioned V-JEPA 2-AC (predictor.module.action_encoder.weight)"),
         ("whole numbers", "module.backbone.norm.bias is not a dense tensor of floating-point numbers"),
         ("sparse", "module.backbone.norm.bias is not a dense tensor of floating-point numbers"),
         ("no tensor", "module.backbone.norm.bias is not a dense tensor of floating-point numbers"),

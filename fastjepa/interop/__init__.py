@@ -1,7 +1,7 @@
 """Weights in and out: checkpoints of the public V-JEPA code, folders in the transformers layout, runs of this library.
 
-Reading executes nothing: `.pth.tar` goes through torch's weights-only reader; folders and our own checkpoints are
-safetensors and JSON. Loading is strict: every key and every shape, or nothing is copied. Writing is a rename.
+Reading executes nothing: `.pth.tar` and `.pt` go through torch's weights-only reader; folders and our own checkpoints
+are safetensors and JSON. Loading is strict: every key and every shape, or nothing is copied. Writing is a rename.
 """
 
 from fastjepa.fit import NETWORKS
@@ -10,6 +10,7 @@ from fastjepa.interop.loading import load_moments, load_weights
 from fastjepa.interop.meta import PREFIX, MetaCheckpoint, load_meta_checkpoint, write_meta_checkpoint
 from fastjepa.interop.own import OwnCheckpoint, load_own_checkpoint, with_optimizer
 from fastjepa.interop.reading import read_weights
+from fastjepa.interop.vjepa2_folder import VJEPA2Weights, load_classifier
 from fastjepa.interop.weights import Weights, WeightsRefused
 from fastjepa.interop.writing import write_folder
 
@@ -18,8 +19,10 @@ __all__ = [
     "PREFIX",
     "MetaCheckpoint",
     "OwnCheckpoint",
+    "VJEPA2Weights",
     "Weights",
     "WeightsRefused",
+    "load_classifier",
     "load_folder",
     "load_meta_checkpoint",
     "load_moments",

@@ -39,17 +39,19 @@ def card(
         pace = f"over {data.duration:g} s"
     else:
         pace = f"at stride {data.stride}"
+    second = settings.model.positions != "table"
+    paper, kind = ("2506.09985", "V-JEPA 2") if second else ("2404.08471", "V-JEPA")
     front = [
         "---",
         *_licence_entries(passport),
-        "library_name: fastjepa",
+        f"library_name: {'transformers' if second else 'fastjepa'}",
         "pipeline_tag: feature-extraction",
         "tags: [video, self-supervised, v-jepa, vision-transformer]",
         "---",
     ]
     words = [
         f"# {name}",
-        f"A V-JEPA video encoder ([arXiv 2404.08471](https://arxiv.org/abs/2404.08471)), {settings.model.name}: the "
+        f"A {kind} video encoder ([arXiv {paper}](https://arxiv.org/abs/{paper})), {settings.model.name}: the "
         f"{NAMES[network]} of {passport.description}. It turns a clip of {data.frames} frames {pace}, {data.crop} x "
         f"{data.crop} pixels, into {tokens} tokens of {size['embed_dim']} numbers.",
         "## Load",
@@ -59,17 +61,13 @@ def card(
         f"[B, {tokens}, {size['embed_dim']}]\n```",
         "Features of video files:",
         f'```python\nfrom fastjepa.features import embed\n\nfeatures = embed("{name}", "video.mp4").features\n```',
-        "transformers itself has no class for V-JEPA of the first generation (its `VJEPA2Model` is another network, "
-        "with rotary positions). With fastjepa installed its `AutoModel` takes this folder:",
-        "```python\nimport fastjepa.transformers_model\nfrom transformers import AutoModel\n\n"
-        f'model = AutoModel.from_pretrained("{name}")\n'
-        "tokens = model(pixel_values_videos=clips).last_hidden_state  # clips [B, T, 3, H, W]\n```",
+        *_with_transformers(name, second),
         "Pixels are scaled to 0..1, then normalised with mean "
         "(0.485, 0.456, 0.406) and deviation (0.229, 0.224, 0.225); `video_preprocessor_config.json` says how frames "
         "are cut."
         + (
-            " `pretraining.safetensors` holds the other two networks, so that a run can begin from this folder "
-            f"(`init.from={name}`)."
+            f" `pretraining.safetensors` holds the other {'encoder' if second else 'two networks'}, so that a run can "
+            f"begin from this folder (`init.from={name}`)."
             if everything
             else ""
         ),
@@ -87,6 +85,24 @@ def card(
         ]
         words += ["## Probes of frozen features", "\n".join(rows)]
     return "\n".join(front) + "\n\n" + "\n\n".join(words) + "\n"
+
+
+def _with_transformers(name: str, second: bool) -> list[str]:
+    """How transformers loads the folder, with an example."""
+    if second:
+        return [
+            "transformers loads it by itself:",
+            "```python\nfrom transformers import AutoModel\n\n"
+            f'model = AutoModel.from_pretrained("{name}")\n'
+            "tokens = model(clips, skip_predictor=True).last_hidden_state  # clips [B, T, 3, H, W]\n```",
+        ]
+    return [
+        "transformers itself has no class for V-JEPA of the first generation (its `VJEPA2Model` is another network, "
+        "with rotary positions). With fastjepa installed its `AutoModel` takes this folder:",
+        "```python\nimport fastjepa.transformers_model\nfrom transformers import AutoModel\n\n"
+        f'model = AutoModel.from_pretrained("{name}")\n'
+        "tokens = model(pixel_values_videos=clips).last_hidden_state  # clips [B, T, 3, H, W]\n```",
+    ]
 
 
 def _licence_entries(passport: Passport) -> list[str]:

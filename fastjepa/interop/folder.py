@@ -1,5 +1,7 @@
 """The transformers layout: a folder that other programs can open, and this library reads back strictly.
 
+This is the first generation's, whose class is this library's own; `vjepa2_folder` has that of transformers' V-JEPA 2.
+
 ```
 OUT/
   config.json                    architecture, how clips are cut, and under `fastjepa` what travels with the weights
@@ -10,28 +12,22 @@ OUT/
 ```
 """
 
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from safetensors import safe_open
-from torch import Tensor
-
 from fastjepa.config import Settings
 from fastjepa.configfile import SettingsError, restore
 from fastjepa.fit import NETWORKS
-from fastjepa.interop.passport import Passport, one_paragraph, parsed
-from fastjepa.interop.weights import UNREADABLE, Weights, WeightsRefused, one_line
+from fastjepa.interop.files import CONFIG, MODEL, MORE, read_config, tensors, tensors_in_parts
+from fastjepa.interop.passport import Passport, one_paragraph
+from fastjepa.interop.vjepa2 import MODEL_TYPE as SECOND
+from fastjepa.interop.vjepa2_folder import licence_of_vjepa2_folder, load_vjepa2_folder
+from fastjepa.interop.weights import Weights, WeightsRefused
 from fastjepa.models.vision_transformer import SIZES
 from fastjepa.pixels import MEAN, STD
 
-CONFIG, MODEL, MORE = "config.json", "model.safetensors", "pretraining.safetensors"
-PREPROCESSOR, CARD = "video_preprocessor_config.json", "README.md"
 MODEL_TYPE = "vjepa"
-LONGEST_CONFIG = 4_000_000  # bytes
-DTYPES = ("F32", "BF16", "F16", "F64")
 WRAPPED = "encoder."  # how transformers names them where its class wraps the encoder
 
 
@@ -70,6 +66,8 @@ def load_folder(path: str | Path) -> Weights:
     Nothing in it is executed. Errors: WeightsRefused with one sentence.
     """
     path = Path(path).expanduser()
+    if read_config(path).get("model_type") == SECOND:
+        return load_vjepa2_folder(path)
     config, passport = _described(path)
     network = config["fastjepa"].get("network")
     if network not in ("target_encoder", "encoder"):
@@ -84,14 +82,14 @@ def load_folder(path: str | Path) -> Weights:
             raise WeightsRefused(
                 f"{path / CONFIG}: {key}: its settings make it {value}, given {one_paragraph(repr(config[key]))[:60]}"
             )
-    found = _tensors(path / MODEL)
+    found = tensors_in_parts(path / MODEL)
     if found and all(key.startswith(WRAPPED) for key in found):
         found = {key.removeprefix(WRAPPED): tensor for key, tensor in found.items()}
     networks = {network: found}
     if (path / MORE).exists():
         others = [name for name in NETWORKS if name != network]
         networks |= {name: {} for name in others}
-        for key, tensor in _tensors(path / MORE).items():
+        for key, tensor in tensors(path / MORE).items():
             name, _, inner = key.partition(".")
             if name not in others:
                 raise WeightsRefused(
@@ -115,25 +113,19 @@ def load_folder(path: str | Path) -> Weights:
 
 
 def licence_of_folder(path: Path) -> tuple[str, str]:
-    """(sentence, id), from config.json alone. Errors: WeightsRefused."""
+    """(sentence, id), from config.json and the card alone. Errors: WeightsRefused."""
+    if read_config(path).get("model_type") == SECOND:
+        return licence_of_vjepa2_folder(path)
     passport = _described(path)[1]
     return passport.licence, passport.licence_id
 
 
-def _described(path: Path) -> tuple[dict[str, Any], Passport]:
-    file = path / CONFIG
-    _expect_file(file, LONGEST_CONFIG)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsRefused(f"{file} cannot be read: {one_line(error)}") from None
-    config = parsed(file, "it", text)
-    kind = config.get("model_type") if isinstance(config, Mapping) else None
-    if kind == "vjepa2":
-        raise WeightsRefused(f"{path} is a V-JEPA 2 model, whose rotary positions cannot be read yet")
+def _described(path: Path) -> tuple[Mapping[str, Any], Passport]:
+    file, config = path / CONFIG, read_config(path)
+    kind = config.get("model_type")
     if kind != MODEL_TYPE:
         given = "nothing" if kind is None else one_paragraph(repr(kind))[:60]
-        raise WeightsRefused(f"{file}: model_type: expected {MODEL_TYPE!r}, given {given}")
+        raise WeightsRefused(f"{file}: model_type: expected {MODEL_TYPE!r} or {SECOND!r}, given {given}")
     if "fastjepa" not in config:
         raise WeightsRefused(f"{file} has no entry fastjepa: expected a folder that `fastjepa export` wrote")
     return config, Passport.from_content(file, config["fastjepa"])
@@ -144,37 +136,3 @@ def _settings(file: Path, passport: Passport) -> Settings:
         return restore(passport.settings, f"{file}: fastjepa.settings")
     except SettingsError as error:
         raise WeightsRefused(f"{file} has settings that this version does not take: {error.mistakes[0]}") from None
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """Errors: WeightsRefused; what a header says is checked against the size of the file before anything is read."""
-    if file.with_name(f"{file.name}.index.json").exists():
-        raise WeightsRefused(f"{file.parent} holds its weights in parts: expected one {file.name}")
-    _expect_file(file)
-    try:
-        with safe_open(str(file), "pt") as opened:
-            names = list(opened.keys())
-            for name in names:
-                kind = opened.get_slice(name).get_dtype()
-                if kind not in DTYPES:
-                    raise WeightsRefused(
-                        f"{file}: {one_paragraph(name)[:100]}: expected floating-point numbers "
-                        f"({', '.join(DTYPES)}), given {kind}"
-                    )
-            return {name: opened.get_tensor(name) for name in names}
-    except (safetensors.SafetensorError, *UNREADABLE) as error:
-        if isinstance(error, WeightsRefused):
-            raise
-        raise WeightsRefused(f"{file} is no file of safetensors, or it is damaged: {one_line(error)}") from None
-
-
-def _expect_file(file: Path, most: int | None = None) -> None:
-    """Errors: WeightsRefused where there is none, it is no regular file, or one of more than `most` bytes."""
-    try:
-        facts = file.stat()
-    except OSError as error:
-        raise WeightsRefused(f"{file} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(facts.st_mode):
-        raise WeightsRefused(f"{file} is no regular file")
-    if most is not None and facts.st_size > most:
-        raise WeightsRefused(f"{file} has {facts.st_size} bytes: expected at most {most}")

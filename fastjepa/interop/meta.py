@@ -12,8 +12,9 @@ from torch import Tensor
 from fastjepa.config import Settings
 from fastjepa.fit import NETWORKS
 from fastjepa.interop.commit import committed
+from fastjepa.interop.generation import is_second, licence, refuse_relatives, without_tables
 from fastjepa.interop.passport import Passport
-from fastjepa.interop.weights import META_LICENCE, META_LICENCE_ID, UNREADABLE, Weights, WeightsRefused, one_line
+from fastjepa.interop.weights import UNREADABLE, Weights, WeightsRefused, one_line
 
 PREFIX = "module.backbone."
 # An entry that the public code passes over: what this library knows of weights that it wrote, as JSON.
@@ -76,26 +77,16 @@ class MetaCheckpoint(Weights):
 
 
 def load_meta_checkpoint(path: str | Path) -> MetaCheckpoint:
-    """A `.pth.tar` file of the first-generation V-JEPA training script, on the CPU; nothing in it is executed.
+    """A file of the training scripts of V-JEPA (`.pth.tar`) or V-JEPA 2 (`.pt`), on the CPU; nothing in it is executed.
 
-    Keys lose exactly the prefix "module.backbone.". Errors: WeightsRefused with one sentence for anything else: another
-    kind of file, a truncated one, a pickle that asks for more than tensors, another layout.
+    Keys lose exactly the prefix "module.backbone.". A file of V-JEPA 2 may hold one encoder, with or without predictor;
+    position tables in it are left out, for its networks do not use them. Errors: WeightsRefused with one sentence for
+    anything else: another kind of file, a truncated one, a pickle that asks for more than tensors, another layout.
     """
     path = Path(path).expanduser()
     content = _torch_file(path)
-    missing = [name for name in NETWORKS if not isinstance(content.get(name), Mapping)]
-    if missing:
-        held = (
-            "classifiers, not a pretrained encoder" if any("classifier" in str(k) for k in content) else "other things"
-        )
-        raise WeightsRefused(
-            f"{path} is no V-JEPA pretraining checkpoint: it has no {', '.join(missing)}; it holds {held}"
-        )
-    networks = {name: dict(_bare(path, name, content[name])) for name in NETWORKS}
-    if "pos_embed" not in networks["encoder"]:
-        raise WeightsRefused(
-            f"{path} has no encoder.pos_embed: its encoder uses rotary positions (V-JEPA 2), which cannot be read yet"
-        )
+    networks, unused = _networks(path, content)
+    second = "pos_embed" not in networks.get("encoder", networks.get("target_encoder", {}))
     facts = {key: content[key] for key in ("epoch", "loss", "batch_size", "world_size", "lr") if key in content}
     if not all(isinstance(value, int | float) for value in facts.values()):
         raise WeightsRefused(f"{path} is no V-JEPA pretraining checkpoint: epoch, loss and the like are not numbers")
@@ -104,7 +95,8 @@ def load_meta_checkpoint(path: str | Path) -> MetaCheckpoint:
         raise WeightsRefused(f"{path} is no V-JEPA pretraining checkpoint: opt or scaler is no state")
     when = f", of epoch {facts['epoch']}" if "epoch" in facts else ""
     loss = f", loss {facts['loss']:.4g}" if "loss" in facts else ""
-    ignored = [_why_ignored(str(key), content[key]) for key in content if key not in (*NETWORKS, PASSPORT)]
+    ignored = [f"{', '.join(unused)} (rotary networks do not use position tables)"] if unused else []
+    ignored += [_why_ignored(str(key), content[key]) for key in content if key not in (*NETWORKS, PASSPORT)]
     if PASSPORT in content:
         passport = Passport.from_text(path, content[PASSPORT])
         return MetaCheckpoint(
@@ -121,13 +113,15 @@ def load_meta_checkpoint(path: str | Path) -> MetaCheckpoint:
             optimizer,
             scaler,
         )
+    generation = "second-generation V-JEPA checkpoint (V-JEPA 2)" if second else "first-generation V-JEPA checkpoint"
+    words, name = licence(second)
     return MetaCheckpoint(
         path,
-        f"a first-generation V-JEPA checkpoint{when}{loss}",
+        f"a {generation}{when}{loss}",
         networks,
         ignored,
-        META_LICENCE,
-        licence_id=META_LICENCE_ID,
+        words,
+        licence_id=name,
         public=facts,
         optimizer=optimizer,
         scaler=scaler,
@@ -137,10 +131,16 @@ def load_meta_checkpoint(path: str | Path) -> MetaCheckpoint:
 def write_meta_checkpoint(weights: Weights, settings: Settings, out: Path) -> None:
     """All three networks in the layout of the public code, without an optimizer; what is known of them goes along.
 
-    The public evaluation reads such a file; its training cannot go on from it, as `opt` is empty. A run of this library
-    has no epochs: `epoch` is 0 then, an entry that the public code prints. Errors: WeightsRefused where networks are
-    missing or `out` exists; OSError.
+    With position tables that is a file of V-JEPA, with rotary positions (model.positions=rope_v2) one of V-JEPA 2. The
+    public evaluation reads such a file; its training cannot go on from it, as `opt` is empty. A run of this library has
+    no epochs: `epoch` is 0 then, an entry that the public code prints. Errors: WeightsRefused where networks are
+    missing, positions are rotary in the usual order, or `out` exists; OSError.
     """
+    if settings.model.positions == "rope":
+        raise WeightsRefused(
+            f"{weights.path} has rotary positions in the usual order (model.positions=rope), and V-JEPA 2 of the "
+            "public code turns by other angles: its features would be others; expected model.positions=rope_v2"
+        )
     missing = [name for name in NETWORKS if name not in weights.networks]
     if missing:
         raise WeightsRefused(
@@ -160,9 +160,37 @@ def licence_of_file(path: Path) -> tuple[str, str]:
     """(sentence, id) of a file in the public layout, without reading its tensors. Errors: WeightsRefused."""
     content = _torch_file(path, mmap=True)
     if PASSPORT not in content:
-        return META_LICENCE, META_LICENCE_ID
+        networks, _ = _networks(path, content)
+        return licence("pos_embed" not in networks.get("encoder", networks.get("target_encoder", {})))
     passport = Passport.from_text(path, content[PASSPORT])
     return passport.licence, passport.licence_id
+
+
+def _networks(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The networks of a file, rotary ones without position tables, and the names of the tables left out."""
+    held = [name for name in NETWORKS if isinstance(content.get(name), Mapping)]
+    if not set(held) & {"encoder", "target_encoder"}:
+        raise _incomplete(path, content, held)
+    refuse_relatives(path, {name: content[name] for name in held})
+    networks = {name: dict(_bare(path, name, content[name])) for name in held}
+    passport = Passport.from_text(path, content[PASSPORT]) if PASSPORT in content else None
+    known = passport is not None and passport.settings.get("model.positions", "table") != "table"
+    if known or (passport is None and is_second(path, networks)):
+        for name in held:
+            if name != "predictor" and "patch_embed.proj.weight" not in networks[name]:
+                raise WeightsRefused(f"{path} is no V-JEPA checkpoint: {name} has no patch_embed.proj.weight")
+        return without_tables(networks)
+    if len(held) < len(NETWORKS):
+        raise _incomplete(path, content, held)
+    return networks, []
+
+
+def _incomplete(path: Path, content: Mapping[str, Any], held: list[str]) -> WeightsRefused:
+    missing = [name for name in NETWORKS if name not in held]
+    kind = "classifiers, not a pretrained encoder" if any("classifier" in str(k) for k in content) else "other things"
+    return WeightsRefused(
+        f"{path} is no V-JEPA pretraining checkpoint: it has no {', '.join(missing)}; it holds {kind}"
+    )
 
 
 def _torch_file(path: Path, *, mmap: bool = False) -> Mapping[str, Any]:

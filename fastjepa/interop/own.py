@@ -14,10 +14,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from fastjepa import checkpoint
 from fastjepa.fit import NETWORKS
 from fastjepa.interop.folder import CONFIG, licence_of_folder
+from fastjepa.interop.generation import licence
 from fastjepa.interop.meta import licence_of_file
 from fastjepa.interop.weights import (
-    META_LICENCE,
-    META_LICENCE_ID,
     OWN_LICENCE,
     Weights,
     WeightsRefused,
@@ -74,23 +73,27 @@ def load_own_checkpoint(path: str | Path, *, generations: int = 8) -> OwnCheckpo
         networks[network][key] = tensor
     settings = found.trainer.get("settings")
     settings = {str(key): value for key, value in settings.items()} if isinstance(settings, dict) else {}
-    licence, licence_id = _licence(settings.get("init.from"), generations)
+    rotary = settings.get("model.positions", "table") != "table"
+    words, name = _licence(settings.get("init.from"), generations, rotary)
     return OwnCheckpoint(
         found.folder,
         f"a checkpoint of fastjepa, step {found.step}",
         networks,
         [ANEW, "step, schedules and data position (this run has its own)"],
-        licence,
+        words,
         heads_of_settings(settings),
         settings,
         found.step,
-        licence_id,
+        name,
         found=found,
     )
 
 
-def _licence(began: str | None, generations: int) -> tuple[str, str]:
-    """(sentence, id) for a run with this `init.from`: that of its first weights, however many runs ago."""
+def _licence(began: str | None, generations: int, rotary: bool) -> tuple[str, str]:
+    """(sentence, id) for a run with this `init.from`: that of its first weights, however many runs ago.
+
+    `rotary`: of the run, and so of the weights that it could begin from.
+    """
     if began is None:
         return OWN_LICENCE, ""
     path = Path(began).expanduser()
@@ -104,7 +107,7 @@ def _licence(began: str | None, generations: int) -> tuple[str, str]:
         elif path.is_file():
             first, name = licence_of_file(path)
         elif path.name.endswith(SUFFIXES):  # a file is always one of the public layout
-            first, name = META_LICENCE, META_LICENCE_ID
+            first, name = licence(rotary)
         else:
             return f"{words}, which is not there any more to be asked", ""
     except WeightsRefused:

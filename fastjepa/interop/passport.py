@@ -20,7 +20,7 @@ PUBLIC = ("epoch", "loss", "batch_size", "world_size", "lr")
 class Passport:
     """`settings`: dotted keys, those that change results and name no place on somebody's disk.
 
-    `shapes_only`: nobody knows the settings of the run, they were told from the shapes of the weights.
+    `shapes_only`: nobody knows the settings of the run, they were told from the weights, and what describes them.
     """
 
     description: str
@@ -34,7 +34,7 @@ class Passport:
     @classmethod
     def of(cls, weights: Weights, settings: Settings) -> "Passport":
         """Of weights that `settings` build the networks for."""
-        shapes_only = weights.heads is None
+        shapes_only = weights.heads is None or "optim.steps" not in (weights.settings or {})
         sections = ("model.", "data.") if shapes_only else ("",)
         values = flat(settings)
         told = {

@@ -37,6 +37,8 @@ META_LICENCE = (
     "published weights of this layout are Meta's V-JEPA weights of the first generation: CC BY-NC 4.0, for "
     "non-commercial use only"
 )
+ROTARY_LICENCE_ID = "mit"
+ROTARY_LICENCE = "published weights of this layout are Meta's V-JEPA 2 weights: MIT"
 OWN_LICENCE = "yours"
 
 
@@ -48,10 +50,10 @@ class WeightsRefused(ValueError):
 class Weights:
     """Bare state dicts, and what is known of them. `heads` (encoder, predictor) is None where nobody knows.
 
-    `networks` holds all three, or a single encoder where no more was handed over. `settings` are those of the run that
-    made them, dotted key -> value as in `config.flat`; `step` is its step. Both are None for weights from elsewhere.
-    `licence` is a sentence, `licence_id` its name on a model card; "" where none is named. `public`: epoch, loss,
-    batch_size, world_size and lr of a checkpoint of the public code, as far as they are known.
+    `networks` holds all three, or fewer where no more was handed over: an encoder at least. `settings` are those of
+    the run that made them, dotted key -> value as in `config.flat`; `step` is its step. Both are None for weights from
+    elsewhere. `licence` is a sentence, `licence_id` its name on a model card; "" where none is named. `public`:
+    epoch, loss, batch_size, world_size and lr of a checkpoint of the public code, as far as they are known.
     """
 
     path: Path

@@ -14,8 +14,10 @@ from fastjepa.config import Settings
 from fastjepa.fit import NETWORKS
 from fastjepa.interop.card import Probed, card
 from fastjepa.interop.commit import committed
-from fastjepa.interop.folder import CARD, CONFIG, MODEL, MODEL_TYPE, MORE, PREPROCESSOR, architecture_of
+from fastjepa.interop.files import CARD, CONFIG, MODEL, MORE, PREPROCESSOR
+from fastjepa.interop.folder import MODEL_TYPE, architecture_of
 from fastjepa.interop.passport import Passport
+from fastjepa.interop.vjepa2_folder import content_of
 from fastjepa.interop.weights import Weights
 from fastjepa.pixels import MEAN, STD
 
@@ -32,26 +34,28 @@ def write_folder(
     probed: Sequence[Probed] = (),
     trained_on: str = "",
 ) -> None:
-    """Write `network` to `out`, with `everything` the other two beside it.
+    """Write `network` to `out`, with `everything` the others beside it.
 
-    `settings` are those that build the networks. `probed` and `trained_on` are for the card. Errors: WeightsRefused
-    where `out` is taken; OSError.
+    Networks of the second generation are written as transformers' own classes have them, their predictor always beside
+    the encoder. `settings` are those that build the networks. `probed` and `trained_on` are for the card. Errors:
+    WeightsRefused where `out` is taken, or where no class has such networks; OSError.
     """
     passport = Passport.of(weights, settings)
     state = weights.networks[network]
-    config: dict[str, Any] = {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
-        **architecture_of(settings),
-        "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
-        "fastjepa": {"network": network, **passport.content()},
-    }
-    others = {
-        f"{name}.{key}": tensor
-        for name in NETWORKS
-        if everything and name != network
-        for key, tensor in weights.networks[name].items()
-    }
+    second = settings.model.positions != "table"
+    beside = [name for name in NETWORKS if everything and name != network]
+    if second:
+        config, state = content_of(weights, settings, network)
+        beside = [name for name in beside if name != "predictor"]
+    else:
+        config = {
+            "architectures": [ARCHITECTURE],
+            "model_type": MODEL_TYPE,
+            **architecture_of(settings),
+            "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+        }
+    config["fastjepa"] = {"network": network, **passport.content()}
+    others = {f"{name}.{key}": tensor for name in beside for key, tensor in weights.networks[name].items()}
     with committed(out) as folder:
         folder.mkdir()
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -80,6 +84,20 @@ def _save(state: dict[str, Tensor], file: Path) -> None:
 
 def _preprocessing(settings: Settings) -> dict[str, Any]:
     data = settings.data
+    if settings.model.positions != "table":
+        return {
+            "video_processor_type": "VJEPA2VideoProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": data.crop},
+            "resample": 2,  # bilinear
+            "do_center_crop": True,
+            "crop_size": {"height": data.crop, "width": data.crop},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(MEAN),
+            "image_std": list(STD),
+        }
     return {
         "crop": "the central square of every frame, resized bilinearly without antialiasing",
         "size": {"height": data.crop, "width": data.crop},

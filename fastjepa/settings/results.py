@@ -245,8 +245,8 @@ class Init(Section):
     # `from` is a keyword of Python: the settings spell it so, the code reads `settings.init.from_`.
     from_: Annotated[str, Field(min_length=1)] | None = setting(
         None,
-        "weights that a new run starts from: a first-generation V-JEPA checkpoint (.pth.tar), a folder that import or "
-        "export --all made, or a run of fastjepa (its folder, or one checkpoint in it); null draws them",
+        "weights that a new run starts from: a checkpoint of V-JEPA (.pth.tar) or V-JEPA 2 (.pt), a folder that import "
+        "or export --all made, or a run of fastjepa (its folder, or one checkpoint in it); null draws them",
         alias="from",
     )
     optimizer: bool = setting(

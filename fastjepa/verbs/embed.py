@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> Exit:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("embed", ABOUT)
     parser.add_argument(
-        "weights", metavar="WEIGHTS", help="a run, a checkpoint in it, an exported folder or a .pth.tar"
+        "weights", metavar="WEIGHTS", help="a run, a checkpoint in it, an exported folder or a .pth.tar or .pt"
     )
     parser.add_argument("path", metavar="PATH", help="a video, a folder, a list, a shard (.tar) or synthetic://...")
     parser.add_argument("--out", metavar="FILE", required=True, help="the file to make: .safetensors or .parquet")

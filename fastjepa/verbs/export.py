@@ -9,15 +9,17 @@ from fastjepa.verbs.parsing import Parser, say
 
 ABOUT = (
     "Hand weights over. The default is a folder in the transformers layout: config.json, model.safetensors with the "
-    "published key names, and a model card that carries the licence. --format meta writes a .pth.tar that the public "
-    "V-JEPA code evaluates. Values stay the same to the bit."
+    "published key names, and a model card that carries the licence. --format meta writes a file that the public code "
+    "evaluates: V-JEPA's .pth.tar, with model.positions=rope_v2 V-JEPA 2's .pt. Values stay the same to the bit."
 )
 
 
 def main(arguments: Sequence[str]) -> Exit:
     """Errors: ValueError for an argument, or for weights that cannot be read."""
     parser = Parser("export", ABOUT)
-    parser.add_argument("source", metavar="RUN", help="a run, a checkpoint in it, an exported folder or a .pth.tar")
+    parser.add_argument(
+        "source", metavar="RUN", help="a run, a checkpoint in it, an exported folder, a .pth.tar or .pt"
+    )
     parser.add_argument("out", metavar="OUT", help="the folder (or with --format meta the file) to make")
     parser.add_argument(
         "--format", choices=("transformers", "meta"), default="transformers", help="the layout (transformers)"

@@ -1,7 +1,7 @@
 """`python -m fastjepa probe WEIGHTS`: what did the features learn? Classifiers on the frozen encoder.
 
 WEIGHTS is the folder of a run (its newest checkpoint, also while it trains), one checkpoint in it, or a published
-V-JEPA checkpoint (.pth.tar). Labels come from the videos of the run, or from --data.
+checkpoint of V-JEPA (.pth.tar) or V-JEPA 2 (.pt). Labels come from the videos of the run, or from --data.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> Exit:
 def _parser() -> Parser:
     parser = Parser("probe", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("weights", metavar="WEIGHTS", help="folder of a run, a checkpoint in it, or a .pth.tar file")
+    parser.add_argument("weights", metavar="WEIGHTS", help="a run, a checkpoint in it, or a .pth.tar or .pt file")
     add = parser.add_argument
     add(
         "--probe",

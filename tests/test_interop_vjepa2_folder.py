@@ -111,7 +111,9 @@ def test_from_transformers_and_back_to_the_bit(tmp_path, capsys, cls, part):
     told, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("again", "theirs"))
     del told["fastjepa"]
     assert told == expected
-    assert "license: mit" in (tmp_path / "again" / "README.md").read_text()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "Trained elsewhere" in card
 
 
 @pytest.mark.parametrize("network", ["target_encoder", "encoder"])
@@ -138,6 +140,16 @@ def test_a_run_becomes_a_folder_that_transformers_loads_and_comes_back_to_the_bi
     assert settings_of(one) == settings
     assert one.networks.keys() == {network, "predictor"}
     assert_equal(one.networks[network], weights.networks[network])
+
+
+def test_by_way_of_the_public_layout_nothing_changes(tmp_path):
+    settings, weights = own(tmp_path)
+    write_folder(weights, settings, tmp_path / "straight", "target_encoder", everything=True)
+    hand_over(tmp_path / "straight", tmp_path / "public.pt", "meta")
+    hand_over(tmp_path / "public.pt", tmp_path / "around", everything=True)
+    for name in ("model.safetensors", "pretraining.safetensors"):
+        assert_equal(load_file(tmp_path / "around" / name), load_file(tmp_path / "straight" / name))
+    assert settings_of(read_weights(tmp_path / "around")) == settings
 
 
 def test_values_are_converted_where_that_is_asked_for(tmp_path):
@@ -229,10 +241,12 @@ def test_mask_tokens_that_were_never_trained_are_not_taken(tmp_path):
 )
 def test_other_settings_are_named(tmp_path, changes, words):
     saved(tmp_path / "theirs")
+    hand_over(tmp_path / "theirs", tmp_path / "ours", everything=None)
     settings, _ = own(tmp_path, **changes)
-    with pytest.raises(WeightsRefused) as caught:
-        load_weights(build_jepa(settings), read_weights(tmp_path / "theirs"))
-    assert words in str(caught.value)
+    for folder in ("theirs", "ours"):
+        with pytest.raises(WeightsRefused) as caught:
+            load_weights(build_jepa(settings), read_weights(tmp_path / folder))
+        assert words in str(caught.value)
 
 
 def losses(folder):
@@ -391,4 +405,5 @@ def test_other_networks_are_not_written_as_if_they_were_its(tmp_path, changes, w
     with pytest.raises(WeightsRefused) as caught:
         write_folder(weights, settings, tmp_path / "out", "encoder", everything=False)
     assert words in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}: model.")
     assert not (tmp_path / "out").exists()

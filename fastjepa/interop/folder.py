@@ -1,5 +1,7 @@
 """The transformers layout: a folder that other programs can open, and this library reads back strictly.
 
+This is the first generation's, whose class is this library's own; `vjepa2_folder` has that of transformers' V-JEPA 2.
+
 ```
 OUT/
   config.json                    architecture, how clips are cut, and under `fastjepa` what travels with the weights

@@ -149,7 +149,10 @@ def content_of(weights: Weights, settings: Settings, network: str) -> tuple[dict
     if "predictor" in weights.networks:
         parts["predictor"] = weights.networks["predictor"]
     tokens = sum(key.startswith("mask_tokens.") for key in parts.get("predictor", {}))
-    config = config_of(settings, tokens if "predictor" in parts else DEFAULTS["pred_num_mask_tokens"])
+    try:
+        config = config_of(settings, tokens if "predictor" in parts else DEFAULTS["pred_num_mask_tokens"])
+    except WeightsRefused as error:
+        raise WeightsRefused(f"{weights.path}: {error}") from None
     if isinstance(weights, VJEPA2Weights):
         config = weights.config  # as it came, with the names of its classes
         if weights.classifier is not None:

@@ -13,7 +13,7 @@ from fastjepa.fit import NETWORKS, Networks, loaded_lines
 from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
 from fastjepa.interop.card import Probed
 from fastjepa.interop.commit import refuse_taken
-from fastjepa.models.vision_transformer import SIZES
+from fastjepa.interop.weights import heads_of_settings
 from fastjepa.opened import load_encoder, settings_of
 
 Format = Literal["transformers", "meta"]
@@ -77,12 +77,11 @@ def hand_over(
     report = list(_report(weights, out, written, format))
     if settings.model.positions != "table" and weights.heads is None:
         model = settings.model
-        heads = SIZES[model.name]["num_heads"]
-        report.insert(
-            -1,
-            f"heads      {heads} in the encoder, {model.predictor_heads or heads} in the predictor: as published, for "
-            "the file does not tell them",
-        )
+        known = heads_of_settings({"model.name": model.name, "model.predictor_heads": model.predictor_heads})
+        assert known is not None  # every name of the settings is a size
+        encoder, predictor = known
+        guess = f"{encoder} in the encoder, {predictor} in the predictor: as published, for the file does not tell them"
+        report.insert(-1, f"heads      {guess}")
     return report
 
 

@@ -111,7 +111,9 @@ def test_from_transformers_and_back_to_the_bit(tmp_path, capsys, cls, part):
     told, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("again", "theirs"))
     del told["fastjepa"]
     assert told == expected
-    assert "license: mit" in (tmp_path / "again" / "README.md").read_text()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "Trained elsewhere" in card
 
 
 @pytest.mark.parametrize("network", ["target_encoder", "encoder"])
@@ -239,10 +241,12 @@ def test_mask_tokens_that_were_never_trained_are_not_taken(tmp_path):
 )
 def test_other_settings_are_named(tmp_path, changes, words):
     saved(tmp_path / "theirs")
+    hand_over(tmp_path / "theirs", tmp_path / "ours", everything=None)
     settings, _ = own(tmp_path, **changes)
-    with pytest.raises(WeightsRefused) as caught:
-        load_weights(build_jepa(settings), read_weights(tmp_path / "theirs"))
-    assert words in str(caught.value)
+    for folder in ("theirs", "ours"):
+        with pytest.raises(WeightsRefused) as caught:
+            load_weights(build_jepa(settings), read_weights(tmp_path / folder))
+        assert words in str(caught.value)
 
 
 def losses(folder):

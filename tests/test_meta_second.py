@@ -13,6 +13,7 @@ from fastjepa.features import embed
 from fastjepa.fit import NETWORKS, state_of
 from fastjepa.handover import hand_over
 from fastjepa.interop import PREFIX, WeightsRefused, load_meta_checkpoint, load_weights, read_weights
+from fastjepa.interop.generation import mask_tokens
 from fastjepa.interop.meta import licence_of_file
 from fastjepa.jepa import JEPA
 from fastjepa.opened import open_encoder
@@ -340,3 +341,8 @@ def test_features_of_a_video_are_those_of_the_encoder(settings, file, tmp_path):
     one, two = (embed(weights, source, pool="tokens").features for weights in (run, tmp_path / "out.pt"))
     assert torch.equal(one, two)
     assert one.abs().max() > 0
+
+
+def test_mask_tokens_are_in_the_order_of_their_numbers():
+    state = {f"mask_tokens.{number}": torch.tensor(number) for number in (10, 2, 0, 1)} | {"norm.bias": torch.ones(1)}
+    assert [int(token) for token in mask_tokens(state)] == [0, 1, 2, 10]

@@ -133,7 +133,7 @@ def _rates(settings: Settings) -> str:
 
 
 def _training(passport: Passport, settings: Settings, trained_on: str) -> str:
-    if passport.shapes_only:
+    if not passport.recipe:
         return "Trained elsewhere, with the public V-JEPA code or in its layout; the recipe is not in the weights."
     o = settings.optim
     steps = o.steps if passport.step is None else passport.step

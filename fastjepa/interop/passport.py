@@ -20,7 +20,7 @@ PUBLIC = ("epoch", "loss", "batch_size", "world_size", "lr")
 class Passport:
     """`settings`: dotted keys, those that change results and name no place on somebody's disk.
 
-    `shapes_only`: nobody knows the settings of the run, they were told from the weights, and what describes them.
+    `shapes_only`: nobody knows the settings of the run, they were told from the shapes of the weights.
     """
 
     description: str
@@ -34,8 +34,9 @@ class Passport:
     @classmethod
     def of(cls, weights: Weights, settings: Settings) -> "Passport":
         """Of weights that `settings` build the networks for."""
-        shapes_only = weights.heads is None or "optim.steps" not in (weights.settings or {})
-        sections = ("model.", "data.") if shapes_only else ("",)
+        shapes_only = weights.heads is None
+        recipe = not shapes_only and "optim.steps" in (weights.settings or {})
+        sections = ("",) if recipe else ("model.", "data.")
         values = flat(settings)
         told = {
             key: values[key]
@@ -46,6 +47,11 @@ class Passport:
         return cls(
             weights.description, weights.licence, weights.licence_id, weights.step, told, shapes_only, public
         )  # fmt: skip
+
+    @property
+    def recipe(self) -> bool:
+        """Whether the settings are those of a run, and not of networks alone."""
+        return not self.shapes_only and "optim.steps" in self.settings
 
     @property
     def heads(self) -> tuple[int, int] | None:

@@ -67,16 +67,20 @@ def place(recipe, tmp_path, cache, monkeypatch):
     tiny = Settings.model_validate(
         {"model": {"name": "vit_tiny", "predictor_dim": 96, "predictor_depth": 2}, "data": {"crop": 64}}
     )
-    networks = state_of(build_jepa(tiny))
-    content = {name: {PREFIX + key: value for key, value in state.items()} for name, state in networks.items()}
-    torch.save(content, folder / "vitl16.pth.tar")
+    rotary = Settings.model_validate(
+        {"model": {"name": "vit_tiny", "predictor_dim": 96, "predictor_depth": 2, "positions": "rope_v2"}}
+    )
+    for settings, file in ((tiny, "vitl16.pth.tar"), (rotary, "vitl.pt")):
+        networks = state_of(build_jepa(settings))
+        content = {name: {PREFIX + key: value for key, value in state.items()} for name, state in networks.items()}
+        torch.save(content, folder / file)
     return folder
 
 
 def test_python_code_runs(place):
-    assert main(["export", RUN, "demo"]) == 0
+    assert main(["export", RUN, "demo"]) == main(["import", "vitl.pt", "vitl2"]) == 0
     codes = blocks("python")
-    assert len(codes) == 3
+    assert len(codes) == 4
     for code in codes:
         exec(compile(code, "README.md", "exec"), {"clips": torch.zeros(1, 4, 3, 32, 32)})
 

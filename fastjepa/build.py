@@ -25,6 +25,7 @@ from fastjepa.models import VisionTransformer, VisionTransformerPredictor, build
 from fastjepa.models.initialise import redraw_linears
 from fastjepa.models.layers import Attention
 from fastjepa.models.operations import LIBRARY, Operations
+from fastjepa.models.vision_transformer import SIZES, deep_levels
 from fastjepa.optim import OptimizerPass, Schedule
 from fastjepa.parallel import DTYPES
 from fastjepa.pieces import build_operations, explain_attention, update_kernels
@@ -55,6 +56,7 @@ def build_jepa(s: Settings, operations: Operations = LIBRARY) -> JEPA:
         execution=s.runtime.execution,
         operations=operations,
         mask_token_by="length" if s.compat.mask_token_by_length else "set",
+        context_distance=s.loss.context_distance,
     )
 
 
@@ -78,6 +80,8 @@ def _predictor(s: Settings, encoder: VisionTransformer) -> VisionTransformerPred
         num_mask_tokens=s.mask.number_of_sets,
         zero_init_mask_tokens=s.model.zero_init_mask_tokens,
         noise=s.model.noise,
+        levels=encoder.number_of_levels,
+        predict_context=s.loss.context > 0,
         **_feed_forward(s.model.predictor_mlp),
         **_shared(s),
     )
@@ -85,7 +89,9 @@ def _predictor(s: Settings, encoder: VisionTransformer) -> VisionTransformerPred
 
 def build_encoder(s: Settings) -> VisionTransformer:
     """An encoder alone; nothing is seeded."""
-    return build_vit(s.model.name, drop_path_rate=s.model.drop_path, **_feed_forward(s.model.mlp), **_shared(s))
+    levels = deep_levels(SIZES[s.model.name]["depth"]) if s.model.levels == "deep" else None
+    shared = {**_feed_forward(s.model.mlp), **_shared(s)}
+    return build_vit(s.model.name, drop_path_rate=s.model.drop_path, levels=levels, **shared)
 
 
 def _feed_forward(kind: FeedForward) -> dict[str, Any]:
@@ -173,11 +179,20 @@ def build_reader(s: Settings, videos: Videos, decoder: Decoder | None = None, ca
         videos.paths,
         d.tubelet,
         cache_bytes,
-        needs_rate="data.duration" if d.duration is not None else "data.fps" if d.fps is not None else "",
+        needs_rate=_needs_rate(s),
         frame_rate=d.frame_rate,
         read=read_with_torchcodec if decoder is not None and decoder.name == "torchcodec" else read_frames,
         known=None if decoder is None else decoder.entries,
     )
+
+
+def _needs_rate(s: Settings) -> str:
+    """The setting by which frames are chosen, where a video must tell its frame rate or times for it; else empty."""
+    if s.data.duration is not None:
+        return "data.duration"
+    if s.compat.fps_whole_stride:
+        return "compat.fps_whole_stride"
+    return "data.fps" if s.data.fps is not None else ""
 
 
 def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -> ClipDataset:
@@ -202,6 +217,7 @@ def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -
         clips_per_video=d.clips_per_video,
         duration=d.duration,
         fps=d.fps,
+        whole_stride=s.compat.fps_whole_stride,
     )
     return ClipDataset(
         reader,

@@ -106,8 +106,16 @@ def resume_class(field: FieldInfo) -> Resume:
 
 
 def flat(settings: Settings) -> dict[str, Any]:
-    """Dotted key -> plain value (lists, numbers, strings), for comparison and JSON."""
+    """Dotted key -> plain value (lists, numbers, strings), for comparison and JSON.
+
+    Options of a mask set that are off are left out of it: sets are compared and hashed whole, and those of runs from
+    before these options are the same.
+    """
     dump = settings.model_dump(mode="json", by_alias=True)
+    for one in dump["mask"]["sets"]:
+        for option in ("full_complement", "pred_full_complement", "inv_block"):
+            if not one[option]:
+                del one[option]
     return {key: dump[key.split(".")[0]][key.split(".")[1]] if "." in key else dump[key] for key, _ in fields()}
 
 

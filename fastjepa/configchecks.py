@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fastjepa.config import Mask, Model, Settings
+from fastjepa.config import Loss, Mask, MaskSet, Model, Settings
 
 Mistake = tuple[tuple[str, ...], str]
 
@@ -14,6 +14,7 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
     yield from _masks(s)
     yield from _batches(s)
     yield from _schedule(s)
+    yield from _context_loss(s)
     yield from _ranges(s)
     yield from _execution(s)
     yield from _profile(s)
@@ -171,6 +172,11 @@ def _clips(s: Settings) -> Iterator[Mistake]:
             ("data.stride", "data.fps"),
             f"data.stride: expected its default {stride} beside data.fps, which takes its place, given {d.stride}",
         )
+    if s.compat.fps_whole_stride and d.fps is None:
+        yield (
+            ("compat.fps_whole_stride", "data.fps"),
+            "compat.fps_whole_stride: expected false without data.fps, which it rounds, given true",
+        )
     if d.fps is not None and d.duration is not None:
         yield (
             ("data.fps", "data.duration"),
@@ -209,6 +215,24 @@ def _masks(s: Settings) -> Iterator[Mistake]:
             "mask.sets: expected the default with mask.kind tube, which draws one set by mask.ratio, given other sets"
             f"{way_out}",
         )
+    for number, one in enumerate(s.mask.sets):
+        yield from _mask_options(f"mask.sets.{number}", one, s.mask.truncation)
+
+
+def _mask_options(where: str, one: MaskSet, truncation: str) -> Iterator[Mistake]:
+    """An option of a mask set that another setting leaves without effect."""
+    key, other = f"{where}.pred_full_complement", f"{where}.full_complement"
+    if one.pred_full_complement and one.full_complement:
+        yield (key, other), f"{key}: expected false beside full_complement, which also fills what cutting dropped"
+    elif one.pred_full_complement and one.max_keep is not None:
+        yield (
+            (key, f"{where}.max_keep"),
+            f"{key}: expected false beside max_keep, whose limit of the context it would undo",
+        )
+    # Without cutting, only max_keep drops tokens, and only from the context.
+    for option, given in ((key, one.pred_full_complement), (other, one.full_complement and one.max_keep is None)):
+        if given and truncation == "none":
+            yield (option, "mask.truncation"), f"{option}: expected false with mask.truncation none, which cuts nothing"
 
 
 def _batches(s: Settings) -> Iterator[Mistake]:
@@ -262,6 +286,24 @@ def _schedule(s: Settings) -> Iterator[Mistake]:
                 ("optim.betas",),
                 f"optim.betas: expected numbers from 0 to below 1, given {beta} at place {index + 1}",
             )
+
+
+def _context_loss(s: Settings) -> Iterator[Mistake]:
+    loss = s.loss
+    if loss.context_full < loss.context_start:
+        yield (
+            ("loss.context_full", "loss.context_start"),
+            f"loss.context_full: expected at least loss.context_start {loss.context_start}, given {loss.context_full}",
+        )
+    if not loss.context:
+        for key in ("context_start", "context_full", "context_distance"):
+            expected, given = getattr(Loss(), key), getattr(loss, key)
+            if given != expected:
+                yield (
+                    (f"loss.{key}", "loss.context"),
+                    f"loss.{key}: expected the default {str(expected).lower()} with loss.context 0, "
+                    f"given {str(given).lower()}",
+                )
 
 
 def _ranges(s: Settings) -> Iterator[Mistake]:

@@ -53,7 +53,8 @@ class StepShape:
     pass; `union` the tokens that are a target of some set. `packed` against the public code's way; `fused` kernels
     against torch's own functions, which may be `compiled`; `masters`: bf16 weights beside float32 masters, against
     float32 under autocast. `rotary` attention turns queries and keys. The first `recomputed` blocks of a network run
-    forward twice. Of `processes` each does this with its own clips, and holds one of the `shards` of every weight.
+    forward twice. `levels` of the encoder are predicted, with `dense` at context tokens too. Of `processes` each does
+    this with its own clips, and holds one of the `shards` of every weight.
     """
 
     encoder: Network
@@ -77,6 +78,8 @@ class StepShape:
     clipped: bool
     regularised: bool
     rotary: bool = False
+    levels: int = 1
+    dense: bool = False
     processes: int = 1
     shards: int = 1
 
@@ -230,12 +233,15 @@ def _predictor(s: StepShape) -> Iterator[Work]:
     pairs = [s.batch * t.sequence_squared for t in s.sets]
     sequences = [c + t for c, t in zip(contexts, targets)]
     for context, target in [(sum(contexts), sum(targets))] if s.packed else zip(contexts, targets):
-        for m, n, k in ((context, narrow, wide), (target, wide, narrow)):
+        embeds = [(context, narrow, wide)]
+        if s.levels > 1:  # by way of the encoder's width
+            embeds.append((context, wide, s.levels * wide))
+        for m, n, k in (*embeds, (target + (context if s.dense else 0), s.levels * wide, narrow)):
             yield from _with_gradients("predictor linear", m, n, k, size)
         if s.noised:  # target features are projected too; nothing flows back into them
             yield Product("predictor linear", target, narrow, wide, size)
             yield Product("predictor linear", narrow, wide, target, size)
-    if s.packed:
+    if s.packed and not s.dense:
         yield from _packed_or_apart(s, "predictor", sequences, pairs, s.predictor.depth - 1)
         asked, rows = s.batch * sum(t.target_sequence for t in s.sets), sum(sequences)
         yield from _blocks(s, "predictor", rows, sum(pairs), 1, training=True, queries=sum(targets), query_pairs=asked)
@@ -348,7 +354,7 @@ def _with_gradients(name: str, m: float, n: float, k: float, size: int, count: f
 
 def _loss(s: StepShape) -> Iterator[Work]:
     """Target features normalised and compared with the predictions, and the gradient of that."""
-    width, rows = s.encoder.width, s.batch * s.target
+    width, rows = s.levels * s.encoder.width, s.batch * (s.target + (s.context if s.dense else 0))
     if s.fused:
         moved = s.batch * s.union * 2 * s.value_bytes + rows * 6 * s.value_bytes
         yield Pass("loss", moved * width, 2)

@@ -23,10 +23,14 @@ from fastjepa.pixels import MEAN, STD
 
 
 class FusedTargets(Targets):
-    """Features as the target encoder leaves them; the loss normalises the rows it compares."""
+    """Features as the target encoder leaves them; the loss normalises the rows it compares.
 
-    def __init__(self, features: Tensor, impl: kernels.Impl) -> None:
+    Levels are rows of their own to the kernels: [B, N, L * E] is [B, N * L, E] without a copy.
+    """
+
+    def __init__(self, features: Tensor, impl: kernels.Impl, levels: int = 1) -> None:
         self.raw = features
+        self.levels = levels
         self.impl: kernels.Impl = impl
 
     def every(self) -> Tensor:
@@ -50,11 +54,20 @@ class FusedTargets(Targets):
         return torch.stack(parts).sum() / len(token_set.lengths)
 
     def _error(self, prediction: Tensor, features: Tensor, index: Tensor, exponent: float) -> Tensor:
+        if self.levels > 1:
+            prediction, features = self._apart(prediction).flatten(1, 2), self._apart(features).flatten(1, 2)
+            level = torch.arange(self.levels, device=index.device)
+            index = (index.unsqueeze(-1) * self.levels + level).flatten(1)
         return kernels.target_loss(prediction, features, index, exponent=exponent, impl=self.impl)
 
     def _normalised(self, rows: Tensor) -> Tensor:
         wide = torch.promote_types(rows.dtype, torch.float32)
-        return kernels.layer_norm(rows, eps=1e-5, out_dtype=wide, impl=self.impl)
+        normalised = kernels.layer_norm(self._apart(rows), eps=1e-5, out_dtype=wide, impl=self.impl)
+        return normalised.view(rows.shape)
+
+    def _apart(self, rows: Tensor) -> Tensor:
+        """[..., L * E] as [..., L, E]; as it is where there is one level."""
+        return rows if self.levels == 1 else rows.unflatten(-1, (self.levels, -1))
 
 
 class Fused(Indexed):
@@ -172,9 +185,9 @@ class Fused(Indexed):
                 noise = {"noise": torch.cat(given)}
         return {"alpha": predictor.signal_left[steps], **noise}  # type: ignore[index]
 
-    def targets(self, features: Tensor) -> Targets:
+    def targets(self, features: Tensor, levels: int = 1) -> Targets:
         """The features themselves: they are normalised where they are read."""
-        return FusedTargets(features, self.impl)
+        return FusedTargets(features, self.impl, levels)
 
     def norm(self, norm: nn.Module, x: Tensor, *, kept: bool = False) -> Tensor:
         """One pass, written in the dtype of the next matrix product, or in float32 at least where it is kept."""

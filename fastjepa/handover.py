@@ -42,6 +42,12 @@ def hand_over(
     refuse_taken(out)
     weights = _licensed(read_weights(source), licence)
     settings = settings_of(weights)
+    if settings.model.levels == "deep" or settings.loss.context:
+        raise WeightsRefused(
+            f"{weights.path}: networks of model.levels=deep or loss.context have no published layout: expected others "
+            f"for an export, given model.levels {settings.model.levels} and loss.context {settings.loss.context:g} "
+            "(embed and init.from take them as they are)"
+        )
     network = weights.network(network)
     if dtype is not None:
         weights = _converted(weights, DTYPES[dtype])

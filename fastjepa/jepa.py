@@ -5,12 +5,13 @@ B clips, N tokens, M mask sets, Kc context and Kt target tokens, E encoder width
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastjepa.dense import context_token_weights
 from fastjepa.masks.tokens import TokenSet, apply_masks, number_of_clips, split_runs
 from fastjepa.masks.union import TargetUnion
 from fastjepa.models import VisionTransformer, VisionTransformerPredictor, packing
@@ -29,6 +30,8 @@ Nested = Sequence[TokenSet] | Sequence[Sequence[TokenSet]]
 class JEPAOutput:
     """What one forward pass gives: `loss_reg` is None at weight 0, and so is what follows unless it is asked for.
 
+    `loss_context` is the error at context tokens, before its weight, of a predictor that predicts them.
+
     `every_target` [B, N, E] are the target features of all tokens. Of clips of several lengths there is a list of each,
     a length each.
     """
@@ -39,6 +42,21 @@ class JEPAOutput:
     predictions: list[Any] | None = None
     targets: list[Any] | None = None
     every_target: Any = None
+    loss_context: Tensor | None = None
+
+
+@dataclass
+class Predicted:
+    """What a pass predicts, by group and mask set, and what it is compared with.
+
+    `at_context` is None unless the predictor predicts context tokens too; `every` are the target features of all
+    tokens, where they were asked for.
+    """
+
+    at_targets: list[list[Tensor]]
+    at_context: list[list[Tensor]] | None
+    targets: list[Targets]
+    every: list[Tensor] | None = None
 
 
 @dataclass
@@ -62,6 +80,10 @@ class JEPA(nn.Module):
     does the work that the mathematics needs and takes this library's networks (`fastjepa.models.packing`), and runs
     its pieces through `operations`. `mask_token_by` says what chooses the learned mask token: the mask set, or, as the
     released V-JEPA 2 was trained, the place of the clips' length among those of the step.
+
+    An encoder with levels is taught at each of them. A predictor with `predict_context` is taught at context tokens,
+    too, where each counts the less the farther it lies from a target (`fastjepa.dense`), with `context_distance`.
+    Source: V-JEPA 2.1 (arXiv 2603.14482).
     """
 
     def __init__(
@@ -74,6 +96,7 @@ class JEPA(nn.Module):
         execution: Execution = "packed",
         operations: Operations = LIBRARY,
         mask_token_by: MaskTokens = "set",
+        context_distance: bool = True,
     ) -> None:
         super().__init__()
         if mask_token_by not in ("set", "length"):
@@ -99,6 +122,15 @@ class JEPA(nn.Module):
         self.execution = execution
         self.operations = operations
         self.mask_token_by = mask_token_by
+        self.context_distance = context_distance
+        self.levels = encoder.number_of_levels if isinstance(encoder, VisionTransformer) else 1
+        if isinstance(predictor, VisionTransformerPredictor) and predictor.levels != self.levels:
+            raise ValueError(
+                f"encoder and predictor must have equally many levels, got {self.levels} and {predictor.levels}"
+            )
+        self.dense = getattr(predictor, "predictor_proj_context", None) is not None
+        if self.dense and context_distance and not isinstance(encoder, VisionTransformer):
+            raise ValueError("distances to targets need the token grid of a VisionTransformer: context_distance=False")
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "JEPA":
@@ -111,14 +143,15 @@ class JEPA(nn.Module):
     def target_features(self, clips: Tensor) -> Tensor:
         """Target features of every token, normalised without affine, at least float32: [B, C, T, H, W] -> [B, N, E].
 
-        `clips` as for `forward`.
+        Of an encoder with levels those of all, [B, N, levels * E]. `clips` as for `forward`.
         """
         if self.execution == "reference":
-            return Targets(self.target_encoder(self._floats(clips))).every()
+            return Targets(self._encoded(self.target_encoder, self._floats(clips)), self.levels).every()
         encoder = self.target_encoder
         assert isinstance(encoder, VisionTransformer)
         patches = self.operations.cut(encoder, clips)
-        return self.operations.targets(packing.encode_all(encoder, [patches], self.operations)[0]).every()
+        features = packing.encode_all(encoder, [patches], self.operations)[0]
+        return self.operations.targets(features, self.levels).every()
 
     def forward(
         self,
@@ -130,6 +163,7 @@ class JEPA(nn.Module):
         union: TargetUnion | Sequence[TargetUnion] | None = None,
         look: bool = False,
         shares: Sequence[float] | None = None,
+        context_weight: float = 1.0,
     ) -> JEPAOutput:
         """The loss of one batch: the mean over mask sets of the mean over clips of each clip's own mean.
 
@@ -137,7 +171,8 @@ class JEPA(nn.Module):
         `masks_target`: M mask sets each, [B, K] int64 or `Ragged`. `draws` hands in (timesteps [B], noise [B, Kt, P]) a
         mask set for the noised predictor. `collect` keeps predictions and targets: [B, Kt, E] a set, or [R, E] rows
         where lengths differ. `union` is that of `masks_target` (see `target_union`): packed execution then finishes
-        those tokens alone; the reference way needs none. `look` keeps predictions and the target features of all
+        those tokens alone; the reference way needs none, nor does a predictor of context tokens, whose loss comes with
+        `context_weight`. `look` keeps predictions and the target features of all
         tokens, for figures of health: it costs a block at most and changes no bit of the loss.
 
         Clips of several lengths T are a list of tensors, and masks, draws and unions lists of what belongs to each. The
@@ -150,7 +185,10 @@ class JEPA(nn.Module):
         if shares is not None and len(shares) != len(groups):
             raise ValueError(f"shares come one a length, got {len(shares)} for {len(groups)} lengths")
         reference = self.execution == "reference"
-        predictions, targets, every = self._reference(groups) if reference else self._packed(groups, look)
+        if self.dense:  # every token is compared
+            groups = [replace(group, union=None) for group in groups]
+        found = self._reference(groups) if reference else self._packed(groups, look)
+        predictions, targets = found.at_targets, found.targets
         # Where the targets stand in what the target encoder has finished.
         asked = [g.target if g.union is None or reference else g.union.places for g in groups]
         losses, spreads = [], []
@@ -164,9 +202,15 @@ class JEPA(nn.Module):
         if self.reg_coeff:
             loss_reg = _weighed(spreads, shares)
             loss = loss_jepa + self.reg_coeff * loss_reg
-        output = JEPAOutput(loss, loss_jepa, loss_reg)
+        loss_context = None
+        if found.at_context is not None:
+            loss_context = _weighed(
+                [self._context_error(*one) for one in zip(groups, found.at_context, targets)], shares
+            )
+            loss = loss + context_weight * loss_context
+        output = JEPAOutput(loss, loss_jepa, loss_reg, loss_context=loss_context)
         if look:
-            seen = [goals.every() for goals in targets] if every is None else every
+            seen = [goals.every() for goals in targets] if found.every is None else found.every
             output.every_target = seen[0] if single else seen
         if collect or look:
             kept = [[p.detach() for p in guesses] for guesses in predictions]
@@ -180,34 +224,54 @@ class JEPA(nn.Module):
         """Which mask token stands for the targets of a set."""
         return mask_set if self.mask_token_by == "set" else group.number
 
-    def _reference(self, groups: Sequence[Group]) -> tuple[list[list[Tensor]], list[Targets], None]:
+    def _context_error(self, group: Group, guesses: Sequence[Tensor], goals: Targets) -> Tensor:
+        """The error at the context tokens of a group, the mean over its mask sets."""
+        weights: list[Tensor | None] = [None] * len(group.context)
+        if self.context_distance:
+            assert isinstance(self.encoder, VisionTransformer)
+            grid = self.encoder.token_grid(group.clips)
+            weights = [context_token_weights(c, t, grid) for c, t in zip(group.context, group.target)]
+        parts = zip(guesses, group.context, weights)
+        return torch.stack([goals.weighed_error(p, s, self.loss_exp, w) for p, s, w in parts]).mean()
+
+    def _encoded(self, encoder: nn.Module, clips: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Features of every level, where there are several."""
+        return encoder(clips, kept, every_level=True) if self.levels > 1 else encoder(clips, kept)
+
+    def _reference(self, groups: Sequence[Group]) -> Predicted:
         """Predictions a mask set, and targets, the way the public code runs: every patch embedded in every pass."""
-        found, every_targets = [], []
+        found, seen_too, every_targets = [], [], []
         for group in groups:
             clips = self._floats(group.clips)
             with torch.no_grad():
-                targets = Targets(self.target_encoder(clips))
-            predictions = []
+                targets = Targets(self._encoded(self.target_encoder, clips), self.levels)
+            predictions, at_context = [], []
             for number, (c_set, t_set) in enumerate(zip(group.context, group.target)):
-                parts, start = [], 0
+                parts: list[Tensor] = []
+                others: list[Tensor] = []
+                start = 0
                 token = self._number(group, number)
                 for rows, (kept, wanted) in split_runs([c_set, t_set]):
                     goal = apply_masks(targets.every()[rows], wanted)
-                    seen = self.encoder(clips[rows], kept)
+                    seen = self._encoded(self.encoder, clips[rows], kept)
                     draw: tuple[Any, Any] = (None, None)
                     if group.draws is not None:
                         draw = draw_of_run(group.draws[number], rows, start, wanted.shape)
-                    parts.append(self.predictor(seen, goal, kept, wanted, token, *draw))
+                    guess = self.predictor(seen, goal, kept, wanted, token, *draw)
+                    if self.dense:
+                        guess, other = guess
+                        others.append(other)
+                    parts.append(guess)
                     start += wanted.numel()
-                dense = isinstance(t_set, Tensor)
-                predictions.append(torch.cat(parts) if dense else torch.cat([part.flatten(0, 1) for part in parts]))
+                predictions.append(_set_of_runs(parts, t_set))
+                if self.dense:
+                    at_context.append(_set_of_runs(others, c_set))
             found.append(predictions)
+            seen_too.append(at_context)
             every_targets.append(targets)
-        return found, every_targets, None
+        return Predicted(found, seen_too if self.dense else None, every_targets)
 
-    def _packed(
-        self, groups: Sequence[Group], look: bool
-    ) -> tuple[list[list[Tensor]], list[Targets], list[Tensor] | None]:
+    def _packed(self, groups: Sequence[Group], look: bool) -> Predicted:
         """The same numbers: patches cut once, all sets in one encoder pass and in one predictor pass.
 
         And with `look` the target features of all tokens.
@@ -225,10 +289,10 @@ class JEPA(nn.Module):
             every = None
             if look:
                 features, whole = packing.encode_both(target_encoder, patches, operations, index)
-                every = [operations.targets(one).every() for one in whole]
+                every = [operations.targets(one, self.levels).every() for one in whole]
             else:
                 features = packing.encode_all(target_encoder, patches, operations, index)
-            targets = [operations.targets(one) for one in features]
+            targets = [operations.targets(one, self.levels) for one in features]
             goals = None
             if predictor.mask_tokens is None:
                 goals = [goal.rows(token_set) for goal, places in zip(targets, asked) for token_set in places]
@@ -237,9 +301,11 @@ class JEPA(nn.Module):
         draws = None if groups[0].draws is None else [draw for group in groups for draw in group.draws or ()]
         numbers = [self._number(group, number) for group in groups for number in range(len(group.target))]
         rows = packing.encode_sets(encoder, patches, [group.context for group in groups], operations)
-        found = packing.predict_sets(predictor, rows, goals, context, target, draws, operations, numbers)
-        predictions = [[found.pop(0) for _ in group.target] for group in groups]
-        return predictions, targets, every
+        given = (predictor, rows, goals, context, target, draws, operations, numbers)
+        if not self.dense:
+            return Predicted(_by_group(packing.predict_sets(*given), groups), None, targets, every)
+        found, seen = packing.predict_all_sets(*given)
+        return Predicted(_by_group(found, groups), _by_group(seen, groups), targets, every)
 
     def _floats(self, clips: Tensor) -> Tensor:
         """Clips as an encoder takes them: bytes are normalised in the dtype of its weights."""
@@ -295,6 +361,17 @@ def _groups(
             if described != len(group.clips):
                 raise ValueError(f"a mask set describes {described} clips, the batch has {len(group.clips)}")
     return groups
+
+
+def _by_group(sets: list[Tensor], groups: Sequence[Group]) -> list[list[Tensor]]:
+    """One tensor a mask set, of all groups one after another, as a list for each group."""
+    rest = iter(sets)
+    return [[next(rest) for _ in group.target] for group in groups]
+
+
+def _set_of_runs(parts: Sequence[Tensor], token_set: TokenSet) -> Tensor:
+    """[b, K, D] of neighbouring clips as [B, K, D], or as [R, D] rows where lengths differ."""
+    return torch.cat(list(parts) if isinstance(token_set, Tensor) else [part.flatten(0, 1) for part in parts])
 
 
 def _weighed(losses: Sequence[Tensor], shares: Sequence[float] | None) -> Tensor:

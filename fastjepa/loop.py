@@ -24,6 +24,7 @@ from fastjepa.data.guard import Guard
 from fastjepa.data.loader import Batch, EncodedBatch, make_loader, running
 from fastjepa.data.source import Videos
 from fastjepa.data.upload import uploaded
+from fastjepa.dense import context_loss_weight
 from fastjepa.eta import Aside, Eta
 from fastjepa.evaluation import draw_pictures, run_probe, should_probe, show_pictures
 from fastjepa.exchange import Exchange
@@ -210,7 +211,7 @@ class Trainer:
         `look` measures the health of the last batch, with the weights that its loss was computed with.
         """
         s, parts = self.settings, self.plan.accumulation
-        total, looked = torch.zeros(2, device=self.device), None
+        total, looked = torch.zeros(2 + self.jepa.dense, device=self.device), None
         slots, losses = [], []
         for part in range(parts):
             if part and self._wish() is Wish.LEAVE:
@@ -236,6 +237,9 @@ class Trainer:
                         draws,
                         union=batch.union,
                         look=look and last,
+                        context_weight=context_loss_weight(
+                            step, s.loss.context, s.loss.context_start, s.loss.context_full
+                        ),
                     )
                 self.update.backward(out.loss / parts, last)
             if look and last:
@@ -244,8 +248,9 @@ class Trainer:
                 looked = out.every_target, out.predictions
             slots.append(batch.slots)
             losses.append(out.loss.detach())
-            total += torch.stack([out.loss.detach(), out.loss_jepa.detach()]) / parts
-        loss, loss_jepa = self.exchange.mean(total)
+            every = (out.loss, out.loss_jepa, *(() if out.loss_context is None else (out.loss_context,)))
+            total += torch.stack([one.detach() for one in every]) / parts
+        loss, loss_jepa, *loss_context = self.exchange.mean(total)
         distance = self.update.ema_distance() if look else None
         norms = self.update.step(step, loss)
         self.bad_steps.note(step + 1, slots, losses, loss, norms)
@@ -254,7 +259,7 @@ class Trainer:
             features, predictions = looked
             # One clip of each video: clips of the same one are too alike to tell what is trivial.
             measured = health.measure(features[:: s.data.clips_per_video], predictions, s.loss.exponent)
-        return StepDone(loss, loss_jepa, norms, measured, distance)
+        return StepDone(loss, loss_jepa, norms, measured, distance, *loss_context)
 
     def _bad_steps(self, dataset: ClipDataset) -> BadSteps:
         reasons = (self.findings.bad.reasons, self.findings.short.reasons)

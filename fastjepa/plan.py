@@ -198,6 +198,8 @@ def _shape(s: Settings, jepa: JEPA, masks: GeneratorCollator, compiled: bool) ->
     encoder, predictor = jepa.encoder, jepa.predictor
     assert isinstance(encoder, VisionTransformer) and isinstance(predictor, VisionTransformerPredictor)  # noqa: PT018
     sets, union = _mean_tokens(s, masks, encoder.num_patches)
+    if s.loss.context:  # every token is compared
+        union = encoder.num_patches
     packed, half = s.runtime.execution == "packed", s.optim.dtype != "float32"
     shape = StepShape(
         encoder=_network(encoder, encoder.blocks),
@@ -221,6 +223,8 @@ def _shape(s: Settings, jepa: JEPA, masks: GeneratorCollator, compiled: bool) ->
         clipped=s.optim.clip_grad is not None,
         regularised=s.loss.reg_coeff > 0,
         rotary=s.model.positions != "table",
+        levels=encoder.number_of_levels,
+        dense=s.loss.context > 0,
     )
     return at_batch(s, shape, s.data.clips_per_video)
 

@@ -28,8 +28,9 @@ class Clock:
 class StepDone:
     """What a step leaves behind, 0-dim on the device; health and EMA distance on log steps only.
 
-    `loss` is what was minimised, `loss_jepa` the prediction error in it, without the regulariser; both are means over
-    all processes. Norms and EMA distance are those of all weights, health is that of the clips of this process.
+    `loss` is what was minimised, `loss_jepa` the prediction error in it, without the regulariser, `loss_context` that
+    at context tokens before its weight, where they are predicted; all are means over all processes. Norms and EMA
+    distance are those of all weights, health is that of the clips of this process.
     """
 
     loss: Tensor
@@ -37,6 +38,7 @@ class StepDone:
     norms: StepNorms
     health: health.Health | None
     ema_distance: Tensor | None
+    loss_context: Tensor | None = None
 
 
 def metrics_row(
@@ -53,6 +55,7 @@ def metrics_row(
         "grad_norm_predictor": done.norms.predictor,
         "ema_distance": done.ema_distance,
         "skipped": skipped,
+        **({} if done.loss_context is None else {"loss_context": done.loss_context}),
         **vars(done.health),
     }
     values = transferred(figures)

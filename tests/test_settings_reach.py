@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastjepa.build import build_dataset
+from fastjepa.build import build_dataset, build_masks
 from fastjepa.exits import Exit
 from fastjepa.models.pos_embed import position_table
 from fastjepa.models.predictor import signal_left
@@ -28,6 +28,9 @@ COMPAT = {
     "optim.eps=1e-6": lambda t: t.update.optimizer.param_groups[0]["eps"] == 1e-6,
     "loss.exponent=2.0": lambda t: t.jepa.loss_exp == 2.0,
     "loss.reg_coeff=0.1": lambda t: t.jepa.reg_coeff == 0.1,
+    "model.levels=deep": lambda t: t.jepa.encoder.levels == [0, 1, 2] and t.jepa.predictor.levels == 3,
+    "loss.context=0.5": lambda t: t.jepa.dense and t.jepa.context_distance and t.jepa.levels == 1,
+    "loss.context=0.5 and loss.context_distance=false": lambda t: not t.jepa.context_distance,
     "model.noise=linear and model.targets=noised": lambda t: torch.equal(
         t.jepa.predictor.signal_left, signal_left("linear").to(t.jepa.predictor.signal_left.dtype)
     ),
@@ -49,6 +52,17 @@ COMPAT = {
     "data.sampling=replacement": lambda t: build_dataset(t.settings, t.videos).plan.order.replaces,
     "data.shuffle_window=77": lambda t: build_dataset(t.settings, t.videos).plan.order.window == 77,
     "data.fps=6 and data.stride=4": lambda t: build_dataset(t.settings, t.videos).plan.fps == 6,
+    "data.fps=6 and data.stride=4 and compat.fps_whole_stride=true": lambda t: (
+        build_dataset(t.settings, t.videos).plan.whole_stride
+        and build_dataset(t.settings, t.videos).reader.needs_rate == "compat.fps_whole_stride"
+    ),
+    "mask.sets.0.full_complement=true and mask.sets.1.inv_block=true": lambda t: (
+        [(g.full_complement, g.pred_full_complement, g.inv_block) for g in build_masks(t.settings).generators]
+        == [(True, False, False), (False, False, True)]
+    ),
+    "mask.sets.1.pred_full_complement=true": lambda t: (
+        [g.pred_full_complement for g in build_masks(t.settings).generators] == [False, True]
+    ),
     "data.frame_rate=12.5": lambda t: build_dataset(t.settings, t.videos).reader.frame_rate == 12.5,
     "data.antialias=true": lambda t: build_dataset(t.settings, t.videos).antialias,
     # The second block's projection is divided by sqrt(4) unless the weights are drawn again.

@@ -112,7 +112,7 @@ class Reader:
             raise VideoError(f"it has {frames}, fewer than one tubelet of {self.least_frames}", info.path)
         if info.rate is None and self.frame_rate is not None:
             info = replace(info, rate=self.frame_rate)
-        if self.needs_rate and (info.rate if self.needs_rate == "data.duration" else info.times) is None:
+        if self.needs_rate and (info.times if self.needs_rate == "data.fps" else info.rate) is None:
             raise VideoError(f"its frame rate is not known, and {self.needs_rate} needs it", info.path)
         return info
 
@@ -228,7 +228,7 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
 
     def _draws(self, info: VideoInfo, slot: int) -> list[ClipDraw]:
         """What to cut out of this video. Errors: _TooShort."""
-        times = None if self.plan.fps is None else info.times
+        times = info.times if self.plan.by_times else None
         if self.filter_short and not info.still and (reason := self.plan.too_short(info.frames, info.rate, times)):
             raise _TooShort(reason)
         clips = self.plan.clips_per_video

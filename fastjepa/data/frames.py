@@ -1,6 +1,7 @@
 """Which frames of a video a clip has: the published rule by a stride, and that by frames per second."""
 
 from fractions import Fraction
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,17 @@ def clip_stride(frames: int, stride: int, duration: float | None, rate: Fraction
     if rate is None:
         raise ValueError(f"the stride of a clip of {duration:g} s follows from the frame rate, which is not known")
     return max(1, int(duration * float(rate) / frames))
+
+
+def rate_stride(fps: float, rate: Fraction | float | None) -> int:
+    """Source frames from one frame of a clip to the next for about `fps` frames/s, by the average rate in frames/s.
+
+    The rule of the public V-JEPA 2, ceil(rate) // fps: clips of a video at 30 frames/s have 4.29 of them at `fps` 4. At
+    least 1: the public code fails on a video with fewer frames/s than are asked for. Errors: ValueError without a rate.
+    """
+    if rate is None:
+        raise ValueError(f"the stride of a clip at {fps:g} frames/s follows from the frame rate, which is not known")
+    return max(1, int(ceil(rate) // fps))
 
 
 def clip_frames(

@@ -11,7 +11,7 @@ from math import exp, log
 import numpy as np
 
 from fastjepa.data.augment import Op, draw_ops
-from fastjepa.data.frames import clip_frames, clip_stride, frame_seconds, known_times, timed_frames
+from fastjepa.data.frames import clip_frames, clip_stride, frame_seconds, known_times, rate_stride, timed_frames
 from fastjepa.data.order import Collection, VideoOrder
 from fastjepa.streams import Purpose, stream
 
@@ -79,7 +79,8 @@ class ClipPlan:
 
     `videos`: in which order they come, or only their numbers, which then come in a new permutation each pass over the
     data. `scale` and `aspect` are the ranges of the random resized crop. In place of `stride` the clip spans `duration`
-    seconds by the average frame rate, or has `fps` frames/s at the true times of the frames. With `clips_per_video` n,
+    seconds by the average frame rate, or has `fps` frames/s at the true times of the frames, with `whole_stride` in
+    their place at a stride of whole frames that comes near it, see `rate_stride`. With `clips_per_video` n,
     slot s is clip s % n of the video of video slot s // n: the clips of a video come from its n equal segments and have
     boxes and flips of their own. Source: the published sampler and transform (V-JEPA, arXiv 2404.08471, appendix).
     """
@@ -98,20 +99,33 @@ class ClipPlan:
         clips_per_video: int = 1,
         duration: float | None = None,
         fps: float | None = None,
+        whole_stride: bool = False,
     ) -> None:
         self.seed = seed
         self.order = videos if isinstance(videos, VideoOrder) else VideoOrder(seed, [Collection(videos)])
         self.frames, self.stride, self.duration, self.fps = frames, stride, duration, fps
+        self.whole_stride = whole_stride
         self.scale, self.aspect, self.flip = scale, aspect, flip
         self.augmentation = augmentation
         self.clips_per_video = clips_per_video
 
+    @property
+    def by_times(self) -> bool:
+        """Frames are chosen by the times at which they are shown, which `clip` then needs."""
+        return self.fps is not None and not self.whole_stride
+
+    def _stride(self, rate: Fraction | None) -> int:
+        if self.fps is not None:
+            return rate_stride(self.fps, rate)
+        return clip_stride(self.frames, self.stride, self.duration, rate)
+
     def too_short(self, length: int, rate: Fraction | None = None, times: np.ndarray | None = None) -> str:
         """Why a video of `length` frames has less than a clip spans; empty where it has enough."""
-        if self.fps is not None:
+        if self.by_times:
+            assert self.fps is not None
             lasts, spans = length * frame_seconds(known_times(length, times)), self.frames / self.fps
             return f"it lasts {lasts:.3g} s, less than the {spans:.3g} s that a clip spans" * (lasts < spans)
-        window = self.frames * clip_stride(self.frames, self.stride, self.duration, rate)
+        window = self.frames * self._stride(rate)
         count = "1 frame" if length == 1 else f"{length} frames"
         return f"it has {count}, fewer than the {window} that a clip spans" * (length < window)
 
@@ -126,14 +140,15 @@ class ClipPlan:
     ) -> ClipDraw:
         """What to cut out of a video of `length` frames of `height` x `width` pixels, for the clip at this slot.
 
-        `rate`, frames/s, is needed with a duration; `times` of the frames, float64 [length] in s, with `fps`.
+        `rate`, frames/s, is needed with a duration or `whole_stride`; `times` of the frames, float64 [length] in s,
+        with `fps` alone.
         """
         rng = stream(self.seed, Purpose.CLIP, slot)
         number, clips = slot % self.clips_per_video, self.clips_per_video
-        if self.fps is None:
-            stride = clip_stride(self.frames, self.stride, self.duration, rate)
-            frames = clip_frames(length, self.frames, stride, rng, clip=number, clips=clips)
+        if not self.by_times:
+            frames = clip_frames(length, self.frames, self._stride(rate), rng, clip=number, clips=clips)
         else:
+            assert self.fps is not None
             frames = timed_frames(known_times(length, times), self.frames, self.fps, rng, clip=number, clips=clips)
         box = random_box(height, width, self.scale, self.aspect, rng)
         flip = bool(self.flip and rng.random() < 0.5)

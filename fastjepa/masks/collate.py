@@ -62,7 +62,8 @@ class MaskCollator(GeneratorCollator):
     """Multi-block masks, one pair of mask sets for each entry of `cfgs_mask`.
 
     An entry has the published keys: spatial_scale, temporal_scale, aspect_ratio, num_blocks, and optionally
-    max_temporal_keep and max_keep; an unknown key raises. Draws depend on (seed, step, global slot, set number) only.
+    max_temporal_keep, max_keep, full_complement, pred_full_complement and inv_block; an unknown key raises. Draws
+    depend on (seed, step, global slot, set number) only.
     """
 
     def __init__(
@@ -124,6 +125,9 @@ _BLOCK_NAMES = {
     "num_blocks": "npred",
     "max_temporal_keep": "max_context_frames_ratio",
     "max_keep": "max_keep",
+    "full_complement": "full_complement",
+    "pred_full_complement": "pred_full_complement",
+    "inv_block": "inv_block",
 }
 _TUBE_NAMES = {"ratio": "ratio"}
 

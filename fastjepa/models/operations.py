@@ -42,11 +42,18 @@ class Patches:
 
 
 class Targets:
-    """Target features of every token [B, N, E], normalised without affine, and what is asked of them."""
+    """Target features of every token [B, N, E], normalised without affine, and what is asked of them.
 
-    def __init__(self, features: Tensor) -> None:
+    Of several levels side by side each is normalised by itself.
+    """
+
+    def __init__(self, features: Tensor, levels: int = 1) -> None:
         wide = widened(features)
+        if levels > 1:
+            wide = wide.unflatten(-1, (levels, -1))
         self._features = F.layer_norm(wide, wide.shape[-1:], eps=1e-5)
+        if levels > 1:
+            self._features = self._features.flatten(-2)
 
     def every(self) -> Tensor:
         """The features of all tokens: [B, N, E]."""
@@ -61,12 +68,23 @@ class Targets:
 
         The result is 0-dim, float32 at least.
         """
-        difference = (widened(prediction) - self.rows(token_set)).abs()
-        if exponent != 1.0:
-            difference = difference**exponent
+        difference = self._difference(prediction, token_set, exponent)
         if isinstance(token_set, Tensor):
             return difference.mean() / exponent
         return (difference.mean(dim=-1) * token_set.weights().to(difference.dtype)).sum() / exponent
+
+    def weighed_error(self, prediction: Tensor, token_set: TokenSet, exponent: float, weight: Tensor | None) -> Tensor:
+        """`error` with each token's part multiplied by its `weight`, [B, K] or [R]; the weights are not normalised."""
+        if weight is None:
+            return self.error(prediction, token_set, exponent)
+        tokens = self._difference(prediction, token_set, exponent).mean(dim=-1) * weight
+        if isinstance(token_set, Tensor):
+            return tokens.mean() / exponent
+        return (tokens * token_set.weights().to(tokens.dtype)).sum() / exponent
+
+    def _difference(self, prediction: Tensor, token_set: TokenSet, exponent: float) -> Tensor:
+        difference = (widened(prediction) - self.rows(token_set)).abs()
+        return difference if exponent == 1.0 else difference**exponent
 
 
 class Operations:
@@ -150,9 +168,9 @@ class Operations:
             parts.append(torch.cat(both, dim=1).flatten(0, 1))
         return torch.cat(parts)
 
-    def targets(self, features: Tensor) -> Targets:
-        """What the target encoder gives [B, N, E], made ready for the loss."""
-        return Targets(features)
+    def targets(self, features: Tensor, levels: int = 1) -> Targets:
+        """What the target encoder gives [B, N, E], of so many levels side by side, made ready for the loss."""
+        return Targets(features, levels)
 
     def norm(self, norm: nn.Module, x: Tensor, *, kept: bool = False) -> Tensor:
         """Layer normalisation: [..., D] -> [..., D]; `kept` where no matrix product reads the result next."""

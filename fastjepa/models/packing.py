@@ -9,7 +9,7 @@ B clips, N tokens, R rows, D width, E encoder width, P predictor width. Clips of
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from fastjepa.models.layers import Block
 from fastjepa.models.operations import LIBRARY, Operations, Patches
 from fastjepa.models.predictor import Draw, VisionTransformerPredictor
 from fastjepa.models.rotary import Places
-from fastjepa.models.rows import Dropped, Rotary, Stretch, Wanted, joined, run_shapes, split, stretches_of
+from fastjepa.models.rows import Dropped, Rotary, Stretch, Wanted, beside, joined, run_shapes, split, stretches_of
 from fastjepa.models.vision_transformer import VisionTransformer
 
 
@@ -68,12 +68,15 @@ def _encode(
     layout = operations.layout(stretches, x.device, _rotary(encoder, patches, everywhere))
     *blocks, last = encoder.blocks
     assert isinstance(last, Block)
+    norms = encoder.lower_norms
     if index is None:
-        features = split(
-            _run_blocks(operations, [*blocks, last], encoder.norm, x, layout, stretches, True)[0], stretches
+        normed, x, lower = _run_blocks(
+            operations, [*blocks, last], encoder.last_norm, x, layout, stretches, True, tuple(norms)
         )
+        below = [operations.norm(norms[number], rows, kept=True) for number, rows in lower.items()]
+        features = split(beside([*below, normed]), stretches)
         return features, features
-    normed, x = _run_blocks(operations, blocks, last.norm1, x, layout, stretches)
+    normed, x, lower = _run_blocks(operations, blocks, last.norm1, x, layout, stretches, levels=tuple(norms))
 
     def finished(some: Sequence[Tensor]) -> list[Tensor]:
         shapes = [Stretch(*one.shape) for one in some]
@@ -81,7 +84,12 @@ def _encode(
             joined(_rows_of(some, stretches)), operations.layout(shapes, x.device, _rotary(encoder, patches, some))
         )
         dropped = _dropped(last, shapes, x)
-        return split(operations.last_block(last, encoder.norm, normed, x, layout, wanted, True, dropped), shapes)
+        top = operations.last_block(last, encoder.last_norm, normed, x, layout, wanted, True, dropped)
+        below = [
+            operations.norm(norms[number], operations.take(rows, wanted.place), kept=True)
+            for number, rows in lower.items()
+        ]
+        return split(beside([*below, top]), shapes)
 
     asked = finished(index)
     if not every:
@@ -122,12 +130,16 @@ def encode_sets(
     sets: Sequence[Sequence[TokenSet]],
     operations: Operations = LIBRARY,
 ) -> Tensor:
-    """Features of the kept tokens, group after group, set after set and clip after clip: [R, E]."""
+    """Features of the kept tokens, of every level, group after group, set after set and clip after clip: [R, E]."""
     x = joined([operations.embed_sets(encoder, group, kept) for group, kept in zip(patches, sets)])
     every = [token_set for kept in sets for token_set in kept]
     stretches = [stretch for token_set in every for stretch in stretches_of(token_set)]
     layout = operations.layout(stretches, x.device, _rotary(encoder, patches, every))
-    return _run_blocks(operations, list(encoder.blocks), encoder.norm, x, layout, stretches)[0]
+    norms = encoder.lower_norms
+    normed, _, lower = _run_blocks(
+        operations, list(encoder.blocks), encoder.last_norm, x, layout, stretches, levels=tuple(norms)
+    )
+    return beside([*(operations.norm(norms[number], rows) for number, rows in lower.items()), normed])
 
 
 def predict_sets(
@@ -146,6 +158,65 @@ def predict_sets(
     set; `goals` those of `masks_target` ([B, K, E] or [R, E] each), which only a noised predictor reads; `draws` hands
     in its (timesteps, noise), a pair a set. `numbers` of the sets' mask tokens; without them a set has its own.
     """
+    x, rows = _assembled(predictor, context, goals, masks_context, masks_target, draws, operations, numbers)
+    *blocks, last = predictor.predictor_blocks
+    assert isinstance(last, Block)
+    layout = operations.layout(rows.stretches, x.device, _turned(last, predictor, rows.token))
+    normed, x, _ = _run_blocks(operations, blocks, last.norm1, x, layout, rows.stretches)
+    shapes = [Stretch(*t) for _, t in rows.runs]
+    wanted = Wanted(rows.tails, operations.layout(shapes, x.device, _turned(last, predictor, rows.asked)))
+    dropped = _dropped(last, shapes, x)
+    y = operations.last_block(last, predictor.predictor_norm, normed, x, layout, wanted, False, dropped)
+    return _unpack(predictor.predictor_proj(y), masks_target)
+
+
+def predict_all_sets(
+    predictor: VisionTransformerPredictor,
+    context: Tensor,
+    goals: Sequence[Tensor] | None,
+    masks_context: Sequence[TokenSet],
+    masks_target: Sequence[TokenSet],
+    draws: Sequence[Draw] | None = None,
+    operations: Operations = LIBRARY,
+    numbers: Sequence[int] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Predictions at the target tokens and at the context tokens: every block finishes all rows.
+
+    Arguments as for `predict_sets`; the predictor has a projection for context tokens.
+    """
+    assert predictor.predictor_proj_context is not None, "this predictor predicts nothing at context tokens"
+    x, rows = _assembled(predictor, context, goals, masks_context, masks_target, draws, operations, numbers)
+    blocks = list(predictor.predictor_blocks)
+    layout = operations.layout(rows.stretches, x.device, _turned(blocks[0], predictor, rows.token))
+    normed, _, _ = _run_blocks(operations, blocks, predictor.predictor_norm, x, layout, rows.stretches)
+    heads = rows.heads if rows.heads is not None else _heads(rows.stretches, rows.runs, x.device)
+    asked = predictor.predictor_proj(operations.take(normed, rows.tails))
+    seen = predictor.predictor_proj_context(operations.take(normed, heads))
+    return _unpack(asked, masks_target), _unpack(seen, masks_context)
+
+
+class _Assembled(NamedTuple):
+    """How assembled rows fall into clips: context rows (heads), then target rows (tails), and their token numbers."""
+
+    stretches: list[Stretch]
+    runs: list[tuple[Sequence[int], Sequence[int]]]
+    tails: Tensor
+    heads: Tensor | None
+    token: Tensor | None
+    asked: Tensor | None
+
+
+def _assembled(
+    predictor: VisionTransformerPredictor,
+    context: Tensor,
+    goals: Sequence[Tensor] | None,
+    masks_context: Sequence[TokenSet],
+    masks_target: Sequence[TokenSet],
+    draws: Sequence[Draw] | None,
+    operations: Operations,
+    numbers: Sequence[int] | None,
+) -> tuple[Tensor, _Assembled]:
+    """The rows that the predictor's blocks read, [R, P]."""
     embedded = predictor.predictor_embed(context)
     goal = None
     if predictor.mask_tokens is None:
@@ -155,35 +226,15 @@ def predict_sets(
     runs = [shapes for pair in zip(masks_context, masks_target) for shapes in run_shapes(*pair)]
     stretches = [Stretch(c[0], c[1] + t[1]) for c, t in runs]
     place = _places_of_tails(stretches, [t[1] for _, t in runs], x.device)
-    token, asked = _numbers(predictor, masks_context, masks_target, stretches, runs, place)
-    *blocks, last = predictor.predictor_blocks
-    assert isinstance(last, Block)
-    layout = operations.layout(stretches, x.device, _turned(last, predictor, token))
-    normed, x = _run_blocks(operations, blocks, last.norm1, x, layout, stretches)
-    shapes = [Stretch(*t) for _, t in runs]
-    wanted = Wanted(place, operations.layout(shapes, x.device, _turned(last, predictor, asked)))
-    dropped = _dropped(last, shapes, x)
-    y = operations.last_block(last, predictor.predictor_norm, normed, x, layout, wanted, False, dropped)
-    return _unpack(predictor.predictor_proj(y), masks_target)
-
-
-def _numbers(
-    predictor: VisionTransformerPredictor,
-    masks_context: Sequence[TokenSet],
-    masks_target: Sequence[TokenSet],
-    stretches: list[Stretch],
-    runs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    tails: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Token numbers of the assembled rows and of the target rows, int64 [R] each, where rotary attention reads them."""
     if predictor.predictor_pos_embed is not None:
-        return None, None
+        return x, _Assembled(stretches, runs, place, None, None, None)
+    # Token numbers, which rotary attention reads.
     asked = torch.cat([flat_tokens(token_set) for token_set in masks_target])
-    heads = _places_of_heads(stretches, [c[1] for c, _ in runs], tails.device)
-    token = asked.new_empty(len(heads) + len(tails))
+    heads = _heads(stretches, runs, x.device)
+    token = asked.new_empty(len(x))
     token[heads] = torch.cat([flat_tokens(token_set) for token_set in masks_context])
-    token[tails] = asked
-    return token, asked
+    token[place] = asked
+    return x, _Assembled(stretches, runs, place, heads, token, asked)
 
 
 def _rotary(encoder: VisionTransformer, patches: Sequence[Patches], sets: Iterable[TokenSet]) -> Rotary | None:
@@ -218,9 +269,11 @@ def _places_of_tails(stretches: list[Stretch], counts: list[int], device: torch.
     return _places(stretches, [(length - count, count) for (_, length), count in zip(stretches, counts)], device)
 
 
-def _places_of_heads(stretches: list[Stretch], counts: list[int], device: torch.device) -> Tensor:
-    """The same of the first rows of every clip."""
-    return _places(stretches, [(0, count) for count in counts], device)
+def _heads(
+    stretches: list[Stretch], runs: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device
+) -> Tensor:
+    """The same of the context rows, the first of every clip."""
+    return _places(stretches, [(0, context[1]) for context, _ in runs], device)
 
 
 def _places(stretches: list[Stretch], parts: list[tuple[int, int]], device: torch.device) -> Tensor:
@@ -242,17 +295,19 @@ def _run_blocks(
     layout: Any,
     stretches: list[Stretch],
     kept: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Blocks and the norm `after` them over a packed [R, D] matrix: (normalised rows, rows).
+    levels: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Blocks and the norm `after` them over a packed [R, D] matrix: (normalised rows, rows, those after `levels`).
 
     Each residual addition is one step with the norm that follows it, also across blocks. `kept` where no matrix
     product reads the normalised rows next.
     """
+    lower: dict[int, Tensor] = {}
     norms = [*(block.norm1 for block in blocks), after]
     first = norms[0]
     assert isinstance(first, nn.Module)
     if not blocks:
-        return operations.norm(first, x, kept=kept), x
+        return operations.norm(first, x, kept=kept), x, lower
     normed, x = operations.norm_through(first, x)
     for number, (block, following) in enumerate(zip(blocks, norms[1:])):
         assert isinstance(block, Block)
@@ -260,7 +315,9 @@ def _run_blocks(
         last = kept and following is after
         dropped = _dropped(block, stretches, x)
         normed, x = operations.block(number, block, following, normed, x, layout, last, dropped)
-    return normed, x
+        if number in levels:
+            lower[number] = x
+    return normed, x, lower
 
 
 def _dropped(block: Block, stretches: Sequence[Stretch], x: Tensor) -> Dropped | None:

@@ -60,8 +60,10 @@ class VisionTransformerPredictor(nn.Module):
     published ones; `noise` chooses the schedule of the noised path. With `use_rope` there is no position table
     (`predictor_pos_embed` is None): attention turns queries and keys by the places of the tokens in frames of the
     constructor's size. `return_all_tokens` gives context tokens too, all of a clip in the order of their numbers: [B,
-    Nc + Kt, E]. The attribute `recomputed` is as in the encoder. Source: V-JEPA (arXiv 2404.08471, section 3.2), V-JEPA
-    2 (arXiv 2506.09985).
+    Nc + Kt, E]. `levels` above 1 is for encoders with so many levels: context features and predictions have levels * E
+    channels, and the projection of the former has a hidden layer. `predict_context` has a second projection for what is
+    predicted at context tokens, and gives (at targets, at context tokens). The attribute `recomputed` is as in the
+    encoder. Source: V-JEPA (arXiv 2404.08471, section 3.2), V-JEPA 2 (arXiv 2506.09985), V-JEPA 2.1 (arXiv 2603.14482).
     """
 
     def __init__(
@@ -94,15 +96,26 @@ class VisionTransformerPredictor(nn.Module):
         wide_silu: bool = True,
         drop_path_rate: float = 0.0,
         return_all_tokens: bool = False,
+        levels: int = 1,
+        predict_context: bool = False,
     ) -> None:
         super().__init__()
-        self.return_all_tokens, self.recomputed = return_all_tokens, 0
+        if levels < 1 or (predict_context and return_all_tokens):
+            raise ValueError(
+                f"levels must be at least 1, and predict_context without return_all_tokens, got {levels}, "
+                f"{predict_context} and {return_all_tokens}"
+            )
+        self.return_all_tokens, self.recomputed, self.levels = return_all_tokens, 0, levels
         height, width = size_pair(img_size)
         grid: tuple[int, ...] = (height // patch_size, width // patch_size)
         if num_frames > 1:
             grid = (num_frames // tubelet_size, *grid)
         self.grid = grid
-        self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim)
+        self.predictor_embed: nn.Module = nn.Linear(embed_dim, predictor_embed_dim)
+        if levels > 1:
+            self.predictor_embed = nn.Sequential(
+                nn.Linear(levels * embed_dim, embed_dim), nn.GELU(), nn.Linear(embed_dim, predictor_embed_dim)
+            )
         self.mask_tokens = None
         if use_mask_tokens:
             self.mask_tokens = nn.ParameterList(
@@ -133,7 +146,8 @@ class VisionTransformerPredictor(nn.Module):
             for block in range(depth)
         )
         self.predictor_norm = norm_layer(predictor_embed_dim)
-        self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
+        self.predictor_proj = nn.Linear(predictor_embed_dim, levels * embed_dim)
+        self.predictor_proj_context = nn.Linear(predictor_embed_dim, levels * embed_dim) if predict_context else None
         # Not part of the state dict: the schedule is a setting, and published checkpoints do not carry it.
         self.register_buffer("signal_left", signal_left(noise), persistent=False)
         initialise(self, init_std)
@@ -151,7 +165,7 @@ class VisionTransformerPredictor(nn.Module):
         mask_index: int = 1,
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Context features [B, Nc, E] with their token numbers [B, Nc] to predictions [B, Kt, E] at `masks_tgt`.
 
         `tgt` [B, Kt, E] are the target features that the noised path starts from; mask tokens do not read them.
@@ -167,20 +181,23 @@ class VisionTransformerPredictor(nn.Module):
                 raise ValueError("a predictor without mask tokens needs target features")
             targets = self.diffuse(self.predictor_embed(tgt), timesteps, noise)
         context = self.predictor_embed(ctxt)
-        numbers = torch.cat([context_index, target_index], dim=1)
         x = torch.cat([self._placed(context, context_index), self._placed(targets, target_index)], dim=1)
-        # In the order of their numbers, as the second generation runs them; attention does not mind.
-        order = numbers.argsort(dim=1) if self.predictor_pos_embed is None or self.return_all_tokens else None
-        if order is not None:
-            x, numbers = _gathered(x, order), numbers.gather(1, order)
-        places = self.places(numbers)
+        order = places = None
+        if self.predictor_pos_embed is None or self.return_all_tokens:
+            # In the order of their numbers, as the second generation runs them; attention does not mind.
+            numbers = torch.cat([context_index, target_index], dim=1)
+            order = numbers.argsort(dim=1)
+            x, places = _gathered(x, order), self.places(numbers.gather(1, order))
         for number, block in enumerate(self.predictor_blocks):
             x = run_block(block, number, self.recomputed, x, places)
-        if not self.return_all_tokens:
-            if order is not None:
-                x = _gathered(x, order.argsort(dim=1))
-            x = x[:, ctxt.shape[1] :]
-        return self.predictor_proj(self.predictor_norm(x))
+        if self.return_all_tokens:
+            return self.predictor_proj(self.predictor_norm(x))
+        if order is not None:
+            x = _gathered(x, order.argsort(dim=1))
+        if self.predictor_proj_context is None:
+            return self.predictor_proj(self.predictor_norm(x[:, ctxt.shape[1] :]))
+        seen, asked = self.predictor_norm(x).split([ctxt.shape[1], target_index.shape[1]], dim=1)
+        return self.predictor_proj(asked), self.predictor_proj_context(seen)
 
     def places(self, token: Tensor) -> Places | None:
         """Where these tokens lie, for rotary attention; None with a position table."""

@@ -64,6 +64,11 @@ def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def beside(parts: list[Tensor]) -> Tensor:
+    """[R, D] each as one [R, parts * D]; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
 def stretches_of(token_set: TokenSet) -> list[Stretch]:
     """How the rows of a mask set fall into clips."""
     if isinstance(token_set, Ragged):

@@ -38,7 +38,10 @@ class VisionTransformer(nn.Module):
     attention turns queries and keys by the places of the tokens in the clip's own grid. `drop_path_rate` is that of the
     last block, growing evenly from 0 in the first. The attribute `recomputed` is the number of blocks that the backward
     pass computes again. `out_layers` makes the forward pass return a list of the normalised
-    outputs of these blocks instead. Source: V-JEPA (arXiv 2404.08471, section 3), V-JEPA 2 (arXiv 2506.09985).
+    outputs of these blocks instead. `levels` are block numbers, the last block's at the end, each with a final norm of
+    its own (`norms_block` in place of `norm`): the features are the last level's, and with `every_level` those of all,
+    side by side. Source: V-JEPA (arXiv 2404.08471, section 3), V-JEPA 2 (arXiv 2506.09985), V-JEPA 2.1 (arXiv
+    2603.14482).
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class VisionTransformer(nn.Module):
         wide_silu: bool = True,
         drop_path_rate: float = 0.0,
         short_clips: ShortClips = "interpolate",
+        levels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if short_clips not in ("interpolate", "cut"):
@@ -110,9 +114,34 @@ class VisionTransformer(nn.Module):
             )
             for block in range(depth)
         )
-        self.norm = norm_layer(embed_dim)
+        self.levels = None if levels is None else list(levels)
+        if self.levels is None:
+            self.norm = norm_layer(embed_dim)
+        else:
+            rising = bool(self.levels) and sorted(set(self.levels)) == self.levels and self.levels[0] >= 0
+            if not rising or self.levels[-1] != depth - 1 or self.out_layers is not None:
+                raise ValueError(
+                    f"levels must be rising block numbers that end with {depth - 1}, without out_layers, got "
+                    f"{self.levels} and out_layers {self.out_layers}"
+                )
+            self.norms_block = nn.ModuleList(norm_layer(embed_dim) for _ in self.levels)
         initialise(self, init_std)
         rescale_blocks(self.blocks)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm after the last block."""
+        return self.norm if self.levels is None else self.norms_block[-1]
+
+    @property
+    def lower_norms(self) -> dict[int, nn.Module]:
+        """The norms of the levels below the last, by block number."""
+        return {} if self.levels is None else dict(zip(self.levels[:-1], self.norms_block))
+
+    @property
+    def number_of_levels(self) -> int:
+        """How many features of width E a token has with `every_level`."""
+        return 1 if self.levels is None else len(self.levels)
 
     def get_num_layers(self) -> int:
         """Number of blocks."""
@@ -156,27 +185,41 @@ class VisionTransformer(nn.Module):
         # Summed in fp32, kept in the dtype of the patches: under autocast the residual stream stays in half precision.
         return (tokens + self.interpolate_pos_encoding(x, self.pos_embed)).to(tokens.dtype)
 
-    def encode(self, tokens: Tensor, places: Places | None = None) -> Tensor | list[Tensor]:
-        """Blocks and final norm over embedded tokens [B, K, E] at their places; a list with `out_layers`."""
-        collected = []
+    def encode(self, tokens: Tensor, places: Places | None = None, every_level: bool = False) -> Tensor | list[Tensor]:
+        """Blocks and final norm over embedded tokens [B, K, E] at their places; a list with `out_layers`.
+
+        With `every_level` the features of all levels, lowest first: [B, K, levels * E].
+        """
+        collected, lower = [], self.lower_norms if every_level else {}
         for number, block in enumerate(self.blocks):
             tokens = run_block(block, number, self.recomputed, tokens, places)
             if self.out_layers is not None and number in self.out_layers:
                 collected.append(self.norm(tokens))
-        return self.norm(tokens) if self.out_layers is None else collected
+            if number in lower:
+                collected.append(lower[number](tokens))
+        if self.out_layers is not None:
+            return collected
+        features = self.last_norm(tokens)
+        return torch.cat([*collected, features], dim=-1) if collected else features
 
-    def forward(self, clips: Tensor, masks: Tensor | Sequence[Tensor] | None = None) -> Tensor | list[Tensor]:
-        """Features of all tokens, or of the kept ones.
+    def forward(
+        self, clips: Tensor, masks: Tensor | Sequence[Tensor] | None = None, every_level: bool = False
+    ) -> Tensor | list[Tensor]:
+        """Features of all tokens, or of the kept ones; `every_level` as in `encode`.
 
         `masks`: None -> [B, N, E]; one int64 tensor [B, K] of kept token numbers -> [B, K, E]; a list of such tensors
         with equal K -> [len(masks) * B, K, E], in the order of the list. Errors: ValueError for unequal K
         (`forward_sets` takes those).
         """
         tokens, grid = self.embed(clips), self.token_grid(clips)
+        kept = tokens if masks is None else apply_masks(tokens, masks)
+        if self.pos_embed is not None:
+            return self.encode(kept, every_level=every_level)
         if masks is None:
-            return self.encode(tokens, self.places(grid, torch.arange(tokens.shape[1], device=tokens.device)))
-        kept = apply_masks(tokens, masks)
-        return self.encode(kept, self.places(grid, masks if isinstance(masks, Tensor) else torch.cat(list(masks))))
+            index = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            index = masks if isinstance(masks, Tensor) else torch.cat(list(masks))
+        return self.encode(kept, self.places(grid, index), every_level)
 
     def forward_sets(self, clips: Tensor, sets: Sequence[TokenSet]) -> list[Tensor]:
         """One feature tensor a mask set: [B, K, E] for a tensor set, [R, E] rows for a `Ragged` one."""
@@ -214,6 +257,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "vit_giant_xformers": {"embed_dim": 1408, "depth": 40, "num_heads": 22, "mlp_ratio": 48 / 11},
     "vit_gigantic_xformers": {"embed_dim": 1664, "depth": 48, "num_heads": 26, "mlp_ratio": 64 / 13},
 }
+
+
+def deep_levels(depth: int) -> list[int]:
+    """The blocks that deep supervision reads: four, at every quarter of the depth, all of a shallower network.
+
+    Those of V-JEPA 2.1 (arXiv 2603.14482), which has none for ViT-H, and for 48 blocks 37 in place of 35.
+    """
+    count = min(4, depth)
+    levels = [depth * (number + 1) // count - 1 for number in range(count)]
+    return [11, 23, 37, 47] if depth == 48 else levels
 
 
 def build_vit(name: str, **overrides: Any) -> VisionTransformer:

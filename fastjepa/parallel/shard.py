@@ -56,8 +56,8 @@ class Sharded(Exchange):
 
     def loss(self, *arguments: Any, **more: Any) -> JEPAOutput:
         """As `JEPA.forward`; of what is kept on request, that of `look` alone."""
-        loss, loss_jepa, loss_reg, predictions, every = self._root(arguments, more)
-        return JEPAOutput(loss, loss_jepa, loss_reg, predictions, every_target=every)
+        loss, loss_jepa, loss_reg, predictions, every, context = self._root(arguments, more)
+        return JEPAOutput(loss, loss_jepa, loss_reg, predictions, every_target=every, loss_context=context)
 
     def collect(self, weights: list[Weight], last: bool, parts: int) -> None:
         """Each backward pass adds to the gradients of the shards; after the last they are the masters'."""
@@ -124,4 +124,4 @@ class _Root(nn.Module):
 
     def forward(self, arguments: tuple, more: dict[str, Any]) -> tuple[Any, ...]:
         out = self.jepa(*arguments, **more)
-        return out.loss, out.loss_jepa, out.loss_reg, out.predictions, out.every_target
+        return out.loss, out.loss_jepa, out.loss_reg, out.predictions, out.every_target, out.loss_context

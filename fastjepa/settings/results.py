@@ -44,6 +44,11 @@ class Model(Section):
         "gelu", "feed-forward layer of the encoder; swiglu is gated, of two thirds of the width, swiglu_full of all"
     )
     predictor_mlp: FeedForward = setting("gelu", "feed-forward layer of the predictor, as model.mlp")
+    levels: Literal["last", "deep"] = setting(
+        "last",
+        "what is predicted: features of the last block, or with deep supervision of four blocks (at every quarter of "
+        "the depth, as in V-JEPA 2.1), each normalised by itself",
+    )
     drop_path: float = setting(
         0.0,
         "stochastic depth of the encoder: the chance that a clip skips a half of its last block, less in those before",
@@ -76,6 +81,11 @@ class MaskSet(Section):
     aspect_ratio: Pair = setting((0.75, 1.5), "height / width of a block: [low, high]")
     max_temporal_keep: float = setting(1.0, "share of the clip, from its start, that the context may see", gt=0, le=1)
     max_keep: Count | None = setting(None, "most context tokens a clip keeps")
+    full_complement: bool = setting(False, "predict every token outside of the context, those too that cutting dropped")
+    pred_full_complement: bool = setting(
+        False, "see every token outside of the targets, those too that cutting dropped"
+    )
+    inv_block: bool = setting(False, "exchange the sides: blocks are seen and what is around them is predicted")
 
 
 class Mask(Section):
@@ -181,6 +191,16 @@ class Loss(Section):
 
     exponent: float = setting(1.0, "q of mean |prediction - target| ** q / q", gt=0, le=4)
     reg_coeff: float = setting(0.0, "weight of the variance regulariser", ge=0)
+    context: float = setting(
+        0.0, "weight of the error at context tokens (V-JEPA 2.1: 0.5); 0 predicts target tokens alone", ge=0
+    )
+    context_start: int = setting(0, "first step at which loss.context counts at all (V-JEPA 2.1: 15000)", ge=0)
+    context_full: int = setting(
+        0, "step at which loss.context counts in full, growing evenly from loss.context_start (V-JEPA 2.1: 30000)", ge=0
+    )
+    context_distance: bool = setting(
+        True, "a context token counts the less the farther the nearest target: 1 / sqrt of the distance in tokens"
+    )
 
 
 class Optim(Section):
@@ -255,4 +275,9 @@ class Compat(Section):
         False,
         "the learned mask token is chosen by the place of the clips' length among those of a step, not by the mask "
         "set: the public V-JEPA 2 trains one token a length",
+    )
+    fps_whole_stride: bool = setting(
+        False,
+        "data.fps becomes a stride of whole frames, rounded down, as in the public V-JEPA 2: 4.29 frames/s of a video "
+        "at 30 for 4",
     )

@@ -90,6 +90,7 @@ LARGE |= {
 # What a setting is of use with only.
 BESIDE = {"accept_changes": ("resume=runs/one",), "init.optimizer": ("init.from=runs/one",)}
 BOOL = {key for key, field in config.fields() if isinstance(field.default, bool) or bool in get_args(field.annotation)}
+BOOL |= {f"mask.sets.0.{key}" for key in ("full_complement", "pred_full_complement", "inv_block")}
 VALUES = {
     "null": NULL,
     "[7]": set(),
@@ -306,6 +307,10 @@ eval: 3
         ("data: {scale: [0.5, 1.5]}", "data.scale: expected 0 < low <= high <= 1, given [0.5, 1.5]"),
         ("data: {scale: [0, 1]}", "data.scale: expected 0 < low <= high <= 1, given [0, 1]"),
         ("data: {aspect: [2.0, 1.0]}", "data.aspect: expected 0 < low <= high, given [2, 1]"),
+        (
+            "mask: {sets: [{full_complement: true, pred_full_complement: true}]}",
+            "mask.sets.0.pred_full_complement: expected false beside full_complement, which leaves",
+        ),
         ("mask: {sets: [{}, {temporal_scale: [0.5, 0.4]}]}", "mask.sets.1.temporal_scale: expected 0 < low <= high <="),
         ("mask: {sets: [{spatial_scale: [0.5, 2]}]}", "mask.sets.0.spatial_scale: expected 0 < low <= high <= 1"),
         ("mask: {sets: [{aspect_ratio: [-1, 2]}]}", "mask.sets.0.aspect_ratio: expected 0 < low <= high, given"),

@@ -36,9 +36,7 @@ def test_clips_a_second_of_the_fused_packed_step(recipe, floor, expected):
     assert clips_a_second(recipe, whole.expected) == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "floor", "expected", "shipped"), [("V2L", 191, 132, 52), ("V2g", 72, 55, 26)]
-)
+@pytest.mark.parametrize(("recipe", "floor", "expected", "shipped"), [("V2L", 191, 132, 52), ("V2g", 72, 55, 26)])
 def test_clips_a_second_of_the_second_generation(recipe, floor, expected, shipped):
     """Packed with kernels, and as published with every block recomputed."""
     whole = total(costs(recipe, kernels="triton"))

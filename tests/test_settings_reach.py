@@ -48,7 +48,7 @@ COMPAT = {
     "data.clips_per_video=2": lambda t: len(build_dataset(t.settings, t.videos)[0].clips) == 2,
     "data.sampling=replacement": lambda t: build_dataset(t.settings, t.videos).plan.order.replaces,
     "data.shuffle_window=77": lambda t: build_dataset(t.settings, t.videos).plan.order.window == 77,
-    "data.fps=6 and data.stride=4": lambda t: build_dataset(t.settings, t.videos).plan.fps == 6,
+    "data.fps=6 and data.stride=4": lambda t: build_dataset(t.settings, t.videos).plan.shapes[0].fps == 6,
     "data.frame_rate=12.5": lambda t: build_dataset(t.settings, t.videos).reader.frame_rate == 12.5,
     "data.antialias=true": lambda t: build_dataset(t.settings, t.videos).antialias,
     # The second block's projection is divided by sqrt(4) unless the weights are drawn again.

@@ -227,10 +227,16 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
         return clips
 
     def _draws(self, info: VideoInfo, slot: int) -> list[ClipDraw]:
-        """What to cut out of this video. Errors: _TooShort."""
-        times = None if self.plan.fps is None else info.times
-        if self.filter_short and not info.still and (reason := self.plan.too_short(info.frames, info.rate, times)):
-            raise _TooShort(reason)
+        """What to cut out of this video. Errors: _TooShort, and VideoError where a rate is needed and not known."""
+        shape = self.plan.shape(slot)
+        times = None if shape.fps is None else info.times
+        for key, needed, known in (("duration", shape.duration, info.rate), ("fps", shape.fps, times)):
+            if needed is not None and known is None:
+                raise VideoError(f"its frame rate is not known, and data.{key} needs it", info.path)
+        if self.filter_short and not info.still:
+            reason = self.plan.too_short(info.frames, info.rate, times, video_slot=slot)
+            if reason:
+                raise _TooShort(reason)
         clips = self.plan.clips_per_video
         return [
             self.plan.clip(number, info.frames, info.height, info.width, info.rate, times)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import default_collate
 
-from fastjepa.masks.multiblock3d import MultiBlockMaskGenerator, Truncation
+from fastjepa.masks.multiblock3d import Alike, MultiBlockMaskGenerator, Truncation
 from fastjepa.masks.random_tube import RandomTubeMaskGenerator
 from fastjepa.masks.tokens import TokenSet
 
@@ -23,8 +23,8 @@ class DefaultCollator:
 class MaskGenerator(Protocol):
     """Draws one mask set."""
 
-    def draw(self, step: int, slots: Sequence[int]) -> tuple[TokenSet, TokenSet]:
-        """(context, target) of the clips at these global slots."""
+    def draw(self, step: int, slots: Sequence[int], alike: Alike | None = None) -> tuple[TokenSet, TokenSet]:
+        """(context, target) of the clips at these global slots; `alike` tells which others have their length."""
 
 
 class GeneratorCollator:
@@ -37,9 +37,13 @@ class GeneratorCollator:
         self._calls = 0
         self._clips = 0
 
-    def draw(self, step: int, slots: Sequence[int]) -> Masks:
-        """([context set, ...], [target set, ...]) of the clips at these global slots."""
-        pairs = [generator.draw(step, slots) for generator in self.generators]
+    def draw(self, step: int, slots: Sequence[int], alike: Alike | None = None) -> Masks:
+        """([context set, ...], [target set, ...]) of the clips at these global slots.
+
+        Where a run has clips of several lengths, `alike` tells of every slot whether its clips have the length of
+        these: only such clips are cut together.
+        """
+        pairs = [generator.draw(step, slots, alike) for generator in self.generators]
         return [context for context, _ in pairs], [target for _, target in pairs]
 
     def __call__(
@@ -62,7 +66,8 @@ class MaskCollator(GeneratorCollator):
     """Multi-block masks, one pair of mask sets for each entry of `cfgs_mask`.
 
     An entry has the published keys: spatial_scale, temporal_scale, aspect_ratio, num_blocks, and optionally
-    max_temporal_keep and max_keep; an unknown key raises. Draws depend on (seed, step, global slot, set number) only.
+    max_temporal_keep and max_keep, and those of V-JEPA 2: full_complement, pred_full_complement and inv_block; an
+    unknown key raises. Draws depend on (seed, step, global slot, set number) only.
     """
 
     def __init__(
@@ -124,6 +129,9 @@ _BLOCK_NAMES = {
     "num_blocks": "npred",
     "max_temporal_keep": "max_context_frames_ratio",
     "max_keep": "max_keep",
+    "full_complement": "full_complement",
+    "pred_full_complement": "pred_full_complement",
+    "inv_block": "inv_block",
 }
 _TUBE_NAMES = {"ratio": "ratio"}
 

@@ -4,7 +4,7 @@ Grid of t x h x w tokens, numbered time, row, column. Source: V-JEPA (arXiv 2404
 collator: one block size for all clips of a step, positions drawn for each clip.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -19,6 +19,7 @@ from fastjepa.streams import Purpose, stream
 Truncation = Literal["group", "none", "random"]
 Range = tuple[float, float]
 Extent = tuple[int, int, int]
+Alike = Callable[[int], bool]
 MAX_REDRAWS = 1000
 # Construction asks this many clips to find a context in this many draws: settings that pass do so with a chance of
 # more than 2 % a draw, so that a run never exhausts MAX_REDRAWS (odds of 2e-9 a clip).
@@ -32,6 +33,9 @@ class MultiBlockMaskGenerator:
     clips and keeps the lowest token numbers, as the published code does with its batch of 24; `random` cuts to the same
     length but keeps a random subset, which does not favour early frames; `none` cuts nothing. `group=None` takes all
     clips of a call as one group, as the published collator does with its batch.
+
+    Of V-JEPA 2 (arXiv 2506.09985), after cutting: `full_complement` makes all that is not in the context a target,
+    `pred_full_complement` puts all that is no target into the context, and `inv_block` lets the two change places.
 
     Errors: ValueError, at construction, for settings that must give an empty context or an empty target.
     """
@@ -48,6 +52,9 @@ class MultiBlockMaskGenerator:
         npred: int = 1,
         max_context_frames_ratio: float = 1.0,
         max_keep: int | None = None,
+        full_complement: bool = False,
+        pred_full_complement: bool = False,
+        inv_block: bool = False,
         *,
         seed: int = 0,
         set_number: int = 0,
@@ -61,6 +68,8 @@ class MultiBlockMaskGenerator:
         self.npred = npred
         self.max_context_duration = max(1, int(self.duration * max_context_frames_ratio))
         self.max_keep = max_keep
+        self.full_complement, self.pred_full_complement = full_complement, pred_full_complement
+        self.inv_block = inv_block
         self.seed, self.set_number = seed, set_number
         self.truncation, self.group = truncation, group
         self._refuse_the_impossible()
@@ -124,35 +133,49 @@ class MultiBlockMaskGenerator:
             f"{'x'.join(map(str, self.grid))} in {draws} draws: lower num_blocks or spatial_scale"
         )
 
-    def draw(self, step: int, slots: Sequence[int]) -> tuple[TokenSet, TokenSet]:
+    def draw(self, step: int, slots: Sequence[int], alike: Alike | None = None) -> tuple[TokenSet, TokenSet]:
         """(context, target) mask sets of the clips at these global slots, cut as `truncation` says.
 
         A [B, K] int64 tensor each where all clips are of one group, a `Ragged` otherwise. Groups are counted over the
-        slots of the run, so cutting does not depend on how a step is divided into batches.
+        slots of the run, so cutting does not depend on how a step is divided into batches. Of a group only those slots
+        are cut together that are `alike`, the given ones among them.
         """
         block = self.block_size(step)
         if self.truncation == "none":
             pairs = [self._drawn(block, step, slot) for slot in slots]
-            return _ragged([context[: self.max_keep] for context, _ in pairs]), _ragged([target for _, target in pairs])
+            pairs = [self._completed(context[: self.max_keep], target) for context, target in pairs]
+            return _ragged([context for context, _ in pairs]), _ragged([target for _, target in pairs])
         context: list[np.ndarray] = []
         target: list[np.ndarray] = []
-        for members, wanted in self._groups(slots):
+        for members, wanted in self._groups(slots, alike):
             placed = {slot: self._drawn(block, step, slot) for slot in members}
             for side, kept, limit in ((0, context, self.max_keep), (1, target, None)):
                 keep = min(len(pair[side]) for pair in placed.values())
                 keep = keep if limit is None else min(keep, limit)
                 kept += [self._cut(placed[slot][side], keep, step, slot, side) for slot in wanted]
+        completed = [self._completed(*pair) for pair in zip(context, target)]
+        context, target = [pair[0] for pair in completed], [pair[1] for pair in completed]
         one_group = self.group is None or len({slot // self.group for slot in slots}) == 1
         return (_dense(context), _dense(target)) if one_group else (_ragged(context), _ragged(target))
 
-    def _groups(self, slots: Sequence[int]) -> Iterator[tuple[Sequence[int], list[int]]]:
+    def _completed(self, context: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a clip sees and predicts, of what was cut: the options of V-JEPA 2."""
+        every = np.arange(self.duration * self.height * self.width)
+        if self.full_complement:
+            target = np.setdiff1d(every, context, assume_unique=True)
+        elif self.pred_full_complement:
+            context = np.setdiff1d(every, target, assume_unique=True)
+        return (target, context) if self.inv_block else (context, target)
+
+    def _groups(self, slots: Sequence[int], alike: Alike | None) -> Iterator[tuple[Sequence[int], list[int]]]:
         """(all members of a group, those of them that are asked for), in the order of `slots`."""
         group = self.group
         if group is None:
             yield slots, list(slots)
             return
         for number, wanted in groupby(slots, key=lambda slot: slot // group):
-            yield range(number * group, (number + 1) * group), list(wanted)
+            members = range(number * group, (number + 1) * group)
+            yield members if alike is None else [slot for slot in members if alike(slot)], list(wanted)
 
     def _cut(self, tokens: np.ndarray, keep: int, step: int, slot: int, side: int) -> np.ndarray:
         if self.truncation == "random" and len(tokens) > keep:

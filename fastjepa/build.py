@@ -1,13 +1,13 @@
 """Settings to objects."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastjepa.compiling import compiles, run_blocks
-from fastjepa.config import Data, DataSet, FeedForward, Settings
+from fastjepa.config import FeedForward, Settings
 from fastjepa.data.batches import Lengths
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.decoders.choose import Decoder
@@ -197,26 +197,33 @@ def build_reader(s: Settings, videos: Videos, decoder: Decoder | None = None, ca
         videos.paths,
         d.tubelet,
         cache_bytes,
-        needs_rate=_needs_rate(d.sets),
+        needs_rate=_needs_rate(s),
         frame_rate=d.frame_rate,
         read=read_with_torchcodec if decoder is not None and decoder.name == "torchcodec" else read_frames,
         known=None if decoder is None else decoder.entries,
     )
 
 
-def _needs_rate(sets: Sequence[DataSet]) -> str:
-    """The setting for which every video must have a frame rate; empty where some data set does without."""
+def _needs_rate(s: Settings) -> str:
+    """The setting for which every video must have times; empty where some data set does without, or asks for less."""
     for key in ("duration", "fps"):
-        if all(getattr(one, key) is not None for one in sets):
-            return f"data.{key}"
+        if all(getattr(one, key) is not None for one in s.data.sets):
+            return "" if key == "fps" and s.compat.fps_by_stride else f"data.{key}"
     return ""
 
 
-def clip_shapes(d: Data) -> list[ClipShape]:
+def clip_shapes(s: Settings) -> list[ClipShape]:
     """Which frames the clips of each data set have: where that is one, it fills a tubelet."""
     return [
-        ClipShape(one.frames, one.stride or 1, one.duration, one.fps, d.tubelet if one.frames == 1 else 1)
-        for one in d.sets
+        ClipShape(
+            one.frames,
+            one.stride or 1,
+            one.duration,
+            one.fps,
+            s.data.tubelet if one.frames == 1 else 1,
+            s.compat.fps_by_stride,
+        )
+        for one in s.data.sets
         if one.frames is not None
     ]
 
@@ -243,7 +250,7 @@ def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -
         clips_per_video=d.clips_per_video,
         duration=d.duration,
         fps=d.fps,
-        shapes=clip_shapes(d),
+        shapes=clip_shapes(s),
     )
     return ClipDataset(
         reader,

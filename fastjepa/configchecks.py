@@ -216,6 +216,11 @@ def _data_sets(d: Data) -> Iterator[Mistake]:
 def _lengths(s: Settings) -> Iterator[Mistake]:
     """What clips of several lengths go with."""
     d, lengths = s.data, s.data.lengths
+    if s.compat.fps_by_stride and all(one.fps is None for one in d.sets):
+        yield (
+            ("compat.fps_by_stride", "data.fps", "data.path"),
+            "compat.fps_by_stride: expected false without data.fps, given true",
+        )
     if lengths[-1] != d.frames and d.frames >= d.tubelet:
         yield (
             ("data.frames", "data.path"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastjepa.build import build_schedule, masks_by_length
 from fastjepa.config import DataSet, Settings
-from fastjepa.costs import Network, SetTokens, StepShape, step_work
+from fastjepa.costs import Network, SetTokens, StepShape, Work, step_work
 from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, Ragged, TokenSet
 from fastjepa.memory import STATE, held_bytes
@@ -38,13 +38,23 @@ class Plan:
     """Derived numbers of a run. Tokens are means a clip; FLOP and bytes are a model's figures, not measurements.
 
     `flop_per_clip` is the work that the mathematics needs, whatever `runtime.execution` does: what MFU counts. Of clips
-    of several `lengths` it is the mean, and all else is of the longest: a batch may have no others.
+    of several `lengths` it is the mean, but shape and memory are those of the longest: a batch may have no others.
     """
 
     shape: StepShape
     flop_per_clip: float
     held: dict[str, float]
     lengths: tuple[Length, ...] = ()
+
+    @property
+    def work(self) -> list[Work]:
+        """All items of a step: of clips of several lengths, those of each by its share."""
+        shapes = [(x.share, replace(self.shape, tokens=x.tokens, sets=x.sets, union=x.union)) for x in self.lengths]
+        return [
+            replace(item, count=item.count * share)
+            for share, one in shapes or [(1.0, self.shape)]
+            for item in step_work(one)
+        ]
 
     @property
     def tokens(self) -> int:
@@ -104,8 +114,7 @@ def make_plan(
     shape = at_batch(s, shape, batch)
     minimal = replace(shape, packed=True, batch=1, parts=1, recomputed=0)
     lengths = _lengths(s) if len(s.data.lengths) > 1 else ()
-    parts = [(one.share, replace(minimal, tokens=one.tokens, sets=one.sets, union=one.union)) for one in lengths]
-    flop = sum(share * sum(item.flop for item in step_work(one)) for share, one in parts or [(1, minimal)])
+    flop = sum(item.flop for item in Plan(minimal, 0.0, {}, lengths).work)
     return Plan(shape, flop, held_bytes(shape), lengths)
 
 

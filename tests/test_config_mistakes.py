@@ -88,7 +88,11 @@ LARGE |= {
     "compat.ipe_scale",
 }
 # What a setting is of use with only.
-BESIDE = {"accept_changes": ("resume=runs/one",), "init.optimizer": ("init.from=runs/one",)}
+BESIDE = {
+    "accept_changes": ("resume=runs/one",),
+    "init.optimizer": ("init.from=runs/one",),
+    "compat.fps_by_stride": ("data.fps=4",),
+}
 BOOL = {key for key, field in config.fields() if isinstance(field.default, bool) or bool in get_args(field.annotation)}
 BOOL |= {f"mask.sets.0.{key}" for key in ("full_complement", "pred_full_complement", "inv_block")}
 VALUES = {

@@ -135,6 +135,7 @@ def test_a_wrong_data_set_is_refused_in_one_sentence(recipe, given, sentence, ca
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
+        ("compat.fps_by_stride=true", "compat.fps_by_stride: expected false without data.fps, given true"),
         (
             "data.decoder=dali_cpu",
             "data.decoder: expected auto, pyav or torchcodec where data.path has clips of several",
@@ -263,6 +264,33 @@ def test_a_data_set_without_times_is_refused_only_where_its_own_clips_need_them(
         assert sample.clips[0].shape[1] == 4
 
 
+def test_a_video_in_a_set_of_single_frames_is_still(mixed):
+    """So moving shapes can stand for images."""
+    s = settings_of({FILMS: {"frames": 1}, MORE: {}}, tubelet=4)
+    built = build_dataset(s, open_collections(s.data.path, 0))
+    drawn = [(built.plan.shape(slot).frames, built[slot].clips[0]) for slot in range(12)]
+    for frames, clip in drawn:
+        assert clip.shape[1] == (4 if frames == 1 else 8)
+        assert torch.equal(clip[:, :1].expand_as(clip), clip) == (frames == 1)
+    assert {frames for frames, _ in drawn} == {1, 8}
+
+
+def test_frame_rates_by_whole_strides_are_the_settings_choice(mixed):
+    """At 24 frames/s, 10 a second are every second frame by the public rule, and not by the times."""
+    strides = {}
+    for by_stride in (False, True):
+        s = settings_of({FILMS: {"frames": 4, "fps": 10}, MORE: {}})
+        s = s.model_copy(update={"compat": s.compat.model_copy(update={"fps_by_stride": by_stride})})
+        built = build_dataset(s, open_collections(s.data.path, 0))
+        slots = [slot for slot in range(40) if built.plan.shape(slot).frames == 4]
+        info = built.reader.info(built.plan.order.video(slots[0]))
+        draws = [built.plan.clip(slot, 100, 48, 48, info.rate, np.arange(100) / 24).frames for slot in slots]
+        strides[by_stride] = {int(step) for draw in draws for step in np.diff(draw)}
+    assert strides[True] <= {2, 3}  # both ends of the window are included
+    assert {tuple(np.diff(draw)) for draw in draws} == {(2, 3, 2)}
+    assert strides[False] == {2, 3}
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
@@ -324,3 +352,5 @@ def test_the_plan_counts_every_length_and_fits_the_longest(mixed):
     mean = sum(share * alone[frames].flop_per_clip for frames, share in ((2, 0.25), (4, 0.5), (8, 0.25)))
     assert plan.flop_per_clip == pytest.approx(mean)
     assert plan.held == alone[8].held
+    floor = [sum(item.flop for item in one.work) for one in (plan, alone[2], alone[4], alone[8])]
+    assert floor[0] == pytest.approx(0.25 * floor[1] + 0.5 * floor[2] + 0.25 * floor[3])

@@ -229,8 +229,9 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
     def _draws(self, info: VideoInfo, slot: int) -> list[ClipDraw]:
         """What to cut out of this video. Errors: _TooShort, and VideoError where a rate is needed and not known."""
         shape = self.plan.shape(slot)
-        times = None if shape.fps is None else info.times
-        for key, needed, known in (("duration", shape.duration, info.rate), ("fps", shape.fps, times)):
+        times = info.times if shape.timed else None
+        shown = times if shape.timed else info.rate
+        for key, needed, known in (("duration", shape.duration, info.rate), ("fps", shape.fps, shown)):
             if needed is not None and known is None:
                 raise VideoError(f"its frame rate is not known, and data.{key} needs it", info.path)
         if self.filter_short and not info.still:

@@ -1,6 +1,7 @@
 """Which frames of a video a clip has: the published rule by a stride, and that by frames per second."""
 
 from fractions import Fraction
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,18 @@ def clip_stride(frames: int, stride: int, duration: float | None, rate: Fraction
     if rate is None:
         raise ValueError(f"the stride of a clip of {duration:g} s follows from the frame rate, which is not known")
     return max(1, int(duration * float(rate) / frames))
+
+
+def fps_stride(fps: float, rate: Fraction | float | None) -> int:
+    """Source frames from one frame of a clip to the next for `fps` frames/s, by the average rate in frames/s.
+
+    The rule of the public V-JEPA 2, ceil(rate) // fps, but at least 1: its code comes to 0 where a video is slower than
+    the clip, and fails. Clips of 29.97 frames/s at 4 take every 7th frame, which is 4.3 a second. Errors: ValueError
+    without a rate.
+    """
+    if rate is None:
+        raise ValueError(f"the stride of a clip of {fps:g} frames/s follows from the frame rate, which is not known")
+    return max(1, int(ceil(rate) // fps))
 
 
 def clip_frames(

@@ -12,7 +12,7 @@ from math import exp, log
 import numpy as np
 
 from fastjepa.data.augment import Op, draw_ops
-from fastjepa.data.frames import clip_frames, clip_stride, frame_seconds, known_times, timed_frames
+from fastjepa.data.frames import clip_frames, clip_stride, fps_stride, frame_seconds, known_times, timed_frames
 from fastjepa.data.order import Collection, VideoOrder
 from fastjepa.streams import Purpose, stream
 
@@ -77,13 +77,28 @@ class ClipDraw:
 
 @dataclass(frozen=True)
 class ClipShape:
-    """Which frames a clip has, as `ClipPlan` takes them, each of them `repeat` times."""
+    """Which frames a clip has, as `ClipPlan` takes them, each of them `repeat` times.
+
+    `by_stride`: `fps` stands for the stride of `fps_stride`, in place of true times.
+    """
 
     frames: int
     stride: int
     duration: float | None = None
     fps: float | None = None
     repeat: int = 1
+    by_stride: bool = False
+
+    @property
+    def timed(self) -> bool:
+        """Whether frames are found by the times at which they are shown."""
+        return self.fps is not None and not self.by_stride
+
+    def source_stride(self, rate: Fraction | None) -> int:
+        """Source frames from one frame to the next, where these are not found by times."""
+        if self.fps is not None:
+            return fps_stride(self.fps, rate)
+        return clip_stride(self.frames, self.stride, self.duration, rate)
 
     @property
     def length(self) -> int:
@@ -137,10 +152,10 @@ class ClipPlan:
     ) -> str:
         """Why a video of `length` frames has less than a clip of this slot spans; empty where it has enough."""
         s = self.shape(video_slot)
-        if s.fps is not None:
+        if s.timed and s.fps is not None:
             lasts, spans = length * frame_seconds(known_times(length, times)), s.frames / s.fps
             return f"it lasts {lasts:.3g} s, less than the {spans:.3g} s that a clip spans" * (lasts < spans)
-        window = s.frames * clip_stride(s.frames, s.stride, s.duration, rate)
+        window = s.frames * s.source_stride(rate)
         count = "1 frame" if length == 1 else f"{length} frames"
         return f"it has {count}, fewer than the {window} that a clip spans" * (length < window)
 
@@ -160,9 +175,8 @@ class ClipPlan:
         rng = stream(self.seed, Purpose.CLIP, slot)
         number, clips = slot % self.clips_per_video, self.clips_per_video
         s = self.shape(slot // clips)
-        if s.fps is None:
-            stride = clip_stride(s.frames, s.stride, s.duration, rate)
-            frames = clip_frames(length, s.frames, stride, rng, clip=number, clips=clips)
+        if s.fps is None or s.by_stride:
+            frames = clip_frames(length, s.frames, s.source_stride(rate), rng, clip=number, clips=clips)
         else:
             frames = timed_frames(known_times(length, times), s.frames, s.fps, rng, clip=number, clips=clips)
         if s.repeat > 1:

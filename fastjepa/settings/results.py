@@ -295,6 +295,11 @@ class Compat(Section):
         1.0, "schedules are planned for this many times optim.steps and cut off at its end", ge=1
     )
     sdpa_ignores_scale: bool = setting(False, "fused attention ignores model.qk_scale")
+    fps_by_stride: bool = setting(
+        False,
+        "with data.fps, clips of pretraining have every ceil(frame rate) // fps-th frame, as in the public V-JEPA 2, "
+        "in place of what is shown at the time",
+    )
     mask_token_by_length: bool = setting(
         False,
         "the learned mask token is chosen by the place of the clips' length among those of a step, not by the mask "

@@ -1,9 +1,11 @@
-"""Parity cases 25: the mask options of V-JEPA 2, with the recorded positions handed in."""
+"""Parity cases 25: mask options and frame numbers of V-JEPA 2, with the recorded random numbers handed in."""
 
 import numpy as np
 import pytest
 import torch
 
+from fastjepa.data.frames import segment_frames
+from fastjepa.data.sampling import ClipShape
 from fastjepa.masks import MaskCollator
 
 OPTIONS = {"full_complement", "pred_full_complement", "inv_block"}
@@ -60,3 +62,31 @@ def test_complements_leave_no_token_out_and_blocks_change_places(truncation, opt
 def by_clip(token_set):
     parts = token_set.index.split(list(token_set.lengths)) if hasattr(token_set, "lengths") else token_set
     return [part.tolist() for part in parts]
+
+
+# -- frame numbers, 25_v2_frame_sampling --
+
+
+def shape_of(call):
+    args = call["args"]
+    return ClipShape(
+        call["frames_per_clip"], args.get("frame_step", 1), args.get("duration"), args.get("fps"), by_stride=True
+    )
+
+
+def test_frame_numbers_are_those_of_the_published_code(case):
+    """Exact, by frame rate, duration and stride; the public code fails where a video is slower than its clips."""
+    golden = case("25_v2_frame_sampling")
+    assert {key for call in golden.info["calls"] for key in call["args"]} == {"fps", "duration", "frame_step"}
+    compared = 0
+    for call in golden.info["calls"]:
+        stride = shape_of(call).source_stride(call["video_fps"])
+        if call["error"]:
+            assert (call["args"], stride) == ({"fps": 12}, 1)
+            continue
+        tensors, frames, length = golden.group(call["prefix"]), call["frames_per_clip"], call["n"]
+        assert [[frames * stride, length]] * (length > frames * stride) == call["draw_ranges"], call
+        end = int(tensors["drawn"][0]) if call["draw_ranges"] else None
+        assert segment_frames(length, frames, stride, end).tolist() == tensors["indices"][0].tolist(), call
+        compared += 1
+    assert compared == 7

@@ -205,10 +205,10 @@ def build_reader(s: Settings, videos: Videos, decoder: Decoder | None = None, ca
 
 
 def _needs_rate(s: Settings) -> str:
-    """The setting for which every video must have times; empty where some data set does without, or asks for less."""
+    """The setting for which every video must tell its frame rate or times; empty where some data set does without."""
     for key in ("duration", "fps"):
         if all(getattr(one, key) is not None for one in s.data.sets):
-            return "" if key == "fps" and s.compat.fps_by_stride else f"data.{key}"
+            return "compat.fps_whole_stride" if key == "fps" and s.compat.fps_whole_stride else f"data.{key}"
     return ""
 
 
@@ -221,7 +221,7 @@ def clip_shapes(s: Settings) -> list[ClipShape]:
             one.duration,
             one.fps,
             s.data.tubelet if one.frames == 1 else 1,
-            s.compat.fps_by_stride,
+            s.compat.fps_whole_stride,
         )
         for one in s.data.sets
         if one.frames is not None

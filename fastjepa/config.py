@@ -107,29 +107,26 @@ def resume_class(field: FieldInfo) -> Resume:
 
 
 def flat(settings: Settings) -> dict[str, Any]:
-    """Dotted key -> plain value (lists, numbers, strings), for comparison and JSON."""
+    """Dotted key -> plain value (lists, numbers, strings), for comparison and JSON.
+
+    Options of a mask set that are off are left out of it: sets are compared and hashed whole, and those of runs from
+    before these options are the same.
+    """
     dump = settings.model_dump(mode="json", by_alias=True)
+    for one in dump["mask"]["sets"]:
+        for option in ("full_complement", "pred_full_complement", "inv_block"):
+            if not one[option]:
+                del one[option]
     return {key: dump[key.split(".")[0]][key.split(".")[1]] if "." in key else dump[key] for key, _ in fields()}
-
-
-# Of a mask set, what came after the first runs: at its default it says nothing, so that these keep their names.
-_LATER = ("full_complement", "pred_full_complement", "inv_block")
-
-
-def _compared(key: str, value: Any) -> Any:
-    """A value as runs are told apart by it."""
-    if key != "mask.sets":
-        return value
-    return [{name: inner for name, inner in one.items() if inner or name not in _LATER} for one in value]
 
 
 def changed(old: dict[str, Any], new: dict[str, Any], kind: Resume) -> list[str]:
     """Keys of this class whose values differ, each as "key: old -> new"; a key missing in `old` had the default."""
-    before = flat(Settings()) | old
+    defaults = flat(Settings())
     return [
-        f"{key}: {before[key]} -> {new[key]}"
+        f"{key}: {old.get(key, defaults[key])} -> {new[key]}"
         for key, field in fields()
-        if resume_class(field) == kind and _compared(key, before[key]) != _compared(key, new[key])
+        if resume_class(field) == kind and old.get(key, defaults[key]) != new[key]
     ]
 
 
@@ -139,6 +136,6 @@ def identity(settings: Settings, data: str) -> str:
     Defaults are left out so that a setting added later does not rename old runs. `data` is the fingerprint of the file
     list: relative names, so that a folder that moved keeps its runs, and other videos get a run of their own.
     """
-    values, defaults = ({k: _compared(k, v) for k, v in flat(s).items()} for s in (settings, Settings()))
+    values, defaults = flat(settings), flat(Settings())
     fatal = {k: values[k] for k, f in fields() if resume_class(f) == "fatal" and values[k] != defaults[k]}
     return hashlib.sha256(json.dumps([fatal, data], sort_keys=True).encode()).hexdigest()[:6]

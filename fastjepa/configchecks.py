@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fastjepa.config import Data, DataSet, Mask, Model, Settings
+from fastjepa.config import Data, DataSet, Mask, MaskSet, Model, Settings
 
 Mistake = tuple[tuple[str, ...], str]
 
@@ -12,7 +12,6 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
     yield from _networks(s)
     yield from _clips(s)
     yield from _masks(s)
-    yield from _mask_options(s)
     yield from _lengths(s)
     yield from _batches(s)
     yield from _schedule(s)
@@ -174,6 +173,11 @@ def _clips(s: Settings) -> Iterator[Mistake]:
             ("data.stride", "data.fps"),
             f"data.stride: expected its default {stride} beside data.fps, which takes its place, given {d.stride}",
         )
+    if s.compat.fps_whole_stride and all(one.fps is None for one in d.sets):
+        yield (
+            ("compat.fps_whole_stride", "data.fps", "data.path"),
+            "compat.fps_whole_stride: expected false without data.fps, which it rounds, given true",
+        )
     if d.fps is not None and d.duration is not None:
         yield (
             ("data.fps", "data.duration"),
@@ -216,11 +220,6 @@ def _data_sets(d: Data) -> Iterator[Mistake]:
 def _lengths(s: Settings) -> Iterator[Mistake]:
     """What clips of several lengths go with."""
     d, lengths = s.data, s.data.lengths
-    if s.compat.fps_by_stride and all(one.fps is None for one in d.sets):
-        yield (
-            ("compat.fps_by_stride", "data.fps", "data.path"),
-            "compat.fps_by_stride: expected false without data.fps, given true",
-        )
     if lengths[-1] != d.frames and d.frames >= d.tubelet:
         yield (
             ("data.frames", "data.path"),
@@ -267,16 +266,24 @@ def _masks(s: Settings) -> Iterator[Mistake]:
             "mask.sets: expected the default with mask.kind tube, which draws one set by mask.ratio, given other sets"
             f"{way_out}",
         )
-
-
-def _mask_options(s: Settings) -> Iterator[Mistake]:
     for number, one in enumerate(s.mask.sets):
-        if one.full_complement and one.pred_full_complement:
-            yield (
-                (f"mask.sets.{number}.pred_full_complement", f"mask.sets.{number}.full_complement"),
-                f"mask.sets.{number}.pred_full_complement: expected false beside full_complement, which leaves nothing "
-                "for it to do, given true",
-            )
+        yield from _mask_options(f"mask.sets.{number}", one, s.mask.truncation)
+
+
+def _mask_options(where: str, one: MaskSet, truncation: str) -> Iterator[Mistake]:
+    """An option of a mask set that another setting leaves without effect."""
+    key, other = f"{where}.pred_full_complement", f"{where}.full_complement"
+    if one.pred_full_complement and one.full_complement:
+        yield (key, other), f"{key}: expected false beside full_complement, which also fills what cutting dropped"
+    elif one.pred_full_complement and one.max_keep is not None:
+        yield (
+            (key, f"{where}.max_keep"),
+            f"{key}: expected false beside max_keep, whose limit of the context it would undo",
+        )
+    # Without cutting, only max_keep drops tokens, and only from the context.
+    for option, given in ((key, one.pred_full_complement), (other, one.full_complement and one.max_keep is None)):
+        if given and truncation == "none":
+            yield (option, "mask.truncation"), f"{option}: expected false with mask.truncation none, which cuts nothing"
 
 
 def _batches(s: Settings) -> Iterator[Mistake]:

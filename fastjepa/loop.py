@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from fastjepa.keeping import Keeper
 from fastjepa.log import Log, read_metrics
 from fastjepa.masks import GeneratorCollator
 from fastjepa.models.predictor import Draw
-from fastjepa.noise import noise_draws
+from fastjepa.noise import noise_draws, noise_seed
 from fastjepa.optim import OptimizerPass
 from fastjepa.parallel import World
 from fastjepa.plan import Plan
@@ -224,7 +225,7 @@ class Trainer:
             self.watchdog.stage("computing", step + 1, self._patience)
             draws = None
             if s.model.targets == "noised":
-                draws = batch.each(self._noise)
+                draws = batch.each(partial(self._noise, noise_seed(s.optim.seed, self.device)))
             if s.model.drop_path:  # its draws too follow from what they are for: there is no state to save
                 torch.manual_seed(torch_seed(s.optim.seed, Purpose.DROP_PATH, batch.slots[0]))
             with self.exchange.part(last):
@@ -257,11 +258,10 @@ class Trainer:
             measured = health.measure(features[:: s.data.clips_per_video], predictions, s.loss.exponent)
         return StepDone(loss, loss_jepa, norms, measured, distance)
 
-    def _noise(self, batch: Batch) -> list[Draw]:
+    def _noise(self, seed: torch.Tensor, batch: Batch) -> list[Draw]:
         """What enters the noised predictor."""
-        s, keyed = self.settings, self.jepa.operations.keyed_noise
-        width = s.model.predictor_dim
-        return noise_draws(s.optim.seed, batch.slots, batch.masks_target, width, self.device, keyed=keyed)
+        width, keyed = self.settings.model.predictor_dim, self.jepa.operations.keyed_noise
+        return noise_draws(seed, batch.slots, batch.masks_target, width, self.device, keyed=keyed)
 
     def _bad_steps(self, dataset: ClipDataset) -> BadSteps:
         reasons = (self.findings.bad.reasons, self.findings.short.reasons)

@@ -20,8 +20,13 @@ from fastjepa_kernels.reference.philox import philox_words
 _STEP = 2**TOKEN_BITS - 1
 
 
+def noise_seed(seed: int, device: torch.device) -> Tensor:
+    """The seed of all noise of a run on the device, 0-dim: a fill, not a copy, so that the host waits for nothing."""
+    return torch.full((), torch_seed(seed, Purpose.NOISE), device=device)
+
+
 def noise_draws(
-    seed: int,
+    seed: int | Tensor,
     slots: Sequence[int],
     masks_target: Sequence[TokenSet],
     width: int,
@@ -31,11 +36,12 @@ def noise_draws(
 ) -> list[Draw]:
     """(timesteps int64 [B], noise float32 [B, Kt, P]) a mask set, or [R, P] rows where lengths differ, on the device.
 
-    `width` P is that of the predictor. `keyed` gives, in place of the noise, the `RowNoise` that a kernel makes the
-    same numbers from. Source: Philox-4x32-10 (Random123), see `fastjepa_kernels.philox_normal`.
+    `width` P is that of the predictor. `seed` is that of the run, or what `noise_seed` made of it: clips of several
+    lengths, whose draws are made a length at a time, share one where they go through one kernel. `keyed` gives, in
+    place of the noise, the `RowNoise` that a kernel makes the same numbers from. Source: Philox-4x32-10 (Random123),
+    see `fastjepa_kernels.philox_normal`.
     """
-    # A fill, not a copy: the host waits for nothing.
-    words = torch.full((), torch_seed(seed, Purpose.NOISE), device=device)
+    words = seed if isinstance(seed, Tensor) else noise_seed(seed, device)
     slot = _on_device(list(slots), device)
     draws: list[Draw] = []
     for number, token_set in enumerate(masks_target):

@@ -31,12 +31,14 @@ def fresh_graphs():
     torch._dynamo.reset()
 
 
-def prepared(kernels="library", truncation="group", compile=None, recompute=0, dtype=torch.float64, attention="auto"):
+def prepared(
+    kernels="library", truncation="group", compile=None, recompute=0, dtype=torch.float64, attention="auto", **more
+):
     """A small JEPA as the settings would set it up where blocks are compiled."""
     own = truncation == "none"
     operations, _ = build_operations(kernels, attention, CPU, flat=own, group=1 if own else 2)
     operations.run_blocks_by(compile, recompute)
-    return make(widths=WIDTHS, operations=operations).to(dtype)
+    return make(widths=WIDTHS, operations=operations, **more).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,6 +88,33 @@ def test_whatever_computes_attention_compiles_once(kernels, attention, truncatio
         torch.testing.assert_close(loss, plain(clips(4), context, target).loss, rtol=1e-10, atol=0)
         graphs.append(counter.frame_count)
     assert graphs[-1] == graphs[0], graphs
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+@pytest.mark.parametrize("truncation", ["group", "none"])
+@pytest.mark.parametrize("kernels", ["library", "reference"])
+def test_rotary_positions_and_stochastic_depth_compile_once(kernels, truncation, drop_path):
+    """Clips of two lengths, and of one in every second step."""
+    counter = CompileCounterWithBackend("eager")
+    more = {"rotary": "v2", "drop_path": drop_path}
+    jepa = prepared(kernels, truncation, partial(compiling.COMPILE, backend=counter), **more)
+    plain = prepared("library", truncation, **more)
+    graphs = []
+    for step in range(8):
+        sides = [masks(4, group=2, truncation=truncation, first=4 * step, step=step, frames=n) for n in (4, 2)]
+        video = [clips(4), clips(4, 2)]
+        if step % 2:
+            video, sides = video[:1], sides[:1]
+        context, target = zip(*sides)
+        unions = [target_union(sets, 8 * one.shape[2]) for sets, one in zip(target, video)]
+        found = []
+        for one in (jepa, plain):
+            torch.manual_seed(step)
+            found.append(one(video, context, target, union=unions).loss)
+        found[0].backward()
+        torch.testing.assert_close(*found, rtol=1e-10, atol=0)
+        graphs.append(counter.frame_count)
+    assert graphs[-1] == graphs[1], graphs
 
 
 def test_the_order_of_a_gpu_compiles_where_its_first_choice_refuses(monkeypatch):

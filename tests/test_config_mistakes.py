@@ -89,9 +89,9 @@ LARGE |= {
 }
 # What a setting is of use with only.
 BESIDE = {
+    "compat.fps_whole_stride": ("data.fps=4",),
     "accept_changes": ("resume=runs/one",),
     "init.optimizer": ("init.from=runs/one",),
-    "compat.fps_by_stride": ("data.fps=4",),
 }
 BOOL = {key for key, field in config.fields() if isinstance(field.default, bool) or bool in get_args(field.annotation)}
 BOOL |= {f"mask.sets.0.{key}" for key in ("full_complement", "pred_full_complement", "inv_block")}
@@ -306,15 +306,31 @@ eval: 3
             "optim: {decay: constant, decay_steps: 50}",
             "optim.decay_steps: expected null with optim.decay constant, which has no decay, given 50",
         ),
+        (
+            "compat: {fps_whole_stride: true}",
+            "compat.fps_whole_stride: expected false without data.fps, which it rounds, given true",
+        ),
+        (
+            "mask: {sets: [{}, {full_complement: true, pred_full_complement: true}]}",
+            "mask.sets.1.pred_full_complement: expected false beside full_complement, which also fills what cutting",
+        ),
+        (
+            "mask: {sets: [{pred_full_complement: true, max_keep: 3}]}",
+            "mask.sets.0.pred_full_complement: expected false beside max_keep, whose limit of the context it would",
+        ),
+        (
+            "mask: {truncation: none, sets: [{pred_full_complement: true}]}",
+            "mask.sets.0.pred_full_complement: expected false with mask.truncation none, which cuts nothing",
+        ),
+        (
+            "mask: {truncation: none, sets: [{full_complement: true}]}",
+            "mask.sets.0.full_complement: expected false with mask.truncation none, which cuts nothing",
+        ),
         ("init: {optimizer: true}", "init.optimizer: expected false without init.from, given true"),
         ("optim: {betas: [0.9, 1.0]}", "optim.betas: expected numbers from 0 to below 1, given 1.0 at place 2"),
         ("data: {scale: [0.5, 1.5]}", "data.scale: expected 0 < low <= high <= 1, given [0.5, 1.5]"),
         ("data: {scale: [0, 1]}", "data.scale: expected 0 < low <= high <= 1, given [0, 1]"),
         ("data: {aspect: [2.0, 1.0]}", "data.aspect: expected 0 < low <= high, given [2, 1]"),
-        (
-            "mask: {sets: [{full_complement: true, pred_full_complement: true}]}",
-            "mask.sets.0.pred_full_complement: expected false beside full_complement, which leaves",
-        ),
         ("mask: {sets: [{}, {temporal_scale: [0.5, 0.4]}]}", "mask.sets.1.temporal_scale: expected 0 < low <= high <="),
         ("mask: {sets: [{spatial_scale: [0.5, 2]}]}", "mask.sets.0.spatial_scale: expected 0 < low <= high <= 1"),
         ("mask: {sets: [{aspect_ratio: [-1, 2]}]}", "mask.sets.0.aspect_ratio: expected 0 < low <= high, given"),
@@ -336,6 +352,8 @@ def test_what_is_no_contradiction_is_accepted(read):
     read("data: {clips_per_video: 2, batch_size: 6}\noptim: {global_batch: 72}\nmask: {group: 12}")
     read("data: {clips_per_video: 5, batch_size: 5}\noptim: {global_batch: 30}\nmask: {truncation: none}")
     read("data: {duration: 2.0, stride: 4}")
+    read("data: {fps: 4}\ncompat: {fps_whole_stride: true}")
+    read("mask: {truncation: none, sets: [{full_complement: true, max_keep: 9, inv_block: true}]}")
     assert not list(cross_checks(Settings()))
 
 

@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastjepa.fused import Fused
 from fastjepa.masks import target_union
 from fastjepa.models.operations import LIBRARY
-from fastjepa.models.predictor import RowNoise
-from fastjepa.noise import noise_draws
+from fastjepa.noise import noise_draws, noise_seed
 from fastjepa.pieces import build_operations
 from tests.small_jepa import assert_same, clips, gradients, make, masks
 
@@ -34,16 +33,11 @@ def step(jepa, truncation="group", noised=False, keyed=False):
     unions = [target_union(sets, 8 * frames) for sets, frames in zip(target, FRAMES)]
     draws = None
     if noised:
-        draws = [noise_draws(0, range(4 * n, 4 * n + 3), sets, WIDTHS[1], CPU) for n, sets in enumerate(target)]
-        if keyed:
-            seed = noise_draws(0, [0], [target[0][0][:1]], 1, CPU, keyed=True)[0][1].seed
-            draws = [
-                [
-                    (steps, RowNoise(made.keys, seed))
-                    for steps, made in noise_draws(0, range(4 * n, 4 * n + 3), sets, WIDTHS[1], CPU, keyed=True)
-                ]
-                for n, sets in enumerate(target)
-            ]
+        seed = noise_seed(0, CPU) if keyed else 0
+        draws = [
+            noise_draws(seed, range(4 * n, 4 * n + 3), sets, WIDTHS[1], CPU, keyed=keyed)
+            for n, sets in enumerate(target)
+        ]
     video = [clips(3, frames) for frames in FRAMES]
     out = jepa(video, context, target, draws, collect=True, union=unions)
     out.loss.backward()

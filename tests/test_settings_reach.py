@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastjepa.build import build_dataset
+from fastjepa.build import build_dataset, build_masks
 from fastjepa.exits import Exit
 from fastjepa.models.pos_embed import position_table
 from fastjepa.models.predictor import signal_left
@@ -49,6 +49,17 @@ COMPAT = {
     "data.sampling=replacement": lambda t: build_dataset(t.settings, t.videos).plan.order.replaces,
     "data.shuffle_window=77": lambda t: build_dataset(t.settings, t.videos).plan.order.window == 77,
     "data.fps=6 and data.stride=4": lambda t: build_dataset(t.settings, t.videos).plan.shapes[0].fps == 6,
+    "data.fps=6 and data.stride=4 and compat.fps_whole_stride=true": lambda t: (
+        build_dataset(t.settings, t.videos).plan.shapes[0].whole_stride
+        and build_dataset(t.settings, t.videos).reader.needs_rate == "compat.fps_whole_stride"
+    ),
+    "mask.sets.0.full_complement=true and mask.sets.1.inv_block=true": lambda t: (
+        [(g.full_complement, g.pred_full_complement, g.inv_block) for g in build_masks(t.settings).generators]
+        == [(True, False, False), (False, False, True)]
+    ),
+    "mask.sets.1.pred_full_complement=true": lambda t: (
+        [g.pred_full_complement for g in build_masks(t.settings).generators] == [False, True]
+    ),
     "data.frame_rate=12.5": lambda t: build_dataset(t.settings, t.videos).reader.frame_rate == 12.5,
     "data.antialias=true": lambda t: build_dataset(t.settings, t.videos).antialias,
     # The second block's projection is divided by sqrt(4) unless the weights are drawn again.

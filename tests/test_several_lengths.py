@@ -1,6 +1,5 @@
 """Data sets with clips of their own: several lengths in one step, and images as clips of one tubelet."""
 
-import hashlib
 import itertools
 import json
 
@@ -9,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastjepa import config, configfile
+from fastjepa import config
 from fastjepa.build import build_dataset, build_jepa, build_loading, masks_by_length
-from fastjepa.config import DataSet, Mask, MaskSet, Settings
+from fastjepa.config import DataSet, Settings
 from fastjepa.configfile import from_command_line
 from fastjepa.data.batches import MixedBatch
 from fastjepa.data.loader import make_loader, running
@@ -135,7 +134,10 @@ def test_a_wrong_data_set_is_refused_in_one_sentence(recipe, given, sentence, ca
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ("compat.fps_by_stride=true", "compat.fps_by_stride: expected false without data.fps, given true"),
+        (
+            "compat.fps_whole_stride=true",
+            "compat.fps_whole_stride: expected false without data.fps, which it rounds",
+        ),
         (
             "data.decoder=dali_cpu",
             "data.decoder: expected auto, pyav or torchcodec where data.path has clips of several",
@@ -166,23 +168,6 @@ def test_settings_go_through_a_file_and_back(mixed):
     again = Settings.model_validate(s.model_dump(mode="json", by_alias=True))
     assert again == s
     assert config.flat(again) == config.flat(s)
-
-
-def test_mask_options_rename_only_the_runs_that_use_them():
-    """As before there were any: what is stored of a mask set that leaves them alone does not name them."""
-    plain, other = (Settings(mask=Mask(sets=(MaskSet(num_blocks=3, inv_block=one),))) for one in (False, True))
-    stored = config.flat(plain)
-    assert stored["mask.sets"][0].pop("full_complement") is False
-    assert stored["mask.sets"][0].pop("pred_full_complement") is False
-    assert stored["mask.sets"][0].pop("inv_block") is False
-    assert config.changed(stored, config.flat(plain), "fatal") == []
-    assert len(config.changed(stored, config.flat(other), "fatal")) == 1
-    # The name that such a run had before there were these options.
-    named = json.dumps([{"mask.sets": stored["mask.sets"]}, ""], sort_keys=True)
-    assert config.identity(plain, "") == hashlib.sha256(named.encode()).hexdigest()[:6]
-    assert config.identity(plain, "") != config.identity(other, "")
-    assert configfile.restore(config.flat(other), "here") == other
-    assert configfile.restore(config.flat(plain), "here") == plain
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -280,7 +265,7 @@ def test_frame_rates_by_whole_strides_are_the_settings_choice(mixed):
     strides = {}
     for by_stride in (False, True):
         s = settings_of({FILMS: {"frames": 4, "fps": 10}, MORE: {}})
-        s = s.model_copy(update={"compat": s.compat.model_copy(update={"fps_by_stride": by_stride})})
+        s = s.model_copy(update={"compat": s.compat.model_copy(update={"fps_whole_stride": by_stride})})
         built = build_dataset(s, open_collections(s.data.path, 0))
         slots = [slot for slot in range(40) if built.plan.shape(slot).frames == 4]
         info = built.reader.info(built.plan.order.video(slots[0]))

@@ -78,7 +78,7 @@ def census(files: Sequence[Stored]) -> Figure | None:
                 p = row["parameters"]
                 if (p["model"], p["execution"]) == bar and p["component"] != "total":
                     sizes[p["component"].rpartition(" ")[part]] += row["value"]
-            _stack(axes, place, sizes, colours, longest / 40)
+            _stack(axes, place, sizes, colours, longest / 28)
         axes.set_yticks(range(len(bars)), [f"{MODELS.get(model, model)}, {SHORT[way]}" for model, way in bars])
         axes.set_title(title, loc="left")
         axes.invert_yaxis()

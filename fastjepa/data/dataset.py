@@ -112,7 +112,7 @@ class Reader:
             raise VideoError(f"it has {frames}, fewer than one tubelet of {self.least_frames}", info.path)
         if info.rate is None and self.frame_rate is not None:
             info = replace(info, rate=self.frame_rate)
-        if self.needs_rate and (info.rate if self.needs_rate == "data.duration" else info.times) is None:
+        if self.needs_rate and (info.times if self.needs_rate == "data.fps" else info.rate) is None:
             raise VideoError(f"its frame rate is not known, and {self.needs_rate} needs it", info.path)
         return info
 
@@ -229,11 +229,14 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
     def _draws(self, info: VideoInfo, slot: int) -> list[ClipDraw]:
         """What to cut out of this video. Errors: _TooShort, and VideoError where a rate is needed and not known."""
         shape = self.plan.shape(slot)
-        times = info.times if shape.timed else None
-        shown = times if shape.timed else info.rate
-        for key, needed, known in (("duration", shape.duration, info.rate), ("fps", shape.fps, shown)):
-            if needed is not None and known is None:
-                raise VideoError(f"its frame rate is not known, and data.{key} needs it", info.path)
+        times = info.times if shape.by_times else None
+        for key, needs, known in (
+            ("data.duration", shape.duration is not None, info.rate),
+            ("compat.fps_whole_stride", shape.fps is not None and shape.whole_stride, info.rate),
+            ("data.fps", shape.by_times, times),
+        ):
+            if needs and known is None:
+                raise VideoError(f"its frame rate is not known, and {key} needs it", info.path)
         if self.filter_short and not info.still:
             reason = self.plan.too_short(info.frames, info.rate, times, video_slot=slot)
             if reason:

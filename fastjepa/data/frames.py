@@ -21,15 +21,14 @@ def clip_stride(frames: int, stride: int, duration: float | None, rate: Fraction
     return max(1, int(duration * float(rate) / frames))
 
 
-def fps_stride(fps: float, rate: Fraction | float | None) -> int:
-    """Source frames from one frame of a clip to the next for `fps` frames/s, by the average rate in frames/s.
+def rate_stride(fps: float, rate: Fraction | float | None) -> int:
+    """Source frames from one frame of a clip to the next for about `fps` frames/s, by the average rate in frames/s.
 
-    The rule of the public V-JEPA 2, ceil(rate) // fps, but at least 1: its code comes to 0 where a video is slower than
-    the clip, and fails. Clips of 29.97 frames/s at 4 take every 7th frame, which is 4.3 a second. Errors: ValueError
-    without a rate.
+    The rule of the public V-JEPA 2, ceil(rate) // fps: clips of a video at 30 frames/s have 4.29 of them at `fps` 4. At
+    least 1: the public code fails on a video with fewer frames/s than are asked for. Errors: ValueError without a rate.
     """
     if rate is None:
-        raise ValueError(f"the stride of a clip of {fps:g} frames/s follows from the frame rate, which is not known")
+        raise ValueError(f"the stride of a clip at {fps:g} frames/s follows from the frame rate, which is not known")
     return max(1, int(ceil(rate) // fps))
 
 

@@ -12,7 +12,7 @@ from math import exp, log
 import numpy as np
 
 from fastjepa.data.augment import Op, draw_ops
-from fastjepa.data.frames import clip_frames, clip_stride, fps_stride, frame_seconds, known_times, timed_frames
+from fastjepa.data.frames import clip_frames, clip_stride, frame_seconds, known_times, rate_stride, timed_frames
 from fastjepa.data.order import Collection, VideoOrder
 from fastjepa.streams import Purpose, stream
 
@@ -79,7 +79,7 @@ class ClipDraw:
 class ClipShape:
     """Which frames a clip has, as `ClipPlan` takes them, each of them `repeat` times.
 
-    `by_stride`: `fps` stands for the stride of `fps_stride`, in place of true times.
+    `whole_stride`: `fps` stands for the stride of `rate_stride`, in place of true times.
     """
 
     frames: int
@@ -87,17 +87,17 @@ class ClipShape:
     duration: float | None = None
     fps: float | None = None
     repeat: int = 1
-    by_stride: bool = False
+    whole_stride: bool = False
 
     @property
-    def timed(self) -> bool:
+    def by_times(self) -> bool:
         """Whether frames are found by the times at which they are shown."""
-        return self.fps is not None and not self.by_stride
+        return self.fps is not None and not self.whole_stride
 
     def source_stride(self, rate: Fraction | None) -> int:
         """Source frames from one frame to the next, where these are not found by times."""
         if self.fps is not None:
-            return fps_stride(self.fps, rate)
+            return rate_stride(self.fps, rate)
         return clip_stride(self.frames, self.stride, self.duration, rate)
 
     @property
@@ -111,7 +111,8 @@ class ClipPlan:
 
     `videos`: in which order they come, or only their numbers, which then come in a new permutation each pass over the
     data. `scale` and `aspect` are the ranges of the random resized crop. In place of `stride` the clip spans `duration`
-    seconds by the average frame rate, or has `fps` frames/s at the true times of the frames. With `clips_per_video` n,
+    seconds by the average frame rate, or has `fps` frames/s at the true times of the frames, with `whole_stride` in
+    their place at a stride of whole frames that comes near it, see `rate_stride`. With `clips_per_video` n,
     slot s is clip s % n of the video of video slot s // n: the clips of a video come from its n equal segments and have
     boxes and flips of their own. `shapes`, one for all or one a collection of `videos`, take the place of `frames` and
     of what says how far these lie apart. Source: the published sampler and transform (V-JEPA, arXiv 2404.08471,
@@ -132,11 +133,12 @@ class ClipPlan:
         clips_per_video: int = 1,
         duration: float | None = None,
         fps: float | None = None,
+        whole_stride: bool = False,
         shapes: Sequence[ClipShape] = (),
     ) -> None:
         self.seed = seed
         self.order = videos if isinstance(videos, VideoOrder) else VideoOrder(seed, [Collection(videos)])
-        self.shapes = tuple(shapes) or (ClipShape(frames, stride, duration, fps),)
+        self.shapes = tuple(shapes) or (ClipShape(frames, stride, duration, fps, whole_stride=whole_stride),)
         if len(self.shapes) not in (1, len(self.order.collections)):
             raise ValueError(f"{len(self.order.collections)} collections need a shape each, got {len(self.shapes)}")
         self.scale, self.aspect, self.flip = scale, aspect, flip
@@ -152,7 +154,7 @@ class ClipPlan:
     ) -> str:
         """Why a video of `length` frames has less than a clip of this slot spans; empty where it has enough."""
         s = self.shape(video_slot)
-        if s.timed and s.fps is not None:
+        if s.by_times and s.fps is not None:
             lasts, spans = length * frame_seconds(known_times(length, times)), s.frames / s.fps
             return f"it lasts {lasts:.3g} s, less than the {spans:.3g} s that a clip spans" * (lasts < spans)
         window = s.frames * s.source_stride(rate)
@@ -170,12 +172,13 @@ class ClipPlan:
     ) -> ClipDraw:
         """What to cut out of a video of `length` frames of `height` x `width` pixels, for the clip at this slot.
 
-        `rate`, frames/s, is needed with a duration; `times` of the frames, float64 [length] in s, with `fps`.
+        `rate`, frames/s, is needed with a duration or `whole_stride`; `times` of the frames, float64 [length] in s,
+        with `fps` alone.
         """
         rng = stream(self.seed, Purpose.CLIP, slot)
         number, clips = slot % self.clips_per_video, self.clips_per_video
         s = self.shape(slot // clips)
-        if s.fps is None or s.by_stride:
+        if s.fps is None or s.whole_stride:
             frames = clip_frames(length, s.frames, s.source_stride(rate), rng, clip=number, clips=clips)
         else:
             frames = timed_frames(known_times(length, times), s.frames, s.fps, rng, clip=number, clips=clips)

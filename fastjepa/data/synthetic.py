@@ -2,6 +2,7 @@
 
 `synthetic://moving-shapes?videos=128&size=160&frames=64&seed=0&noise=0.2` names such a set. `materialise` draws and
 encodes it once into the user's cache as ordinary H.264 files, which are then read like any other folder of videos.
+With `frames=1` it is a set of still images (PNG), each the first frame of what would be a video.
 
 Everything is drawn in reference units, a frame of 48 x 48, and scaled by size / 48, so a seed shows the same scenes at
 every size. Colour, brightness, size and position say nothing about the label: a network finds such cues first and
@@ -63,7 +64,7 @@ SCHEME = "synthetic"
 LIMITS = {
     "videos": (1, 1_000_000),
     "size": (32, 1024),
-    "frames": (2, 1024),
+    "frames": (1, 1024),
     "seed": (0, 2**63 - 1),
     "noise": (0.0, 0.5),
 }
@@ -146,13 +147,13 @@ class MovingShapes:
 
 
 def video_names(spec: MovingShapes) -> list[str]:
-    """File names in order, such as `000042-disc-right.mp4`."""
+    """File names in order, such as `000042-disc-right.mp4`; images end in `.png`."""
     return [_name(spec, index) for index in range(spec.videos)]
 
 
 def _name(spec: MovingShapes, index: int) -> str:
     shape, motion = spec.label(index)
-    return f"{index:06d}-{SHAPES[shape]}-{MOTIONS[motion]}.mp4"
+    return f"{index:06d}-{SHAPES[shape]}-{MOTIONS[motion]}.{'png' if spec.frames == 1 else 'mp4'}"
 
 
 def _generator(seed: int, stream: int, index: int) -> np.random.Generator:
@@ -260,13 +261,21 @@ def _pointed(u: np.ndarray, v: np.ndarray, r: np.ndarray, points: int, inner: fl
 
 
 def _encode(spec: MovingShapes, index: int) -> bytes:
-    """Video `index` as an H.264 mp4: the same bytes each time.
+    """Video `index` as an H.264 mp4, or an image as PNG: the same bytes each time.
 
     One thread is not enough for that: x264's AVX-512 code for macroblock trees reads memory that nobody wrote, and a
     part of the files differ from run to run. `cpu-independent` selects its portable code instead, at little cost.
     """
     options = {"preset": "veryfast", "crf": "18", "x264-params": "cpu-independent=1"}
     target = BytesIO()
+    if spec.frames == 1:
+        with av.open(target, "w", format="image2pipe") as container:
+            image = container.add_stream("png", rate=1)
+            image.width = image.height = spec.size
+            image.pix_fmt = "rgb24"
+            container.mux(image.encode(av.VideoFrame.from_ndarray(spec.draw(index)[0], format="rgb24")))
+            container.mux(image.encode(None))
+        return target.getvalue()
     with av.open(target, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=24, options=options)
         stream.width = stream.height = spec.size
@@ -345,7 +354,7 @@ def _is_complete(folder: Path, spec: MovingShapes) -> bool:
     """The sizes are compared because videos are not synced one by one, and because cache cleaners take single files."""
     try:
         expected = json.loads((folder / "labels.json").read_bytes())["bytes"]
-        sizes = [entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".mp4")]
+        sizes = [entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith((".mp4", ".png"))]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
     return len(sizes) == spec.videos and sum(sizes) == expected

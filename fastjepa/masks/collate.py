@@ -66,8 +66,8 @@ class MaskCollator(GeneratorCollator):
     """Multi-block masks, one pair of mask sets for each entry of `cfgs_mask`.
 
     An entry has the published keys: spatial_scale, temporal_scale, aspect_ratio, num_blocks, and optionally
-    max_temporal_keep and max_keep, and those of V-JEPA 2: full_complement, pred_full_complement and inv_block; an
-    unknown key raises. Draws depend on (seed, step, global slot, set number) only.
+    max_temporal_keep, max_keep, full_complement, pred_full_complement and inv_block; an unknown key raises. Draws
+    depend on (seed, step, global slot, set number) only.
     """
 
     def __init__(

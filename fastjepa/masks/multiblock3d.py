@@ -34,10 +34,13 @@ class MultiBlockMaskGenerator:
     length but keeps a random subset, which does not favour early frames; `none` cuts nothing. `group=None` takes all
     clips of a call as one group, as the published collator does with its batch.
 
-    Of V-JEPA 2 (arXiv 2506.09985), after cutting: `full_complement` makes all that is not in the context a target,
-    `pred_full_complement` puts all that is no target into the context, and `inv_block` lets the two change places.
+    Cutting leaves tokens that are on neither side. `full_complement` makes the targets everything outside of the cut
+    context, `pred_full_complement` the context everything outside of the cut targets. `inv_block` exchanges the sides
+    at the end: the blocks are the context, and what lies around them is predicted; `max_keep` then limits the targets.
+    Source of the three: V-JEPA 2 (arXiv 2506.09985), the options of its collator.
 
-    Errors: ValueError, at construction, for settings that must give an empty context or an empty target.
+    Errors: ValueError, at construction, for settings that must give an empty context or an empty target, and for
+    options that undo each other.
     """
 
     def __init__(
@@ -52,14 +55,14 @@ class MultiBlockMaskGenerator:
         npred: int = 1,
         max_context_frames_ratio: float = 1.0,
         max_keep: int | None = None,
-        full_complement: bool = False,
-        pred_full_complement: bool = False,
-        inv_block: bool = False,
         *,
         seed: int = 0,
         set_number: int = 0,
         truncation: Truncation = "group",
         group: int | None = None,
+        full_complement: bool = False,
+        pred_full_complement: bool = False,
+        inv_block: bool = False,
     ) -> None:
         self.grid = token_grid(crop_size, num_frames, spatial_patch_size, temporal_patch_size)
         self.duration, self.height, self.width = self.grid
@@ -68,10 +71,10 @@ class MultiBlockMaskGenerator:
         self.npred = npred
         self.max_context_duration = max(1, int(self.duration * max_context_frames_ratio))
         self.max_keep = max_keep
-        self.full_complement, self.pred_full_complement = full_complement, pred_full_complement
-        self.inv_block = inv_block
         self.seed, self.set_number = seed, set_number
         self.truncation, self.group = truncation, group
+        self.full_complement, self.pred_full_complement = full_complement, pred_full_complement
+        self.inv_block = inv_block
         self._refuse_the_impossible()
 
     def _block(self, time: float, area: float, aspect: float) -> tuple[int, int, int]:
@@ -142,30 +145,21 @@ class MultiBlockMaskGenerator:
         """
         block = self.block_size(step)
         if self.truncation == "none":
-            pairs = [self._drawn(block, step, slot) for slot in slots]
-            pairs = [self._completed(context[: self.max_keep], target) for context, target in pairs]
+            drawn = [self._drawn(block, step, slot) for slot in slots]
+            pairs = [self._finished(context[: self.max_keep], target) for context, target in drawn]
             return _ragged([context for context, _ in pairs]), _ragged([target for _, target in pairs])
-        context: list[np.ndarray] = []
-        target: list[np.ndarray] = []
+        pairs = []
         for members, wanted in self._groups(slots, alike):
             placed = {slot: self._drawn(block, step, slot) for slot in members}
-            for side, kept, limit in ((0, context, self.max_keep), (1, target, None)):
-                keep = min(len(pair[side]) for pair in placed.values())
-                keep = keep if limit is None else min(keep, limit)
-                kept += [self._cut(placed[slot][side], keep, step, slot, side) for slot in wanted]
-        completed = [self._completed(*pair) for pair in zip(context, target)]
-        context, target = [pair[0] for pair in completed], [pair[1] for pair in completed]
+            seen, asked = (min(len(pair[side]) for pair in placed.values()) for side in (0, 1))
+            seen = seen if self.max_keep is None else min(seen, self.max_keep)
+            for slot in wanted:
+                context, target = placed[slot]
+                cut = self._cut(context, seen, step, slot, 0), self._cut(target, asked, step, slot, 1)
+                pairs.append(self._finished(*cut))
         one_group = self.group is None or len({slot // self.group for slot in slots}) == 1
-        return (_dense(context), _dense(target)) if one_group else (_ragged(context), _ragged(target))
-
-    def _completed(self, context: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What a clip sees and predicts, of what was cut: the options of V-JEPA 2."""
-        every = np.arange(self.duration * self.height * self.width)
-        if self.full_complement:
-            target = np.setdiff1d(every, context, assume_unique=True)
-        elif self.pred_full_complement:
-            context = np.setdiff1d(every, target, assume_unique=True)
-        return (target, context) if self.inv_block else (context, target)
+        form = _dense if one_group else _ragged
+        return form([context for context, _ in pairs]), form([target for _, target in pairs])
 
     def _groups(self, slots: Sequence[int], alike: Alike | None) -> Iterator[tuple[Sequence[int], list[int]]]:
         """(all members of a group, those of them that are asked for), in the order of `slots`."""
@@ -183,6 +177,20 @@ class MultiBlockMaskGenerator:
             tokens = np.sort(rng.choice(tokens, size=keep, replace=False))
         return tokens[:keep]
 
+    def _finished(self, context: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The sides of a clip that has been cut, by the options of the second generation."""
+        if self.full_complement:
+            target = self._outside(context)
+        elif self.pred_full_complement:
+            context = self._outside(target)
+        return (target, context) if self.inv_block else (context, target)
+
+    def _outside(self, tokens: np.ndarray) -> np.ndarray:
+        """All other tokens of the grid, ascending."""
+        other = np.ones(self.duration * self.height * self.width, dtype=bool)
+        other[tokens] = False
+        return np.flatnonzero(other)
+
     def _refuse_the_impossible(self) -> None:
         grid = "x".join(map(str, self.grid))
         for name, (low, high) in (
@@ -198,6 +206,10 @@ class MultiBlockMaskGenerator:
             raise ValueError(f"mask num_blocks must be at least 1, got {self.npred}")
         if self.max_keep is not None and self.max_keep < 1:
             raise ValueError(f"mask max_keep must be at least 1 token, got {self.max_keep}")
+        if self.pred_full_complement:
+            for name, given in (("full_complement", self.full_complement), ("max_keep", self.max_keep)):
+                if given:
+                    raise ValueError(f"mask pred_full_complement undoes {name}: choose one of them")
         area, (flat, tall) = self.height * self.width, self.aspect_ratio
         least = int(area * self.spatial_scale[0])
         if least * flat <= 0.25 or least / tall <= 0.25:

@@ -167,13 +167,13 @@ class VisionTransformerPredictor(nn.Module):
                 raise ValueError("a predictor without mask tokens needs target features")
             targets = self.diffuse(self.predictor_embed(tgt), timesteps, noise)
         context = self.predictor_embed(ctxt)
-        numbers = torch.cat([context_index, target_index], dim=1)
         x = torch.cat([self._placed(context, context_index), self._placed(targets, target_index)], dim=1)
-        # In the order of their numbers, as the second generation runs them; attention does not mind.
-        order = numbers.argsort(dim=1) if self.predictor_pos_embed is None or self.return_all_tokens else None
-        if order is not None:
-            x, numbers = _gathered(x, order), numbers.gather(1, order)
-        places = self.places(numbers)
+        order = places = None
+        if self.predictor_pos_embed is None or self.return_all_tokens:
+            # In the order of their numbers, as the second generation runs them; attention does not mind.
+            numbers = torch.cat([context_index, target_index], dim=1)
+            order = numbers.argsort(dim=1)
+            x, places = _gathered(x, order), self.places(numbers.gather(1, order))
         for number, block in enumerate(self.predictor_blocks):
             x = run_block(block, number, self.recomputed, x, places)
         if not self.return_all_tokens:

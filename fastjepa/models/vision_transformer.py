@@ -173,10 +173,14 @@ class VisionTransformer(nn.Module):
         (`forward_sets` takes those).
         """
         tokens, grid = self.embed(clips), self.token_grid(clips)
+        kept = tokens if masks is None else apply_masks(tokens, masks)
+        if self.pos_embed is not None:
+            return self.encode(kept)
         if masks is None:
-            return self.encode(tokens, self.places(grid, torch.arange(tokens.shape[1], device=tokens.device)))
-        kept = apply_masks(tokens, masks)
-        return self.encode(kept, self.places(grid, masks if isinstance(masks, Tensor) else torch.cat(list(masks))))
+            index = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            index = masks if isinstance(masks, Tensor) else torch.cat(list(masks))
+        return self.encode(kept, self.places(grid, index))
 
     def forward_sets(self, clips: Tensor, sets: Sequence[TokenSet]) -> list[Tensor]:
         """One feature tensor a mask set: [B, K, E] for a tensor set, [R, E] rows for a `Ragged` one."""

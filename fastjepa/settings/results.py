@@ -92,11 +92,11 @@ class MaskSet(Section):
     aspect_ratio: Pair = setting((0.75, 1.5), "height / width of a block: [low, high]")
     max_temporal_keep: float = setting(1.0, "share of the clip, from its start, that the context may see", gt=0, le=1)
     max_keep: Count | None = setting(None, "most context tokens a clip keeps")
-    full_complement: bool = setting(False, "all that the context does not see is predicted, also what cutting left out")
+    full_complement: bool = setting(False, "predict every token outside of the context, those too that cutting dropped")
     pred_full_complement: bool = setting(
-        False, "the context sees all that is not predicted, also what cutting left out"
+        False, "see every token outside of the targets, those too that cutting dropped"
     )
-    inv_block: bool = setting(False, "context and targets change places: blocks are seen, the rest is predicted")
+    inv_block: bool = setting(False, "exchange the sides: blocks are seen and what is around them is predicted")
 
 
 class Mask(Section):
@@ -295,13 +295,13 @@ class Compat(Section):
         1.0, "schedules are planned for this many times optim.steps and cut off at its end", ge=1
     )
     sdpa_ignores_scale: bool = setting(False, "fused attention ignores model.qk_scale")
-    fps_by_stride: bool = setting(
-        False,
-        "with data.fps, clips of pretraining have every ceil(frame rate) // fps-th frame, as in the public V-JEPA 2, "
-        "in place of what is shown at the time",
-    )
     mask_token_by_length: bool = setting(
         False,
         "the learned mask token is chosen by the place of the clips' length among those of a step, not by the mask "
         "set: the public V-JEPA 2 trains one token a length",
+    )
+    fps_whole_stride: bool = setting(
+        False,
+        "data.fps becomes a stride of whole frames, rounded down, as in the public V-JEPA 2: 4.29 frames/s of a video "
+        "at 30 for 4",
     )

@@ -31,6 +31,18 @@ def test_what_is_measured_are_the_published_settings_with_the_batch_of_one_gpu()
         assert noised == {"packed-noised", "reference-noised"}
 
 
+def test_the_second_generation_is_measured_as_published():
+    for model, encoder in (("vjepa2_vitl", "vit_large"), ("vjepa2_vitg", "vit_giant_xformers")):
+        for way in ways.WAYS:
+            s = ways.settings_of(model, way, quick=False)
+            assert (s.model.name, s.model.positions, s.model.predictor_heads) == (encoder, "rope_v2", 12)
+            assert (s.group, s.optim.global_batch, s.data.batch_size, s.data.crop) == (24, 24, 24, 256)
+            assert s.optim.clip_grad is None
+            # Every block is computed again in the public code's way alone.
+            assert bool(s.runtime.recompute) == (s.runtime.execution == "reference")
+        assert ways.settings_of(model, "packed", quick=True).model.name == "vit_nano"
+
+
 def test_every_way_is_beside_another_on_every_model():
     assert {way for pair in ways.PAIRS for way in pair} == set(ways.WAYS)
     assert {case.id for case in CASES} == {f"{m}-{a}-{b}" for m in ways.MODELS for a, b in ways.PAIRS}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.data.frames import clip_frames, clip_stride, segment_frames, timed_frames
+from fastjepa.data.frames import clip_frames, clip_stride, rate_stride, segment_frames, timed_frames
 from fastjepa.data.sampling import CROP_TRIES, Box, ClipPlan, central_box, random_box
 
 SCALE, ASPECT = (0.3, 1.0), (0.75, 1.35)
@@ -250,6 +250,21 @@ def test_a_plan_by_frames_per_second_needs_times_and_knows_what_is_too_short():
     assert by_fps.too_short(11, None, times[:11]) == "it lasts 0.458 s, less than the 0.5 s that a clip spans"
     with pytest.raises(ValueError, match="only where the times of the frames are known"):
         by_fps.clip(3, 60, 48, 64)
+
+
+def test_a_whole_stride_goes_by_the_frame_rate_rounded_as_published_in_place_of_times():
+    whole = plan(fps=8.0, whole_stride=True)
+    rate = Fraction(30000, 1001)
+    assert [rate_stride(fps, rate) for fps in (8.0, 5)] == [3, 6]
+    assert [rate_stride(4, given) for given in (30, 23.976, 60, 12.5, 3)] == [7, 6, 15, 3, 1]
+    by_stride = ClipPlan(1, np.arange(7), 4, 3, SCALE, ASPECT, True)
+    for slot in range(5):
+        assert whole.clip(slot, 60, 48, 64, rate).frames.tolist() == by_stride.clip(slot, 60, 48, 64).frames.tolist()
+    assert whole.too_short(12, rate) == ""
+    assert whole.too_short(11, rate) == "it has 11 frames, fewer than the 12 that a clip spans"
+    assert not whole.shapes[0].by_times
+    with pytest.raises(ValueError, match="at 8 frames/s follows from the frame rate, which is not known"):
+        whole.clip(3, 60, 48, 64)
 
 
 def test_clips_of_one_video_come_from_its_segments_in_order_with_draws_of_their_own():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fastjepa.data import synthetic
+from fastjepa.data.media import probe, read_frames
 from fastjepa.data.synthetic import MOTIONS, SHAPES, MovingShapes, materialise, video_names
 
 CLEAN = MovingShapes(videos=48, size=48, frames=10, noise=0.0)
@@ -74,7 +75,7 @@ def test_an_address_survives_the_round_trip_and_is_normalised():
         ("moving-shapes?size=49", "size must be even"),
         ("moving-shapes?size=30", "size must lie in 32..1024"),
         ("moving-shapes?size=1026", "size must lie in 32..1024"),
-        ("moving-shapes?frames=1", "frames must lie in 2..1024"),
+        ("moving-shapes?frames=0", "frames must lie in 1..1024"),
         ("moving-shapes?videos=0", "videos must lie in 1..1000000"),
         ("moving-shapes?videos=1000001", "videos must lie in"),
         ("moving-shapes?seed=-1", "seed must lie in"),
@@ -392,3 +393,21 @@ def test_a_cache_that_cannot_be_written_is_named_in_the_error(tmp_path: Path, mo
 def test_importing_does_no_work_and_needs_no_torch():
     script = "import sys, fastjepa.data.synthetic; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_sets_of_one_frame_are_still_images_with_the_drawn_pixels_and_are_kept(tmp_path):
+    spec = MovingShapes(videos=9, size=48, frames=1)
+    folder = materialise(spec, tmp_path, workers=1)
+    names = video_names(spec)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "labels.json"])
+    assert all(name.endswith(".png") for name in names)
+    for index, name in enumerate(names):
+        info = probe(str(folder / name))
+        assert info.still
+        assert (read_frames(info, np.zeros(1, np.int64))[0] == spec.draw(index)[0]).all()
+    written = {name: (folder / name).stat().st_mtime_ns for name in names}
+    assert materialise(spec, tmp_path, workers=1) == folder
+    assert written == {name: (folder / name).stat().st_mtime_ns for name in names}
+    (folder / names[3]).unlink()
+    materialise(spec, tmp_path, workers=1)
+    assert (folder / names[3]).is_file()

@@ -1,92 +1,106 @@
-"""Parity cases 25: mask options and frame numbers of V-JEPA 2, with the recorded random numbers handed in."""
+"""Parity cases 25: the options of mask sets and the frame numbers of the second generation."""
 
 import numpy as np
-import pytest
 import torch
 
-from fastjepa.data.frames import segment_frames
-from fastjepa.data.sampling import ClipShape
+from fastjepa.data.frames import clip_frames, clip_stride, rate_stride
 from fastjepa.masks import MaskCollator
 
-OPTIONS = {"full_complement", "pred_full_complement", "inv_block"}
+# Mask options, 25_v2_masks
+
+TOKENS = 4 * 6 * 6
+SIDES = ("mask_enc", "mask_pred")
 
 
-@pytest.fixture(scope="module")
-def masks(case):
-    return case("25_v2_masks")
+def recorded_corners(generator, random):
+    """Corners of a clip from the recorded stream: block after block, top, left, start."""
+
+    def draw(block, _):
+        bt, bh, bw = block
+        room = (generator.height - bh + 1, generator.width - bw + 1, generator.duration - bt + 1)
+        return np.array(
+            [[torch.randint(0, n, (1,), generator=random).item() for n in room] for _ in range(generator.npred)]
+        )
+
+    return draw
 
 
-def test_the_case_covers_every_option(masks):
-    assert set().union(*(call["mask"] for call in masks.info["calls"])) >= OPTIONS
-    assert len(masks.info["calls"]) == 5
+def first_batch(case, call):
+    """(context, target) of our rules with the recorded positions."""
+    collator = MaskCollator([call["mask"]], call["crop_size"], call["frames"], 16, 2)
+    (generator,) = collator.generators
+    random = torch.Generator().manual_seed(case.info["seeds"]["torch_global_seed"])
+    generator.draw_corners = recorded_corners(generator, random)
+    return generator.draw(0, range(call["batch"]))
 
 
-def test_recorded_positions_give_the_recorded_masks_token_for_token(masks):
-    """Of every option alone, of none, and of two together."""
-    for call in masks.info["calls"]:
-        random = torch.Generator().manual_seed(masks.info["seeds"]["torch_global_seed"])
-
-        def corners(block, _, random=random):
-            room = (6 - block[1] + 1, 6 - block[2] + 1, 4 - block[0] + 1)
-            return np.array([[torch.randint(0, n, (1,), generator=random).item() for n in room] for _ in range(3)])
-
-        collator = MaskCollator([call["mask"]], call["crop_size"], call["frames"], 16, 2)
-        (generator,) = collator.generators
-        assert generator.grid == (4, 6, 6)
-        generator.draw_corners = corners
-        (context,), (target,) = collator.draw(0, range(call["batch"]))
-        wanted = masks.group(call["prefix"])
-        assert torch.equal(context, wanted["mask_enc"]), call
-        assert torch.equal(target, wanted["mask_pred"]), call
-
-
-@pytest.mark.parametrize("truncation", ["group", "random", "none"])
-@pytest.mark.parametrize("option", sorted(OPTIONS))
-def test_complements_leave_no_token_out_and_blocks_change_places(truncation, option):
-    entry = {"num_blocks": 3, "spatial_scale": (0.2, 0.2), "temporal_scale": (0.5, 0.5), "max_keep": 60}
-    plain, other = (
-        MaskCollator([more], 96, 8, 16, 2, seed=3, truncation=truncation, group=2)
-        for more in (entry, entry | {option: True})
-    )
-    sides = [[by_clip(*side) for side in one.draw(4, range(6))] for one in (plain, other)]
-    (context, target), (seen, asked) = sides
-    if option == "inv_block":
-        assert (seen, asked) == (target, context)
-    else:
-        same = (context, seen) if option == "full_complement" else (target, asked)
-        assert same[0] == same[1]
-        assert [sorted(c + t) for c, t in zip(seen, asked)] == [list(range(144))] * 6
-        assert any(len(c + t) < 144 for c, t in zip(context, target))
-
-
-def by_clip(token_set):
-    parts = token_set.index.split(list(token_set.lengths)) if hasattr(token_set, "lengths") else token_set
-    return [part.tolist() for part in parts]
-
-
-# -- frame numbers, 25_v2_frame_sampling --
-
-
-def shape_of(call):
-    args = call["args"]
-    return ClipShape(
-        call["frames_per_clip"], args.get("frame_step", 1), args.get("duration"), args.get("fps"), by_stride=True
-    )
-
-
-def test_frame_numbers_are_those_of_the_published_code(case):
-    """Exact, by frame rate, duration and stride; the public code fails where a video is slower than its clips."""
-    golden = case("25_v2_frame_sampling")
-    assert {key for call in golden.info["calls"] for key in call["args"]} == {"fps", "duration", "frame_step"}
+def test_recorded_positions_give_the_recorded_masks_with_every_option(case):
+    masks = case("25_v2_masks")
     compared = 0
-    for call in golden.info["calls"]:
-        stride = shape_of(call).source_stride(call["video_fps"])
+    for call in masks.info["calls"]:
+        for name, got in zip(("mask_enc", "mask_pred"), first_batch(masks, call)):
+            want = masks.tensors[call["prefix"] + name]
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want), call["prefix"] + name
+            compared += 1
+    assert compared == len(masks.tensors) == 10
+
+
+def test_the_recorded_options_are_all_of_them_and_do_what_they_say(case):
+    masks = case("25_v2_masks")
+    sides = {
+        call["prefix"]: [[set(row) for row in masks.tensors[call["prefix"] + side].tolist()] for side in SIDES]
+        for call in masks.info["calls"]
+    }
+    plain_context, plain_target = sides["plain."]
+    assert any(len(seen | asked) < TOKENS for seen, asked in zip(plain_context, plain_target))
+    for name, kept in (("full.", plain_context), ("pred_full.", plain_target)):
+        context, target = sides[name]
+        assert (context if kept is plain_context else target) == kept
+        assert all(len(seen) + len(asked) == len(seen | asked) == TOKENS for seen, asked in zip(context, target))
+    assert sides["inv."] == [plain_target, plain_context]
+    assert sides["full_inv."] == sides["full."][::-1]
+    options = {key for call in masks.info["calls"] for key, value in call["mask"].items() if value is True}
+    assert options == {"full_complement", "pred_full_complement", "inv_block"}
+
+
+# Frame numbers, 25_v2_frame_sampling
+
+
+class Recorded:
+    """In place of a random generator: gives the recorded numbers, and notes the ranges that were asked for."""
+
+    def __init__(self, numbers):
+        self.numbers, self.asked = list(numbers), []
+
+    def integers(self, low, high):
+        self.asked.append([low, high])
+        return self.numbers.pop(0)
+
+
+def stride_of(call):
+    args, frames = call["args"], call["frames_per_clip"]
+    if "fps" in args:
+        return rate_stride(args["fps"], call["video_fps"])
+    return clip_stride(frames, args.get("frame_step", 0), args.get("duration"), call["video_fps"])
+
+
+def test_frame_numbers_by_a_rate_are_those_of_the_published_code(case):
+    """Exact, with the recorded ends of the windows handed in. Too slow a video fails there; here its stride is 1."""
+    frames_case = case("25_v2_frame_sampling")
+    assert {key for call in frames_case.info["calls"] for key in call["args"]} == {"fps", "duration", "frame_step"}
+    for call in frames_case.info["calls"]:
         if call["error"]:
-            assert (call["args"], stride) == ({"fps": 12}, 1)
+            assert call["args"]["fps"] > call["video_fps"]
+            assert stride_of(call) == 1
             continue
-        tensors, frames, length = golden.group(call["prefix"]), call["frames_per_clip"], call["n"]
-        assert [[frames * stride, length]] * (length > frames * stride) == call["draw_ranges"], call
-        end = int(tensors["drawn"][0]) if call["draw_ranges"] else None
-        assert segment_frames(length, frames, stride, end).tolist() == tensors["indices"][0].tolist(), call
-        compared += 1
-    assert compared == 7
+        tensors = frames_case.group(call["prefix"])
+        rng = Recorded(tensors["drawn"].tolist())
+        got = clip_frames(call["n"], call["frames_per_clip"], stride_of(call), rng, fixed="start")
+        assert [got.tolist()] == tensors["indices"].tolist(), call
+        assert rng.asked == call["draw_ranges"], call
+
+
+def test_every_case_of_masks_and_frames_is_read_here(shared):
+    names = {path.stem for path in (shared / "golden" / "cases").glob("25_*.json")}
+    assert names == {"25_v2_masks", "25_v2_frame_sampling"}

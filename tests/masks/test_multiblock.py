@@ -277,6 +277,45 @@ def test_random_truncation_favours_no_time_slot_and_group_truncation_the_early_o
     assert (early[:, -1] < 0.5 * early[:, 0]).all()
 
 
+# The options of the second generation
+
+TOKENS = set(range(4 * 6 * 6))
+
+
+@pytest.mark.parametrize("truncation", ["group", "random"])
+def test_complements_take_in_what_cutting_dropped_and_leave_the_other_side_alone(truncation):
+    options = {"truncation": truncation, "group": 4}
+    plain = [clips(side) for side in small(**options).draw(1, range(8))]
+    full = [clips(side) for side in small(**options, full_complement=True).draw(1, range(8))]
+    pred_full = [clips(side) for side in small(**options, pred_full_complement=True).draw(1, range(8))]
+    assert any(len(seen) + len(asked) < len(TOKENS) for seen, asked in zip(*plain))
+    assert full == [plain[0], [sorted(TOKENS - set(seen)) for seen in plain[0]]]
+    assert pred_full == [[sorted(TOKENS - set(asked)) for asked in plain[1]], plain[1]]
+
+
+def test_without_cutting_the_complement_takes_in_what_max_keep_dropped():
+    context, target = small(truncation="none", max_keep=5, full_complement=True).draw(1, range(4))
+    for seen, asked in zip(clips(context), clips(target)):
+        assert len(seen) == 5
+        assert asked == sorted(TOKENS - set(seen))
+
+
+@pytest.mark.parametrize("truncation", ["group", "random", "none"])
+@pytest.mark.parametrize("option", [{}, {"full_complement": True, "max_keep": 9}])
+def test_the_inverse_block_exchanges_the_sides_at_the_end(truncation, option):
+    options = {"truncation": truncation, "group": 4, **option}
+    plain, exchanged = small(**options), small(**options, inv_block=True)
+    assert [clips(side) for side in exchanged.draw(1, range(8))] == [
+        clips(side) for side in reversed(plain.draw(1, range(8)))
+    ]
+
+
+@pytest.mark.parametrize("other", [{"full_complement": True}, {"max_keep": 3}])
+def test_options_that_undo_each_other_are_refused(other):
+    with pytest.raises(ValueError, match=f"pred_full_complement undoes {next(iter(other))}: choose one of them"):
+        small(pred_full_complement=True, **other)
+
+
 # Settings
 
 WHOLE = {"spatial_pred_mask_scale": (1.0, 1.0), "temporal_pred_mask_scale": (1.0, 1.0)}

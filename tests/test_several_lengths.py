@@ -16,7 +16,6 @@ from fastjepa.data.batches import MixedBatch
 from fastjepa.data.loader import make_loader, running
 from fastjepa.data.mixture import open_collections
 from fastjepa.exits import Exit
-from fastjepa.masks import MultiBlockMaskGenerator
 from fastjepa.plan import make_plan
 
 FILMS = "synthetic://moving-shapes?videos=48&size=48&frames=8"
@@ -202,14 +201,19 @@ def test_clips_and_masks_are_the_same_however_a_step_is_divided(mixed, world, wo
     assert len(wanted) == 24
 
 
-def test_only_clips_of_one_length_are_cut_together():
-    generator = MultiBlockMaskGenerator(32, 8, 8, 2, (0.3, 0.3), (0.5, 0.5), (0.75, 1.5), 2, group=4)
-    whole = {slot: len(generator.sample(5, slot)[0]) for slot in range(8)}
-    even = lambda slot: slot % 2 == 0  # noqa: E731
-    context, _ = generator.draw(5, [0, 2, 4, 6], even)
-    assert list(context.lengths) == [min(whole[0], whole[2])] * 2 + [min(whole[4], whole[6])] * 2
-    every, _ = generator.draw(5, list(range(8)))
-    assert list(every.lengths) == [min(whole[s] for s in range(4))] * 4 + [min(whole[s] for s in range(4, 8))] * 4
+def test_only_clips_of_one_length_are_cut_together(mixed):
+    """A clip keeps what it has in common with those of its group and length: fewer are cut, and less."""
+    s = settings_of(mixed)
+    shape = build_dataset(s, open_collections(s.data.path, 0)).plan.shape
+    generators = {frames: masks.generators[0] for frames, masks in masks_by_length(s).items()}
+    less = 0
+    for slot, (_, (context, _)) in by_slot(loaded(s, steps=(2, 6))).items():
+        generator, step = generators[shape(slot).length], slot // 12
+        group = range(slot // 3 * 3, slot // 3 * 3 + 3)
+        counts = {other: len(generator.sample(step, other)[0]) for other in group}
+        assert len(context) == min(counts[other] for other in group if shape(other) == shape(slot))
+        less += len(context) > min(counts.values())
+    assert less
 
 
 @pytest.mark.parametrize("equal", [False, True])

@@ -1,6 +1,6 @@
 """Settings to objects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 from fastjepa.compiling import compiles, run_blocks
 from fastjepa.config import FeedForward, Settings
+from fastjepa.data.batches import Lengths
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.decoders.choose import Decoder
 from fastjepa.data.decoders.dali import DaliDecoder
@@ -16,7 +17,7 @@ from fastjepa.data.decoders.torchcodec import read_with_torchcodec
 from fastjepa.data.media import read_frames
 from fastjepa.data.order import VideoOrder
 from fastjepa.data.processes import processors
-from fastjepa.data.sampling import Augmentation, ClipPlan
+from fastjepa.data.sampling import Augmentation, ClipPlan, ClipShape
 from fastjepa.data.source import Videos
 from fastjepa.exchange import Exchange
 from fastjepa.jepa import JEPA
@@ -90,7 +91,8 @@ def _predictor(s: Settings, encoder: VisionTransformer) -> VisionTransformerPred
 def build_encoder(s: Settings) -> VisionTransformer:
     """An encoder alone; nothing is seeded."""
     levels = deep_levels(SIZES[s.model.name]["depth"]) if s.model.levels == "deep" else None
-    shared = {**_feed_forward(s.model.mlp), **_shared(s)}
+    several = {"short_clips": "cut"} if len(s.data.lengths) > 1 else {}
+    shared = {**several, **_feed_forward(s.model.mlp), **_shared(s)}
     return build_vit(s.model.name, drop_path_rate=s.model.drop_path, levels=levels, **shared)
 
 
@@ -133,8 +135,9 @@ def build_step(s: Settings, device: torch.device, *, move: bool = True) -> Step:
         jepa = build_jepa(s).to(place)
         lines = ["kernels    torch's own functions: the reference execution takes no others"]
     else:
-        # Without truncation every clip has a length of its own.
+        # Without truncation every clip has a length of its own; of several lengths each batch has other numbers.
         own_lengths = s.mask.kind == "multiblock" and s.mask.truncation == "none"
+        own_lengths = own_lengths or len(s.data.lengths) > 1
         group = 1 if own_lengths else s.group * s.data.clips_per_video
         operations, lines = build_operations(
             s.runtime.kernels,
@@ -157,11 +160,14 @@ def attention_sizes(network: nn.Module) -> Attention:
     return next(module for module in network.modules() if isinstance(module, Attention))
 
 
-def build_masks(s: Settings) -> GeneratorCollator:
-    """The mask streams of the run. Errors: ValueError for settings that leave a side empty."""
+def build_masks(s: Settings, frames: int | None = None) -> GeneratorCollator:
+    """The mask streams of the clips of so many frames, or of the longest ones.
+
+    Errors: ValueError for settings that leave a side empty.
+    """
     shared: dict[str, Any] = {
         "crop_size": s.data.crop,
-        "num_frames": s.data.frames,
+        "num_frames": s.data.frames if frames is None else frames,
         "patch_size": s.data.patch,
         "tubelet_size": s.data.tubelet,
         "seed": s.optim.seed,
@@ -170,6 +176,22 @@ def build_masks(s: Settings) -> GeneratorCollator:
         return RandomTubeMaskCollator([{"ratio": s.mask.ratio}], **shared)
     sets = [mask.model_dump() for mask in s.mask.sets]
     return MaskCollator(sets, **shared, truncation=s.mask.truncation, group=s.group)
+
+
+def masks_by_length(s: Settings) -> dict[int, GeneratorCollator]:
+    """The mask streams of every length of clips in frames. Errors: as `build_masks`."""
+    return {frames: build_masks(s, frames) for frames in s.data.lengths}
+
+
+def build_loading(
+    s: Settings, masks: Mapping[int, GeneratorCollator], dataset: ClipDataset
+) -> tuple[GeneratorCollator | Lengths, int | dict[int, int]]:
+    """What `make_loader` takes of masks and numbers of tokens; `masks` are those of every length."""
+    d = s.data
+    tokens = {frames: frames // d.tubelet * (d.crop // d.patch) ** 2 for frames in masks}
+    if len(masks) == 1:
+        return masks[d.frames], tokens[d.frames]
+    return Lengths(masks, lambda slot: dataset.plan.shape(slot).length, s.loss.lengths == "equal"), tokens
 
 
 def build_reader(s: Settings, videos: Videos, decoder: Decoder | None = None, cache_bytes: int = 0) -> Reader:
@@ -187,12 +209,27 @@ def build_reader(s: Settings, videos: Videos, decoder: Decoder | None = None, ca
 
 
 def _needs_rate(s: Settings) -> str:
-    """The setting by which frames are chosen, where a video must tell its frame rate or times for it; else empty."""
-    if s.data.duration is not None:
-        return "data.duration"
-    if s.compat.fps_whole_stride:
-        return "compat.fps_whole_stride"
-    return "data.fps" if s.data.fps is not None else ""
+    """The setting for which every video must tell its frame rate or times; empty where some data set does without."""
+    for key in ("duration", "fps"):
+        if all(getattr(one, key) is not None for one in s.data.sets):
+            return "compat.fps_whole_stride" if key == "fps" and s.compat.fps_whole_stride else f"data.{key}"
+    return ""
+
+
+def clip_shapes(s: Settings) -> list[ClipShape]:
+    """Which frames the clips of each data set have: where that is one, it fills a tubelet."""
+    return [
+        ClipShape(
+            one.frames,
+            one.stride or 1,
+            one.duration,
+            one.fps,
+            s.data.tubelet if one.frames == 1 else 1,
+            s.compat.fps_whole_stride,
+        )
+        for one in s.data.sets
+        if one.frames is not None
+    ]
 
 
 def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -> ClipDataset:
@@ -217,7 +254,7 @@ def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -
         clips_per_video=d.clips_per_video,
         duration=d.duration,
         fps=d.fps,
-        whole_stride=s.compat.fps_whole_stride,
+        shapes=clip_shapes(s),
     )
     return ClipDataset(
         reader,

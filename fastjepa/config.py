@@ -12,12 +12,13 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from fastjepa.settings.base import Resume, Section, setting
-from fastjepa.settings.results import Compat, Data, FeedForward, Init, Loss, Mask, MaskSet, Model, Optim
+from fastjepa.settings.results import Compat, Data, DataSet, FeedForward, Init, Loss, Mask, MaskSet, Model, Optim
 from fastjepa.settings.speed import Checkpoint, Eval, Log, Piece, Runtime
 
 __all__ = [
     "SECTIONS",
     "Data",
+    "DataSet",
     "Eval",
     "FeedForward",
     "Init",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fastjepa.config import Loss, Mask, MaskSet, Model, Settings
+from fastjepa.config import Data, DataSet, Loss, Mask, MaskSet, Model, Settings
 
 Mistake = tuple[tuple[str, ...], str]
 
@@ -12,6 +12,7 @@ def cross_checks(s: Settings) -> Iterator[Mistake]:
     yield from _networks(s)
     yield from _clips(s)
     yield from _masks(s)
+    yield from _lengths(s)
     yield from _batches(s)
     yield from _schedule(s)
     yield from _context_loss(s)
@@ -156,6 +157,7 @@ def _clips(s: Settings) -> Iterator[Mistake]:
             ("data.frames", "data.tubelet"),
             f"data.frames: expected a multiple of data.tubelet {d.tubelet}, given {d.frames}",
         )
+    yield from _data_sets(d)
     if d.crop % d.patch:
         yield (
             ("data.crop", "data.patch"),
@@ -172,9 +174,9 @@ def _clips(s: Settings) -> Iterator[Mistake]:
             ("data.stride", "data.fps"),
             f"data.stride: expected its default {stride} beside data.fps, which takes its place, given {d.stride}",
         )
-    if s.compat.fps_whole_stride and d.fps is None:
+    if s.compat.fps_whole_stride and all(one.fps is None for one in d.sets):
         yield (
-            ("compat.fps_whole_stride", "data.fps"),
+            ("compat.fps_whole_stride", "data.fps", "data.path"),
             "compat.fps_whole_stride: expected false without data.fps, which it rounds, given true",
         )
     if d.fps is not None and d.duration is not None:
@@ -182,7 +184,13 @@ def _clips(s: Settings) -> Iterator[Mistake]:
             ("data.fps", "data.duration"),
             f"data.fps: expected null beside data.duration, which says the same in seconds, given {d.fps:g}",
         )
-    if d.decoder in ("dali_gpu", "dali_cpu") and (own := needs_frames(s)):
+    if d.decoder in ("dali_gpu", "dali_cpu") and len(d.lengths) > 1:
+        yield (
+            ("data.decoder", "data.path"),
+            "data.decoder: expected auto, pyav or torchcodec where data.path has clips of several lengths, which DALI "
+            f"does not decode together, given {d.decoder}",
+        )
+    elif d.decoder in ("dali_gpu", "dali_cpu") and (own := needs_frames(s)):
         yield (
             ("data.decoder", own),
             f"data.decoder: expected auto, pyav or torchcodec beside {own}, which works on whole frames in the loader "
@@ -190,8 +198,52 @@ def _clips(s: Settings) -> Iterator[Mistake]:
         )
 
 
+def _data_sets(d: Data) -> Iterator[Mistake]:
+    """The clips that data sets have of their own."""
+    for path, one in d.path.items() if isinstance(d.path, dict) else ():
+        if not isinstance(one, DataSet):
+            continue
+        if one.frames is not None and one.frames != 1 and (one.frames % d.tubelet or one.frames > d.frames):
+            yield (
+                ("data.path", "data.frames", "data.tubelet"),
+                f"data.path: expected frames 1 or a multiple of data.tubelet {d.tubelet} up to data.frames {d.frames}, "
+                f"the longest clip of the networks, given {one.frames} for {path}",
+            )
+        named = [key for key in ("stride", "duration", "fps") if getattr(one, key) is not None]
+        if len(named) > 1:
+            yield (
+                ("data.path",),
+                f"data.path: expected one of stride, duration and fps, which say the same, given {' and '.join(named)} "
+                f"for {path}",
+            )
+
+
+def _lengths(s: Settings) -> Iterator[Mistake]:
+    """What clips of several lengths go with."""
+    d, lengths = s.data, s.data.lengths
+    if lengths[-1] != d.frames and d.frames >= d.tubelet:
+        yield (
+            ("data.frames", "data.path"),
+            f"data.frames: expected {lengths[-1]}, the longest clip of a data set in data.path, given {d.frames}",
+        )
+    if len(lengths) == 1:
+        if s.loss.lengths != "clips":
+            yield (
+                ("loss.lengths", "data.path"),
+                f"loss.lengths: expected the default clips where all clips have one length, given {s.loss.lengths}",
+            )
+    elif s.compat.mask_token_by_length:
+        yield (
+            ("compat.mask_token_by_length", "data.path"),
+            "compat.mask_token_by_length: expected false where data.path has clips of several lengths, not all of "
+            "which are in every batch, given true",
+        )
+
+
 def needs_frames(s: Settings) -> str:
     """The setting that needs decoded frames in the loader processes, which DALI does not give; empty where none is."""
+    if len(s.data.lengths) > 1:
+        return "a data.path with clips of several lengths"
     wanted = [key for key in ("motion_shift", "auto_augment", "erase", "cache_gb") if getattr(s.data, key)]
     return f"data.{wanted[0]}" if wanted else ""
 

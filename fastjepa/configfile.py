@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
-from fastjepa.config import SECTIONS, Mask, MaskSet, Section, Settings, by_key, fields
+from fastjepa.config import SECTIONS, DataSet, Mask, MaskSet, Section, Settings, by_key, fields
 from fastjepa.configchecks import cross_checks
 from fastjepa.expectation import expectation
 
@@ -108,8 +108,10 @@ def help_text(group: str = "") -> str:
             lines += ["", f"{head}: {SECTIONS[head].__doc__}" if head else ""]
         lines.append(f"  {key} = {_show(field.default)}")
         lines.append(f"      {field.description}; expects {expectation(field)}")
-        if key == "mask.sets":
-            lines += [f"        {k} = {_show(f.default)}: {f.description}" for k, f in MaskSet.model_fields.items()]
+        insides: dict[str, type[Section]] = {"mask.sets": MaskSet, "data.path": DataSet}
+        if key in insides:
+            inner = insides[key]
+            lines += [f"        {k} = {_show(f.default)}: {f.description}" for k, f in inner.model_fields.items()]
     return "\n".join(lines)
 
 
@@ -357,8 +359,25 @@ def _validate_section(
             given: Any = content
             for part in named:
                 given = given[part]
+            more = more or (_in_data_set(given) if key == "data.path" else "")
             mistakes.append(f"{place}: {key}: expected {expected}{more}, given {_given(given)}")
     return kind.model_validate(_without(head, content, broken)), mistakes
+
+
+def _in_data_set(path: Any) -> str:
+    """What is wrong inside of a data set of `data.path`, where that is the reason; empty otherwise."""
+    for name, one in path.items() if isinstance(path, dict) else ():
+        if not isinstance(one, dict):
+            continue
+        try:
+            DataSet.model_validate(one)
+        except ValidationError as error:
+            key = str(error.errors()[0]["loc"][0])
+            field = DataSet.model_fields.get(key)
+            if field is None:
+                return f", {name} having an unknown key {key}{_nearest(key, list(DataSet.model_fields))}"
+            return f", {key} of {name} being {expectation(field)}"
+    return ""
 
 
 def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], str | None]:

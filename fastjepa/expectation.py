@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
+from fastjepa.settings.base import Section
+
 _LIMITS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"), ("multiple_of", "a multiple of"))
 
 
@@ -29,6 +31,8 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
         if typing.get_origin(key) is Literal:
             return f"a map from {', '.join(typing.get_args(key))} to {', '.join(typing.get_args(value))}"
         return f"a map from {_words(key, [])} to {_words(value, [])}, at least one"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"a group of {', '.join(annotation.model_fields)}"
     if origin is tuple:
         return (
             "two numbers [low, high]"

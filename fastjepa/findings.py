@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastjepa.data.loader import Batch
+from fastjepa.data.batches import Batch, MixedBatch
 from fastjepa.data.replaced import ReplacedFiles
 from fastjepa.log import Log
 from fastjepa.parallel import World
@@ -30,7 +30,7 @@ class Findings:
         self._bad: list[tuple[str, str]] = []
         self._short: list[tuple[str, str]] = []
 
-    def note(self, batch: Batch) -> None:
+    def note(self, batch: Batch | MixedBatch) -> None:
         """Take in what a batch says. Errors: TooManyBadFiles, here or in `share`."""
         self._bad += batch.bad
         self._short += batch.short

@@ -1,7 +1,7 @@
 """What a run takes on one GPU, in lines for a person: work and time by component, memory by category, days."""
 
 from fastjepa.config import Settings
-from fastjepa.costs import StepShape, step_work
+from fastjepa.costs import StepShape
 from fastjepa.gpus import GPU
 from fastjepa.memory import GPU_SHARE, usable_memory
 from fastjepa.plan import Plan, batch_sizes, largest_fitting
@@ -10,7 +10,7 @@ from fastjepa.roofline import Cost, component_costs, total
 
 def forecast(s: Settings, plan: Plan, gpu: GPU) -> list[str]:
     """The tables and figures of `python -m fastjepa plan`; where the run does not fit, its last line says so."""
-    costs = component_costs(step_work(plan.shape), gpu)
+    costs = component_costs(plan.work, gpu)
     whole = total(costs)
     return [
         "",
@@ -32,7 +32,7 @@ def forecast(s: Settings, plan: Plan, gpu: GPU) -> list[str]:
 
 def expected_rate(s: Settings, plan: Plan, gpu: GPU) -> float:
     """Clips/s that a run is expected to reach if the data keeps up."""
-    return s.optim.global_batch / total(component_costs(step_work(plan.shape), gpu)).expected
+    return s.optim.global_batch / total(component_costs(plan.work, gpu)).expected
 
 
 def heading(gpu: GPU, reason: str) -> str:

@@ -136,7 +136,8 @@ def _trained_on(weights: Weights) -> str:
     """What the run's `data.path` says, without the folders of somebody's disk."""
     path = (weights.settings or {}).get("data.path")
     if isinstance(path, dict):
-        return ", ".join(f"{_last_name(str(one))} (weight {share})" for one, share in path.items())
+        shares = [share["weight"] if isinstance(share, dict) else share for share in path.values()]
+        return ", ".join(f"{_last_name(str(one))} (weight {share})" for one, share in zip(path, shares))
     return "" if path is None else _last_name(str(path))
 
 

@@ -1,10 +1,11 @@
 """The training loop: once in a while log, probe and save; then one training step."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import torch
 from fastjepa import health, parallel
 from fastjepa.alarms import Alarms
 from fastjepa.badsteps import BadSteps, file_names
-from fastjepa.build import build_dataset, build_decoding, build_optimizer_pass
+from fastjepa.build import build_dataset, build_decoding, build_loading, build_optimizer_pass
 from fastjepa.checkpoint import Found
 from fastjepa.config import Settings
+from fastjepa.data.batches import Batch, EncodedBatch, MixedBatch
 from fastjepa.data.crashes import LISTED, Crashes
 from fastjepa.data.dataset import ClipDataset
 from fastjepa.data.decoders.choose import Decoder
 from fastjepa.data.decoders.stage import Failures
 from fastjepa.data.guard import Guard
-from fastjepa.data.loader import Batch, EncodedBatch, make_loader, running
+from fastjepa.data.loader import make_loader, running
 from fastjepa.data.source import Videos
 from fastjepa.data.upload import uploaded
 from fastjepa.dense import context_loss_weight
@@ -34,7 +36,8 @@ from fastjepa.jepa import JEPA
 from fastjepa.keeping import Keeper
 from fastjepa.log import Log, read_metrics
 from fastjepa.masks import GeneratorCollator
-from fastjepa.noise import noise_draws
+from fastjepa.models.predictor import Draw
+from fastjepa.noise import noise_draws, noise_seed
 from fastjepa.optim import OptimizerPass
 from fastjepa.parallel import World
 from fastjepa.plan import Plan
@@ -71,7 +74,7 @@ class Trainer:
     world: World
     jepa: JEPA
     exchange: Exchange
-    masks: GeneratorCollator
+    masks: Mapping[int, GeneratorCollator]
     videos: Videos
     decoder: Decoder
     plan: Plan
@@ -145,7 +148,7 @@ class Trainer:
         log.stop_progress()
         return self._finish(last) if ended is None else ended
 
-    def _steps(self, first: int, last: int, batches: Iterator[Batch]) -> Exit | None:
+    def _steps(self, first: int, last: int, batches: Iterator[Batch | MixedBatch]) -> Exit | None:
         """The steps [first, last); returns how the run ended, or None where it came to its last step."""
         s, keeper = self.settings, self.keeper
         self.clock = Clock()
@@ -205,7 +208,7 @@ class Trainer:
             own = Wish.GIVE_UP
         return Wish(self.world.most(own))
 
-    def _step(self, step: int, batches: Iterator[Batch], look: bool) -> StepDone | None:
+    def _step(self, step: int, batches: Iterator[Batch | MixedBatch], look: bool) -> StepDone | None:
         """One training step; None where a signal came between its batches: nothing has changed then.
 
         `look` measures the health of the last batch, with the weights that its loss was computed with.
@@ -223,29 +226,28 @@ class Trainer:
             self.watchdog.stage("computing", step + 1, self._patience)
             draws = None
             if s.model.targets == "noised":
-                width = s.model.predictor_dim
-                keyed = self.jepa.operations.keyed_noise
-                draws = noise_draws(s.optim.seed, batch.slots, batch.masks_target, width, self.device, keyed=keyed)
+                draws = batch.each(partial(self._noise, noise_seed(s.optim.seed, self.device)))
             if s.model.drop_path:  # its draws too follow from what they are for: there is no state to save
                 torch.manual_seed(torch_seed(s.optim.seed, Purpose.DROP_PATH, batch.slots[0]))
             with self.exchange.part(last):
                 with parallel.autocast(self.device, s.optim.dtype):
                     out = self.exchange.loss(
-                        batch.clips,
-                        batch.masks_context,
-                        batch.masks_target,
+                        batch.each(lambda one: one.clips),
+                        batch.each(lambda one: one.masks_context),
+                        batch.each(lambda one: one.masks_target),
                         draws,
-                        union=batch.union,
+                        union=batch.each(lambda one: one.union),
                         look=look and last,
                         context_weight=context_loss_weight(
                             step, s.loss.context, s.loss.context_start, s.loss.context_full
                         ),
+                        shares=batch.shares,
                     )
                 self.update.backward(out.loss / parts, last)
             if look and last:
                 assert out.every_target is not None
                 assert out.predictions is not None
-                looked = out.every_target, out.predictions
+                looked = batch.most(out.every_target), batch.most(out.predictions)
             slots.append(batch.slots)
             losses.append(out.loss.detach())
             every = (out.loss, out.loss_jepa, *(() if out.loss_context is None else (out.loss_context,)))
@@ -261,6 +263,11 @@ class Trainer:
             measured = health.measure(features[:: s.data.clips_per_video], predictions, s.loss.exponent)
         return StepDone(loss, loss_jepa, norms, measured, distance, *loss_context)
 
+    def _noise(self, seed: torch.Tensor, batch: Batch) -> list[Draw]:
+        """What enters the noised predictor."""
+        width, keyed = self.settings.model.predictor_dim, self.jepa.operations.keyed_noise
+        return noise_draws(seed, batch.slots, batch.masks_target, width, self.device, keyed=keyed)
+
     def _bad_steps(self, dataset: ClipDataset) -> BadSteps:
         reasons = (self.findings.bad.reasons, self.findings.short.reasons)
         names = file_names(
@@ -272,19 +279,20 @@ class Trainer:
         most = self.settings.optim.max_bad_steps
         return BadSteps(self._own("bad_steps.jsonl"), most, names, self.log.tell, scaled=self.scaler is not None)
 
-    def _loader(self, dataset: ClipDataset, first: int, last: int) -> Iterable[Batch | EncodedBatch]:
+    def _loader(self, dataset: ClipDataset, first: int, last: int) -> Iterable[Batch | MixedBatch | EncodedBatch]:
         s = self.settings
+        masks, tokens = build_loading(s, self.masks, dataset)
         crashes = Crashes(self.videos.paths, self._own(LISTED), self.log.tell)
         return make_loader(
             dataset,
-            self.masks,
+            masks,
             first_step=first,
             last_step=last,
             global_batch=s.optim.global_batch,
             batch_size=self.plan.batch_size,
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            tokens=self.plan.tokens,
+            tokens=tokens,
             rank=self.world.rank,
             world=self.world.size,
             guard=Guard(crashes, s.data.decode_seconds, self.log.tell, self.log.note),
@@ -295,7 +303,7 @@ class Trainer:
         path = self.run.path / name
         return path if self.world.first else path.with_stem(f"{path.stem}-{self.world.rank}")
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[Batch | MixedBatch]) -> Batch | MixedBatch:
         """The next batch on the device; the time until the loader gives what is asked of it counts as waited."""
         began = time.perf_counter()
         batch = next(batches)

@@ -363,7 +363,7 @@ def _slot_seconds(times: np.ndarray | None, numbers: np.ndarray, tubelet: int) -
     return tubelet * between if between > 0 else None
 
 
-def _videos(path: str | Mapping[str, float] | None, seed: int, asked: str | None, drawn: Drawn) -> Videos | None:
+def _videos(path: str | Mapping[str, object] | None, seed: int, asked: str | None, drawn: Drawn) -> Videos | None:
     """Errors: ValueError where they were `asked` for; those that a run names and that have vanished are a note."""
     if path is None:
         return None

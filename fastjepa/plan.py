@@ -7,9 +7,9 @@ from math import ceil
 import torch
 from torch import nn
 
-from fastjepa.build import build_schedule
-from fastjepa.config import Settings
-from fastjepa.costs import Network, SetTokens, StepShape, step_work
+from fastjepa.build import build_schedule, masks_by_length
+from fastjepa.config import DataSet, Settings
+from fastjepa.costs import Network, SetTokens, StepShape, Work, step_work
 from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, Ragged, TokenSet
 from fastjepa.memory import STATE, held_bytes
@@ -23,15 +23,38 @@ MOST_AUTOMATIC = 64
 
 
 @dataclass(frozen=True)
+class Length:
+    """Clips of one length of several: frames, their share of all clips, and tokens of a clip, as means."""
+
+    frames: int
+    share: float
+    tokens: int
+    sets: tuple[SetTokens, ...]
+    union: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Derived numbers of a run. Tokens are means a clip; FLOP and bytes are a model's figures, not measurements.
 
-    `flop_per_clip` is the work that the mathematics needs, whatever `runtime.execution` does: what MFU counts.
+    `flop_per_clip` is the work that the mathematics needs, whatever `runtime.execution` does: what MFU counts. Of clips
+    of several `lengths` it is the mean, but shape and memory are those of the longest: a batch may have no others.
     """
 
     shape: StepShape
     flop_per_clip: float
     held: dict[str, float]
+    lengths: tuple[Length, ...] = ()
+
+    @property
+    def work(self) -> list[Work]:
+        """All items of a step: of clips of several lengths, those of each by its share."""
+        shapes = [(x.share, replace(self.shape, tokens=x.tokens, sets=x.sets, union=x.union)) for x in self.lengths]
+        return [
+            replace(item, count=item.count * share)
+            for share, one in shapes or [(1.0, self.shape)]
+            for item in step_work(one)
+        ]
 
     @property
     def tokens(self) -> int:
@@ -90,7 +113,9 @@ def make_plan(
         batch = before if before is not None and kept else largest
     shape = at_batch(s, shape, batch)
     minimal = replace(shape, packed=True, batch=1, parts=1, recomputed=0)
-    return Plan(shape, sum(item.flop for item in step_work(minimal)), held_bytes(shape))
+    lengths = _lengths(s) if len(s.data.lengths) > 1 else ()
+    flop = sum(item.flop for item in Plan(minimal, 0.0, {}, lengths).work)
+    return Plan(shape, flop, held_bytes(shape), lengths)
 
 
 def batch_sizes(s: Settings, processes: int = 1) -> list[int]:
@@ -118,9 +143,10 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     million = {n: sum(p.numel() for p in getattr(jepa, n).parameters()) / 1e6 for n in ("encoder", "predictor")}
     schedule = build_schedule(s)
     last = s.optim.steps - 1
-    sets = "; ".join(
-        f"set {i}: {c:.0f} context, {t:.0f} target" for i, (c, t) in enumerate(zip(plan.context, plan.target))
-    )
+    lengths = [
+        f"lengths    {one.share:.1%} of the clips have {one.frames} frames: {one.tokens} tokens; {_told(one.sets)}"
+        for one in plan.lengths
+    ]
     noise = f", noise: {s.model.noise}" if s.model.targets == "noised" else ""
     state, kept = plan.state_bytes, plan.held["activations"]
     lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last))) + _decay(s)
@@ -129,7 +155,8 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     return [
         f"model      {s.model.name}, {million['encoder']:.1f} M + predictor {million['predictor']:.1f} M parameters, "
         f"targets: {s.model.targets}{noise}",
-        f"tokens     {plan.tokens} a clip; {sets}; {_rule(s)}",
+        f"tokens     {plan.tokens} a clip; {_told(plan.shape.sets)}; {_rule(s)}",
+        *lengths,
         f"clips      {_clips(s)}",
         f"batch      {s.optim.global_batch} clips a step = {plan.batch_size} x {plan.accumulation} accumulated"
         f"{'' if plan.shape.processes == 1 else f' x {plan.shape.processes} processes'}, "
@@ -139,6 +166,10 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
         f"schedule   {s.optim.steps} steps, {s.optim.warmup_steps} of warm-up; lr {lrs}, weight decay {decays}, "
         f"momentum {momenta}",
     ]
+
+
+def _told(sets: Sequence[SetTokens]) -> str:
+    return "; ".join(f"set {i}: {one.context:.0f} context, {one.target:.0f} target" for i, one in enumerate(sets))
 
 
 def _decay(s: Settings) -> str:
@@ -170,9 +201,9 @@ def _rule(s: Settings) -> str:
 
 def _clips(s: Settings) -> str:
     d = s.data
-    pace = f"at stride {d.stride}" if d.duration is None else f"over {d.duration:g} s at any frame rate"
-    pace = pace if d.fps is None else f"at {d.fps:g} frames/s"
-    parts = [f"{d.frames} frames of {d.crop} px {pace}"]
+    cuts = dict.fromkeys(f"{one.frames} frame{'s' * (one.frames != 1)} {_pace(one)}" for one in d.sets)
+    parts = [f"{' or '.join(cuts)} of {d.crop} px"] if len(cuts) > 1 else []
+    parts = parts or [f"{d.frames} frames of {d.crop} px {_pace(d.sets[0])}"]
     if d.clips_per_video > 1:
         parts.append(f"{d.clips_per_video} of each video with the same masks ({s.videos_per_step} videos a step)")
     if d.filter_short:
@@ -184,6 +215,24 @@ def _clips(s: Settings) -> str:
     if d.erase:
         parts.append(f"a box is erased in {d.erase:.0%} of the clips")
     return "; ".join(parts)
+
+
+def _pace(one: DataSet) -> str:
+    """How far the frames of a clip lie apart."""
+    if one.fps is not None:
+        return f"at {one.fps:g} frames/s"
+    return f"over {one.duration:g} s at any frame rate" if one.duration is not None else f"at stride {one.stride}"
+
+
+def _lengths(s: Settings) -> tuple[Length, ...]:
+    """Tokens of every length, and how many of the clips have it."""
+    found = []
+    total = sum(one.weight for one in s.data.sets)
+    for frames, masks in masks_by_length(s).items():
+        tokens = frames // s.data.tubelet * (s.data.crop // s.data.patch) ** 2
+        weight = sum(one.weight for one in s.data.sets if max(one.frames or 0, s.data.tubelet) == frames)
+        found.append(Length(frames, weight / total, tokens, *_mean_tokens(s, masks, tokens)))
+    return tuple(found)
 
 
 def fuses(s: Settings) -> bool:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fastjepa import config, parallel
-from fastjepa.build import Step, build_masks, build_step
+from fastjepa.build import Step, build_step, masks_by_length
 from fastjepa.checkpoint import CheckpointError, Found
 from fastjepa.config import Settings
 from fastjepa.configchecks import needs_frames
@@ -106,7 +106,7 @@ class _Ready:
     """What stands before the run begins; everything that could be refused was not."""
 
     step: Step
-    masks: GeneratorCollator
+    masks: dict[int, GeneratorCollator]
     videos: Videos
     decoder: Decoder
     exchange: Exchange
@@ -119,9 +119,10 @@ class _Ready:
 def _get_ready(settings: Settings, name: str, device: torch.device, world: World) -> _Ready:
     """Errors: ValueError and OSError, in all processes alike, where the run cannot begin."""
     check_processes(settings, world.size)
-    masks = world.together(lambda: build_masks(settings))
+    masks = world.together(lambda: masks_by_length(settings))
+    longest = masks[settings.data.frames]
     step = world.together(lambda: build_step(settings, device, move=False))
-    kind, line = world.first_does(lambda: choose_exchange(settings, device, world.size, masks, world.by))
+    kind, line = world.first_does(lambda: choose_exchange(settings, device, world.size, longest, world.by))
     videos = world.one_by_one(
         lambda: open_collections(settings.data.path, settings.optim.seed, _progress(DRAWING, world.first))
     )
@@ -179,7 +180,7 @@ def _train(
         plan = make_plan(
             settings,
             step.jepa,
-            ready.masks,
+            ready.masks[settings.data.frames],
             usable,
             world.first_does(run.batch_size),
             compiled=step.compiled,

@@ -51,9 +51,9 @@ COMPAT = {
     "data.clips_per_video=2": lambda t: len(build_dataset(t.settings, t.videos)[0].clips) == 2,
     "data.sampling=replacement": lambda t: build_dataset(t.settings, t.videos).plan.order.replaces,
     "data.shuffle_window=77": lambda t: build_dataset(t.settings, t.videos).plan.order.window == 77,
-    "data.fps=6 and data.stride=4": lambda t: build_dataset(t.settings, t.videos).plan.fps == 6,
+    "data.fps=6 and data.stride=4": lambda t: build_dataset(t.settings, t.videos).plan.shapes[0].fps == 6,
     "data.fps=6 and data.stride=4 and compat.fps_whole_stride=true": lambda t: (
-        build_dataset(t.settings, t.videos).plan.whole_stride
+        build_dataset(t.settings, t.videos).plan.shapes[0].whole_stride
         and build_dataset(t.settings, t.videos).reader.needs_rate == "compat.fps_whole_stride"
     ),
     "mask.sets.0.full_complement=true and mask.sets.1.inv_block=true": lambda t: (

@@ -227,10 +227,20 @@ class ClipDataset(Dataset[Sample[Tensor | EncodedClip]]):
         return clips
 
     def _draws(self, info: VideoInfo, slot: int) -> list[ClipDraw]:
-        """What to cut out of this video. Errors: _TooShort."""
-        times = info.times if self.plan.by_times else None
-        if self.filter_short and not info.still and (reason := self.plan.too_short(info.frames, info.rate, times)):
-            raise _TooShort(reason)
+        """What to cut out of this video. Errors: _TooShort, and VideoError where a rate is needed and not known."""
+        shape = self.plan.shape(slot)
+        times = info.times if shape.by_times else None
+        for key, needs, known in (
+            ("data.duration", shape.duration is not None, info.rate),
+            ("compat.fps_whole_stride", shape.fps is not None and shape.whole_stride, info.rate),
+            ("data.fps", shape.by_times, times),
+        ):
+            if needs and known is None:
+                raise VideoError(f"its frame rate is not known, and {key} needs it", info.path)
+        if self.filter_short and not info.still:
+            reason = self.plan.too_short(info.frames, info.rate, times, video_slot=slot)
+            if reason:
+                raise _TooShort(reason)
         clips = self.plan.clips_per_video
         return [
             self.plan.clip(number, info.frames, info.height, info.width, info.rate, times)

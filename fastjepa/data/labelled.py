@@ -17,7 +17,7 @@ _PARTS = frozenset(("train", "training", "val", "valid", "validation", "test", "
 
 
 def open_labelled(
-    path: str | Mapping[str, float],
+    path: str | Mapping[str, object],
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     *,

@@ -5,20 +5,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
-from fastjepa.data.dataset import ClipDataset, Sample
-from fastjepa.data.decoders.encoded import EncodedClip
+from fastjepa.data.batches import Batch, Collate, CollateLengths, EncodedBatch, Lengths, MixedBatch
+from fastjepa.data.dataset import ClipDataset
 from fastjepa.data.guard import Guard
 from fastjepa.data.replaced import ALWAYS_TOLERATED, TooManyBadFiles
-from fastjepa.masks import GeneratorCollator, TargetUnion, TokenSet, repeat_clips, target_union
+from fastjepa.masks import GeneratorCollator
 
 # How often a worker that got SIGTERM looks whether its parent is still finishing its step and saving.
 SECONDS_TO_SAVE = 30
@@ -27,42 +26,6 @@ DEATHS_IN_A_ROW = 5
 SECONDS_TO_DIE = 5.0
 
 Loaded = TypeVar("Loaded")
-
-
-class Batch(NamedTuple):
-    """One forward pass: clips [B, C, T, H, W], M context and M target mask sets, slots of the clips.
-
-    Clips are uint8, or normalised float32 in a run that erases; those of one video are neighbours. `union` is that of
-    the target sets (see `target_union`). `bad` are unreadable files met on the way, `short` videos passed over for
-    their length: (path, reason) pairs.
-    """
-
-    clips: Tensor
-    masks_context: list[TokenSet]
-    masks_target: list[TokenSet]
-    union: TargetUnion
-    slots: tuple[int, ...]
-    bad: list[tuple[str, str]]
-    short: list[tuple[str, str]]
-
-    def to(self, device: torch.device) -> "Batch":
-        """Clips and masks on a device; copies from pinned memory do not wait."""
-        return self._replace(
-            clips=self.clips.to(device, non_blocking=True),
-            masks_context=[s.to(device, non_blocking=True) for s in self.masks_context],
-            masks_target=[s.to(device, non_blocking=True) for s in self.masks_target],
-            union=self.union.to(device, non_blocking=True),
-        )
-
-
-class EncodedBatch(NamedTuple):
-    """A batch whose clips are decoded together, on the device: `clips` in the order of `batch`, which has none yet.
-
-    Those of videos that the device's decoder does not take are decoded already, [C, T, H, W].
-    """
-
-    batch: Batch
-    clips: list[Tensor | EncodedClip]
 
 
 class SlotBatches(Sampler[list[int]]):
@@ -100,34 +63,9 @@ class SlotBatches(Sampler[list[int]]):
         return len(self.numbers)
 
 
-class Collate:
-    """Samples of one micro-batch to a Batch, with the masks of its step, which the clips of a video share."""
-
-    def __init__(self, masks: GeneratorCollator, videos_per_step: int, tokens: int) -> None:
-        self.masks, self.videos_per_step, self.tokens = masks, videos_per_step, tokens
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch | EncodedBatch:
-        """Stack clips and draw masks; an EncodedBatch where some clips are not decoded yet."""
-        slots, clips = [sample.slot for sample in samples], len(samples[0].clips)
-        made = [clip for sample in samples for clip in sample.clips]
-        decoded = [clip for clip in made if isinstance(clip, Tensor)]
-        context, target = self.masks.draw(slots[0] // self.videos_per_step, slots)
-        target = [repeat_clips(token_set, clips) for token_set in target]
-        batch = Batch(
-            torch.stack(decoded) if len(decoded) == len(made) else torch.empty(0, dtype=torch.uint8),
-            [repeat_clips(token_set, clips) for token_set in context],
-            target,
-            target_union(target, self.tokens),
-            tuple(slot * clips + number for slot in slots for number in range(clips)),
-            [entry for sample in samples for entry in sample.bad],
-            [entry for sample in samples for entry in sample.short],
-        )
-        return batch if len(decoded) == len(made) else EncodedBatch(batch, made)
-
-
 def make_loader(
     dataset: ClipDataset,
-    masks: GeneratorCollator,
+    masks: GeneratorCollator | Lengths,
     *,
     first_step: int,
     last_step: int,
@@ -135,14 +73,15 @@ def make_loader(
     batch_size: int,
     workers: int,
     pin_memory: bool,
-    tokens: int,
+    tokens: int | Mapping[int, int],
     rank: int = 0,
     world: int = 1,
     guard: Guard | None = None,
-) -> Iterable[Batch | EncodedBatch]:
+) -> Iterable[Batch | MixedBatch | EncodedBatch]:
     """Batches of the steps [first_step, last_step): the same for every number of workers.
 
-    Of `world` processes, number `rank` gets its part of every step. A clip has so many `tokens`. `global_batch` and
+    Of `world` processes, number `rank` gets its part of every step. A clip has so many `tokens`; where clips have
+    several lengths, `masks` are `Lengths`, and tokens are those of every length. `global_batch` and
     `batch_size` count clips, and are multiples of the clips that a video gives. With a `guard` a worker process that
     dies or hangs costs the video that it had in hand, not the run; where processes are not forked, or there are none,
     it only keeps back the videos that it knows of.
@@ -151,10 +90,17 @@ def make_loader(
     videos_per_batch = batch_size // dataset.plan.clips_per_video
     if guard is not None:
         dataset.hold = guard.hold
+    collate: Callable[[list[Any]], Batch | MixedBatch | EncodedBatch]
+    if isinstance(masks, Lengths):
+        assert isinstance(tokens, Mapping), "several lengths have numbers of tokens of their own"
+        collate = CollateLengths(masks, videos_per_step, tokens)
+    else:
+        assert isinstance(tokens, int), "clips of one length have one number of tokens"
+        collate = Collate(masks, videos_per_step, tokens)
     return in_processes(
         dataset,
         lambda skip: SlotBatches(first_step, last_step, videos_per_step, videos_per_batch, rank, world, skip),
-        Collate(masks, videos_per_step, tokens),
+        collate,
         workers=workers,
         pin_memory=pin_memory,
         guard=guard,

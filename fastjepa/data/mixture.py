@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -11,15 +12,25 @@ from fastjepa.data.source import Task, Videos, open_videos
 
 
 def open_collections(
-    path: str | Mapping[str, float],
+    path: str | Mapping[str, Any],
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     closed: Callable[[OSError], None] | None = None,
 ) -> Videos:
-    """The videos of `data.path`: of one collection, or of several with their weights. Errors: see `open_videos`."""
+    """The videos of `data.path`: of one collection, or of several with their weights. Errors: see `open_videos`.
+
+    What a data set says of its clips is not read here, but makes another run.
+    """
     if isinstance(path, str):
         return open_videos(path, seed, progress, closed)
-    return mix([(open_videos(one, seed, progress, closed), weight) for one, weight in path.items()])
+    weights = [float(one) if isinstance(one, (int, float)) else one.weight for one in path.values()]
+    mixed = mix([(open_videos(one, seed, progress, closed), weight) for one, weight in zip(path, weights)])
+    own = [{} if isinstance(one, (int, float)) else one.model_dump(exclude={"weight"}) for one in path.values()]
+    named = [{key: value for key, value in one.items() if value is not None} for one in own]
+    if not any(named):
+        return mixed
+    fingerprint = hashlib.sha256(json.dumps([mixed.fingerprint, named], sort_keys=True).encode()).hexdigest()
+    return replace(mixed, fingerprint=fingerprint)
 
 
 def mix(parts: list[tuple[Videos, float]]) -> Videos:

@@ -56,6 +56,14 @@ class VideoOrder:
         past, place = divmod(turn, len(self.collections[number].videos))
         return int(self._remembered("pass", number, past, self._pass)[place])
 
+    def number(self, video_slot: int) -> int:
+        """Number of the collection that this slot draws from."""
+        if len(self.collections) == 1:
+            return 0
+        if self.replaces:
+            return self._drawn(stream(self.seed, Purpose.DRAW, video_slot).random())
+        return self._turn(video_slot)[0]
+
     def replacement(self, video_slot: int, attempt: int) -> int:
         """Number of a video of the same collection, to take instead after `attempt` that cannot be used."""
         videos = self._collection(video_slot).videos
@@ -68,9 +76,7 @@ class VideoOrder:
         return first + [int(v) for c in self.collections if c is not own for v in rng.permutation(c.videos)]
 
     def _collection(self, video_slot: int) -> Collection:
-        if self.replaces:
-            return self.collections[self._drawn(stream(self.seed, Purpose.DRAW, video_slot).random())]
-        return self.collections[self._turn(video_slot)[0]]
+        return self.collections[self.number(video_slot)]
 
     def _drawn(self, share: float) -> int:
         return min(int(np.searchsorted(self.bounds, share, side="right")), len(self.collections) - 1)

@@ -4,6 +4,7 @@ A slot is a number that counts all clips of a run from 0; the position in the da
 several clips, its video slot counts the videos: slot // clips_per_video. Which video that is: `fastjepa.data.order`.
 """
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from fractions import Fraction
 from math import exp, log
@@ -74,6 +75,37 @@ class ClipDraw:
     augment: tuple[Op, ...] | None = None
 
 
+@dataclass(frozen=True)
+class ClipShape:
+    """Which frames a clip has, as `ClipPlan` takes them, each of them `repeat` times.
+
+    `whole_stride`: `fps` stands for the stride of `rate_stride`, in place of true times.
+    """
+
+    frames: int
+    stride: int
+    duration: float | None = None
+    fps: float | None = None
+    repeat: int = 1
+    whole_stride: bool = False
+
+    @property
+    def by_times(self) -> bool:
+        """Whether frames are found by the times at which they are shown."""
+        return self.fps is not None and not self.whole_stride
+
+    def source_stride(self, rate: Fraction | None) -> int:
+        """Source frames from one frame to the next, where these are not found by times."""
+        if self.fps is not None:
+            return rate_stride(self.fps, rate)
+        return clip_stride(self.frames, self.stride, self.duration, rate)
+
+    @property
+    def length(self) -> int:
+        """Frames of the finished clip."""
+        return self.frames * self.repeat
+
+
 class ClipPlan:
     """Draws the clip of every slot.
 
@@ -82,7 +114,9 @@ class ClipPlan:
     seconds by the average frame rate, or has `fps` frames/s at the true times of the frames, with `whole_stride` in
     their place at a stride of whole frames that comes near it, see `rate_stride`. With `clips_per_video` n,
     slot s is clip s % n of the video of video slot s // n: the clips of a video come from its n equal segments and have
-    boxes and flips of their own. Source: the published sampler and transform (V-JEPA, arXiv 2404.08471, appendix).
+    boxes and flips of their own. `shapes`, one for all or one a collection of `videos`, take the place of `frames` and
+    of what says how far these lie apart. Source: the published sampler and transform (V-JEPA, arXiv 2404.08471,
+    appendix).
     """
 
     def __init__(
@@ -100,32 +134,30 @@ class ClipPlan:
         duration: float | None = None,
         fps: float | None = None,
         whole_stride: bool = False,
+        shapes: Sequence[ClipShape] = (),
     ) -> None:
         self.seed = seed
         self.order = videos if isinstance(videos, VideoOrder) else VideoOrder(seed, [Collection(videos)])
-        self.frames, self.stride, self.duration, self.fps = frames, stride, duration, fps
-        self.whole_stride = whole_stride
+        self.shapes = tuple(shapes) or (ClipShape(frames, stride, duration, fps, whole_stride=whole_stride),)
+        if len(self.shapes) not in (1, len(self.order.collections)):
+            raise ValueError(f"{len(self.order.collections)} collections need a shape each, got {len(self.shapes)}")
         self.scale, self.aspect, self.flip = scale, aspect, flip
         self.augmentation = augmentation
         self.clips_per_video = clips_per_video
 
-    @property
-    def by_times(self) -> bool:
-        """Frames are chosen by the times at which they are shown, which `clip` then needs."""
-        return self.fps is not None and not self.whole_stride
+    def shape(self, video_slot: int) -> ClipShape:
+        """Which frames the clips of this video slot have."""
+        return self.shapes[0 if len(self.shapes) == 1 else self.order.number(video_slot)]
 
-    def _stride(self, rate: Fraction | None) -> int:
-        if self.fps is not None:
-            return rate_stride(self.fps, rate)
-        return clip_stride(self.frames, self.stride, self.duration, rate)
-
-    def too_short(self, length: int, rate: Fraction | None = None, times: np.ndarray | None = None) -> str:
-        """Why a video of `length` frames has less than a clip spans; empty where it has enough."""
-        if self.by_times:
-            assert self.fps is not None
-            lasts, spans = length * frame_seconds(known_times(length, times)), self.frames / self.fps
+    def too_short(
+        self, length: int, rate: Fraction | None = None, times: np.ndarray | None = None, *, video_slot: int = 0
+    ) -> str:
+        """Why a video of `length` frames has less than a clip of this slot spans; empty where it has enough."""
+        s = self.shape(video_slot)
+        if s.by_times and s.fps is not None:
+            lasts, spans = length * frame_seconds(known_times(length, times)), s.frames / s.fps
             return f"it lasts {lasts:.3g} s, less than the {spans:.3g} s that a clip spans" * (lasts < spans)
-        window = self.frames * self._stride(rate)
+        window = s.frames * s.source_stride(rate)
         count = "1 frame" if length == 1 else f"{length} frames"
         return f"it has {count}, fewer than the {window} that a clip spans" * (length < window)
 
@@ -145,24 +177,26 @@ class ClipPlan:
         """
         rng = stream(self.seed, Purpose.CLIP, slot)
         number, clips = slot % self.clips_per_video, self.clips_per_video
-        if not self.by_times:
-            frames = clip_frames(length, self.frames, self._stride(rate), rng, clip=number, clips=clips)
+        s = self.shape(slot // clips)
+        if s.fps is None or s.whole_stride:
+            frames = clip_frames(length, s.frames, s.source_stride(rate), rng, clip=number, clips=clips)
         else:
-            assert self.fps is not None
-            frames = timed_frames(known_times(length, times), self.frames, self.fps, rng, clip=number, clips=clips)
+            frames = timed_frames(known_times(length, times), s.frames, s.fps, rng, clip=number, clips=clips)
+        if s.repeat > 1:
+            frames = np.repeat(frames, s.repeat)
         box = random_box(height, width, self.scale, self.aspect, rng)
         flip = bool(self.flip and rng.random() < 0.5)
-        return ClipDraw(frames, box, flip, *self._augmentation(height, width, slot))
+        return ClipDraw(frames, box, flip, *self._augmentation(height, width, slot, s.length))
 
     def _augmentation(
-        self, height: int, width: int, slot: int
+        self, height: int, width: int, slot: int, frames: int
     ) -> tuple[Box | None, Erase | None, tuple[Op, ...] | None]:
         """Second box, erasing and operations: from streams of their own, so that none moves the draws of another."""
         a, end_box, erase, ops = self.augmentation, None, None, None
         if a.motion_shift:
             end_box = random_box(height, width, self.scale, self.aspect, stream(self.seed, Purpose.MOTION, slot))
         if a.erase:
-            erase = random_erase(a.erase, a.crop, self.frames, stream(self.seed, Purpose.ERASE, slot))
+            erase = random_erase(a.erase, a.crop, frames, stream(self.seed, Purpose.ERASE, slot))
         if a.auto_augment:
             ops = draw_ops(stream(self.seed, Purpose.AUGMENT, slot))
         return end_box, erase, ops

@@ -5,10 +5,12 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 
-from fastjepa.data.loader import Batch
+from fastjepa.data.batches import Batch, MixedBatch
+
+Taken = Batch | MixedBatch
 
 
-def uploaded(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
+def uploaded(batches: Iterator[Taken], device: torch.device) -> Generator[Taken, None, None]:
     """The same batches on the device, in order; a CPU gets them as they are.
 
     For a GPU the next batch is fetched, and its copy begun on a side stream, before one is handed out: a loader that is
@@ -20,7 +22,7 @@ def uploaded(batches: Iterator[Batch], device: torch.device) -> Generator[Batch,
         yield from batches
         return
     side = torch.cuda.Stream(device)
-    coming: tuple[Batch, torch.cuda.Event] | None = None
+    coming: tuple[Taken, torch.cuda.Event] | None = None
     for batch in batches:
         begun = _begin(batch, device, side)
         if coming is not None:
@@ -30,17 +32,17 @@ def uploaded(batches: Iterator[Batch], device: torch.device) -> Generator[Batch,
         yield _arrived(*coming, device)
 
 
-def _begin(batch: Batch, device: torch.device, side: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
+def _begin(batch: Taken, device: torch.device, side: torch.cuda.Stream) -> tuple[Taken, torch.cuda.Event]:
     """Start the copy; the event says when it is done."""
     with torch.cuda.stream(side):
         return batch.to(device), side.record_event()
 
 
-def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
+def _arrived(batch: Taken, copied: torch.cuda.Event, device: torch.device) -> Taken:
     """Order the computing stream after the copy, and keep the memory until that stream is done with it."""
     computing = torch.cuda.current_stream(device)
     computing.wait_event(copied)
-    for tensor in _tensors(batch):
+    for tensor in (tensor for group in batch.groups for tensor in _tensors(group)):
         # The allocator knows the side stream only, and would hand the memory to the next copy too early.
         tensor.record_stream(computing)
     return batch

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import default_collate
 
-from fastjepa.masks.multiblock3d import MultiBlockMaskGenerator, Truncation
+from fastjepa.masks.multiblock3d import Alike, MultiBlockMaskGenerator, Truncation
 from fastjepa.masks.random_tube import RandomTubeMaskGenerator
 from fastjepa.masks.tokens import TokenSet
 
@@ -23,8 +23,8 @@ class DefaultCollator:
 class MaskGenerator(Protocol):
     """Draws one mask set."""
 
-    def draw(self, step: int, slots: Sequence[int]) -> tuple[TokenSet, TokenSet]:
-        """(context, target) of the clips at these global slots."""
+    def draw(self, step: int, slots: Sequence[int], alike: Alike | None = None) -> tuple[TokenSet, TokenSet]:
+        """(context, target) of the clips at these global slots; `alike` tells which others have their length."""
 
 
 class GeneratorCollator:
@@ -37,9 +37,13 @@ class GeneratorCollator:
         self._calls = 0
         self._clips = 0
 
-    def draw(self, step: int, slots: Sequence[int]) -> Masks:
-        """([context set, ...], [target set, ...]) of the clips at these global slots."""
-        pairs = [generator.draw(step, slots) for generator in self.generators]
+    def draw(self, step: int, slots: Sequence[int], alike: Alike | None = None) -> Masks:
+        """([context set, ...], [target set, ...]) of the clips at these global slots.
+
+        Where a run has clips of several lengths, `alike` tells of every slot whether its clips have the length of
+        these: only such clips are cut together.
+        """
+        pairs = [generator.draw(step, slots, alike) for generator in self.generators]
         return [context for context, _ in pairs], [target for _, target in pairs]
 
     def __call__(

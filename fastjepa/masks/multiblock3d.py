@@ -4,7 +4,7 @@ Grid of t x h x w tokens, numbered time, row, column. Source: V-JEPA (arXiv 2404
 collator: one block size for all clips of a step, positions drawn for each clip.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -19,6 +19,7 @@ from fastjepa.streams import Purpose, stream
 Truncation = Literal["group", "none", "random"]
 Range = tuple[float, float]
 Extent = tuple[int, int, int]
+Alike = Callable[[int], bool]
 MAX_REDRAWS = 1000
 # Construction asks this many clips to find a context in this many draws: settings that pass do so with a chance of
 # more than 2 % a draw, so that a run never exhausts MAX_REDRAWS (odds of 2e-9 a clip).
@@ -135,11 +136,12 @@ class MultiBlockMaskGenerator:
             f"{'x'.join(map(str, self.grid))} in {draws} draws: lower num_blocks or spatial_scale"
         )
 
-    def draw(self, step: int, slots: Sequence[int]) -> tuple[TokenSet, TokenSet]:
+    def draw(self, step: int, slots: Sequence[int], alike: Alike | None = None) -> tuple[TokenSet, TokenSet]:
         """(context, target) mask sets of the clips at these global slots, cut as `truncation` says.
 
         A [B, K] int64 tensor each where all clips are of one group, a `Ragged` otherwise. Groups are counted over the
-        slots of the run, so cutting does not depend on how a step is divided into batches.
+        slots of the run, so cutting does not depend on how a step is divided into batches. Of a group only those slots
+        are cut together that are `alike`, the given ones among them.
         """
         block = self.block_size(step)
         if self.truncation == "none":
@@ -147,7 +149,7 @@ class MultiBlockMaskGenerator:
             pairs = [self._finished(context[: self.max_keep], target) for context, target in drawn]
             return _ragged([context for context, _ in pairs]), _ragged([target for _, target in pairs])
         pairs = []
-        for members, wanted in self._groups(slots):
+        for members, wanted in self._groups(slots, alike):
             placed = {slot: self._drawn(block, step, slot) for slot in members}
             seen, asked = (min(len(pair[side]) for pair in placed.values()) for side in (0, 1))
             seen = seen if self.max_keep is None else min(seen, self.max_keep)
@@ -159,14 +161,15 @@ class MultiBlockMaskGenerator:
         form = _dense if one_group else _ragged
         return form([context for context, _ in pairs]), form([target for _, target in pairs])
 
-    def _groups(self, slots: Sequence[int]) -> Iterator[tuple[Sequence[int], list[int]]]:
+    def _groups(self, slots: Sequence[int], alike: Alike | None) -> Iterator[tuple[Sequence[int], list[int]]]:
         """(all members of a group, those of them that are asked for), in the order of `slots`."""
         group = self.group
         if group is None:
             yield slots, list(slots)
             return
         for number, wanted in groupby(slots, key=lambda slot: slot // group):
-            yield range(number * group, (number + 1) * group), list(wanted)
+            members = range(number * group, (number + 1) * group)
+            yield members if alike is None else [slot for slot in members if alike(slot)], list(wanted)
 
     def _cut(self, tokens: np.ndarray, keep: int, step: int, slot: int, side: int) -> np.ndarray:
         if self.truncation == "random" and len(tokens) > keep:

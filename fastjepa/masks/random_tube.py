@@ -4,7 +4,7 @@ Grid of t x h x w tokens, numbered time, row, column; a cell is a place of the f
 masking of VideoMAE (arXiv 2203.12602, section 3.2), in the form and with the counts of the published V-JEPA collator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -59,10 +59,12 @@ class RandomTubeMaskGenerator:
             row[rng.choice(self.cells, size=self.keep, replace=False)] = True
         return kept
 
-    def draw(self, step: int, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, step: int, slots: Sequence[int], alike: Callable[[int], bool] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(context, target) token numbers, ascending int64, of the clips at these global slots.
 
-        [B, keep * t] and [B, (h * w - keep) * t].
+        [B, keep * t] and [B, (h * w - keep) * t]. Nothing is cut, so it does not matter which others are `alike`.
         """
         kept = self.draw_cells(step, slots)
         return tube_tokens(kept, self.grid[0]), tube_tokens(~kept, self.grid[0])

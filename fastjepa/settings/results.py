@@ -11,7 +11,23 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Weights = Annotated[dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0)]], Field(min_length=1)]
+class DataSet(Section):
+    """One data set of a mixture, where it has more of its own than a weight."""
+
+    weight: float = setting(1.0, "share of the clips, beside the other weights", gt=0)
+    frames: Count | None = setting(
+        None, "frames of a clip; 1 gives clips of one tubelet, as images need; null takes data.frames"
+    )
+    stride: Count | None = setting(
+        None, "source frames from one frame of a clip to the next; without one of these three, those of data hold"
+    )
+    duration: float | None = setting(None, "seconds that a clip spans, in place of the stride", gt=0)
+    fps: float | None = setting(None, "frames/s of a clip, in place of the stride", gt=0)
+
+
+Weights = Annotated[
+    dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0)] | DataSet], Field(min_length=1)
+]
 Pair = Annotated[tuple[float, float], BeforeValidator(_tuple)]
 ModelName = Literal[
     "vit_nano",
@@ -119,7 +135,8 @@ class Data(Section):
     path: Annotated[str, Field(min_length=1)] | Weights = setting(
         "synthetic://moving-shapes",
         "folder (searched recursively) of videos, shards (.tar), images or folders of frames; a single video, shard or "
-        "image; a list file (path and optional label a line); synthetic://moving-shapes?...; {PATH: WEIGHT, ...} mixes",
+        "image; a list file (path and optional label a line); synthetic://moving-shapes?...; {PATH: WEIGHT, ...} "
+        "mixes, and a group in place of a weight gives a data set clips of its own",
         "warn",
     )
     sampling: Literal["permutation", "replacement"] = setting(
@@ -185,11 +202,33 @@ class Data(Section):
         le=1,
     )
 
+    @property
+    def sets(self) -> tuple[DataSet, ...]:
+        """The data sets of `path` in its order, with the clips of each: what a set leaves open is filled in."""
+        values = self.path.values() if isinstance(self.path, dict) else [1.0]
+        return tuple(self._filled(one if isinstance(one, DataSet) else DataSet(weight=one)) for one in values)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The different lengths of clips in frames, ascending."""
+        return tuple(sorted({max(one.frames or 0, self.tubelet) for one in self.sets}))
+
+    def _filled(self, one: DataSet) -> DataSet:
+        changes: dict[str, Any] = {"frames": one.frames or self.frames}
+        if one.stride is None and one.duration is None and one.fps is None:
+            changes |= {"stride": self.stride, "duration": self.duration, "fps": self.fps}
+        return one.model_copy(update=changes)
+
 
 class Loss(Section):
     """The objective."""
 
     exponent: float = setting(1.0, "q of mean |prediction - target| ** q / q", gt=0, le=4)
+    lengths: Literal["clips", "equal"] = setting(
+        "clips",
+        "where data.path has clips of several lengths: every clip weighs the same, or every length in a step, as "
+        "published",
+    )
     reg_coeff: float = setting(0.0, "weight of the variance regulariser", ge=0)
     context: float = setting(
         0.0, "weight of the error at context tokens (V-JEPA 2.1: 0.5); 0 predicts target tokens alone", ge=0

@@ -168,7 +168,7 @@ def _videos(data: str | None, test: str | None, s: Settings) -> Videos:
         raise ValueError(f"--test: {str(error).removeprefix('--test: ')}") from None
 
 
-def _labelled(option: str, path: str | Mapping[str, float], s: Settings) -> Videos:
+def _labelled(option: str, path: str | Mapping[str, object], s: Settings) -> Videos:
     try:
         videos = open_labelled(path, s.optim.seed)
     except ValueError as error:

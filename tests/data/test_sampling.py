@@ -262,7 +262,7 @@ def test_a_whole_stride_goes_by_the_frame_rate_rounded_as_published_in_place_of_
         assert whole.clip(slot, 60, 48, 64, rate).frames.tolist() == by_stride.clip(slot, 60, 48, 64).frames.tolist()
     assert whole.too_short(12, rate) == ""
     assert whole.too_short(11, rate) == "it has 11 frames, fewer than the 12 that a clip spans"
-    assert not whole.by_times
+    assert not whole.shapes[0].by_times
     with pytest.raises(ValueError, match="at 8 frames/s follows from the frame rate, which is not known"):
         whole.clip(3, 60, 48, 64)
 

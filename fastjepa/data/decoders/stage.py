@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastjepa.data.batches import Batch, EncodedBatch, MixedBatch
 from fastjepa.data.dataset import CHANCES, ClipDataset
 from fastjepa.data.decoders.encoded import EncodedClip
-from fastjepa.data.loader import Batch, EncodedBatch
 
 # One batch is decoded while the one before waits to be used: more would only take memory.
 AHEAD = 2
@@ -83,15 +83,17 @@ class Decoding:
         self.make, self.name, self.dataset, self.say = make, name, dataset, say
         self.failures = failures or Failures(None, 0)
 
-    def __call__(self, batches: Iterator[Batch | EncodedBatch]) -> Generator[Batch, None, None]:
-        """The same batches in order, all of their clips decoded."""
-        waiting: deque[tuple[Batch | EncodedBatch, dict[int, EncodedClip]]] = deque()
+    def __call__(
+        self, batches: Iterator[Batch | MixedBatch | EncodedBatch]
+    ) -> Generator[Batch | MixedBatch, None, None]:
+        """The same batches in order, all of their clips decoded; those of several lengths come so."""
+        waiting: deque[tuple[Batch | MixedBatch | EncodedBatch, dict[int, EncodedClip]]] = deque()
         with closing(_Lazy(self.make)) as decoder:
             for batch in batches:
-                if isinstance(batch, Batch) and not waiting:
+                if not isinstance(batch, EncodedBatch) and not waiting:
                     yield batch
                     continue
-                begun = {} if isinstance(batch, Batch) else self._tried(batch)
+                begun = self._tried(batch) if isinstance(batch, EncodedBatch) else {}
                 if begun:
                     decoder.begin(list(begun.values()))
                 waiting.append((batch, begun))
@@ -108,8 +110,10 @@ class Decoding:
             if isinstance(clip, EncodedClip) and not self.failures.quarantined(clip.path, batch.batch.slots)
         }
 
-    def _finished(self, decoder: "_Lazy", batch: Batch | EncodedBatch, begun: dict[int, EncodedClip]) -> Batch:
-        if isinstance(batch, Batch):
+    def _finished(
+        self, decoder: "_Lazy", batch: Batch | MixedBatch | EncodedBatch, begun: dict[int, EncodedClip]
+    ) -> Batch | MixedBatch:
+        if not isinstance(batch, EncodedBatch):
             return batch
         pixels, failed = decoder.finish() if begun else (torch.empty(0, dtype=torch.uint8), {})
         if len(begun) == len(batch.clips) and not failed:

@@ -20,8 +20,6 @@ from fastjepa.models.predictor import Draw, draw_of_run
 from fastjepa.pixels import as_floats
 
 Execution = Literal["packed", "reference"]
-
-
 MaskTokens = Literal["set", "length"]
 Nested = Sequence[TokenSet] | Sequence[Sequence[TokenSet]]
 
@@ -182,6 +180,7 @@ class JEPA(nn.Module):
         """
         single = isinstance(clips, Tensor)
         groups = _groups(*_as_lists(clips, masks_context, masks_target, draws, union))
+        self._check_frames(groups)
         if shares is not None and len(shares) != len(groups):
             raise ValueError(f"shares come one a length, got {len(shares)} for {len(groups)} lengths")
         reference = self.execution == "reference"
@@ -219,6 +218,18 @@ class JEPA(nn.Module):
             rows = [[goals.rows(s) for s in places] for goals, places in zip(targets, asked)]
             output.targets = rows[0] if single else rows
         return output
+
+    def _check_frames(self, groups: Sequence[Group]) -> None:
+        """Token numbers mean one place to encoder and predictor: rotary ones count in frames of their own."""
+        encoder, predictor = self.encoder, self.predictor
+        if not (isinstance(encoder, VisionTransformer) and isinstance(predictor, VisionTransformerPredictor)):
+            return
+        for group in groups if predictor.predictor_pos_embed is None else ():
+            given = encoder.token_grid(group.clips)[-2:]
+            if given != predictor.grid[-2:]:
+                raise ValueError(
+                    f"the predictor was built for frames of {predictor.grid[-2:]} tokens, the clips have {given}"
+                )
 
     def _number(self, group: Group, mask_set: int) -> int:
         """Which mask token stands for the targets of a set."""
@@ -274,7 +285,7 @@ class JEPA(nn.Module):
     def _packed(self, groups: Sequence[Group], look: bool) -> Predicted:
         """The same numbers: patches cut once, all sets in one encoder pass and in one predictor pass.
 
-        And with `look` the target features of all tokens.
+        With `look` also the target features of all tokens.
         """
         encoder, target_encoder, predictor = self.encoder, self.target_encoder, self.predictor
         assert isinstance(encoder, VisionTransformer) and isinstance(target_encoder, VisionTransformer)  # noqa: PT018
@@ -337,10 +348,13 @@ def _groups(
     clips: Sequence[Tensor],
     context: Sequence[Sequence[TokenSet]],
     target: Sequence[Sequence[TokenSet]],
-    draws: Sequence[Sequence[Draw] | None] | None,
+    draws: Sequence[Sequence[Draw]] | None,
     unions: Sequence[TargetUnion] | None,
 ) -> list[Group]:
     """What belongs together, checked. Errors: as `forward`."""
+    for name, parts in (("draws", draws), ("unions", unions)):
+        if parts is not None and any(part is None for part in parts):
+            raise ValueError(f"{name} come for every length or for none, got None among them")
     none: list[None] = [None] * len(clips)
     given = (clips, context, target, draws or none, unions or none)
     if not clips or len({len(part) for part in given}) > 1:

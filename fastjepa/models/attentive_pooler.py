@@ -1,6 +1,6 @@
 """Pooling by learned queries, and the classifier that probes frozen features with it.
 
-B clips, N tokens, M queries, E width. State-dict keys are those of the published probes (first generation).
+B clips, N tokens, M queries, E width. State-dict keys are those of the published probes.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,6 @@ class AttentivePooler(nn.Module):
     """Learned queries attend to the tokens, then `depth - 1` blocks act on the queries: [B, N, E] -> [B, M, E].
 
     With `blocks_first` the blocks act on the tokens before the queries read them, as in the second generation.
-
     `complete_block=False` leaves out residual, norms and MLP of the cross-attention. `unused_proj` makes the projection
     that published probes carry and never apply. Source: V-JEPA (arXiv 2404.08471, section 4 and appendix), V-JEPA 2
     (arXiv 2506.09985).

@@ -132,3 +132,17 @@ def test_a_length_weighs_as_much_as_it_is_told(case):
         assert equal != pytest.approx(jepa(clips, context, target, shares=[0.9, 0.1]).loss.item(), rel=1e-4)
         with pytest.raises(ValueError, match="shares come one a length"):
             jepa(clips, context, target, shares=[1.0])
+
+
+def test_what_does_not_belong_together_is_refused(case):
+    golden = case(NAME)
+    jepa = networks(golden, "packed")
+    clips, context, target = batch(golden, 0)
+    union = target_union(target[0], clips[0][0, 0].numel() // 32)
+    with pytest.raises(ValueError, match="unions come for every length or for none"):
+        jepa(clips, context, target, union=[union, None])
+    with pytest.raises(ValueError, match="draws come for every length or for none"):
+        jepa(clips, context, target, draws=[None, []])
+    larger = torch.nn.functional.pad(clips[0], (0, 4))
+    with pytest.raises(ValueError, match=r"built for frames of \(4, 4\) tokens, the clips have \(4, 5\)"):
+        jepa([larger], context[:1], target[:1])

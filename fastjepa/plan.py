@@ -154,7 +154,7 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     momenta = " -> ".join(f"{schedule.momentum_at(step):.5g}" for step in (0, last))
     return [
         f"model      {s.model.name}, {million['encoder']:.1f} M + predictor {million['predictor']:.1f} M parameters, "
-        f"targets: {s.model.targets}{noise}",
+        f"targets: {s.model.targets}{noise}{_generation(s)}",
         f"tokens     {plan.tokens} a clip; {_told(plan.shape.sets)}; {_rule(s)}",
         *lengths,
         f"clips      {_clips(s)}",
@@ -233,6 +233,14 @@ def _lengths(s: Settings) -> tuple[Length, ...]:
         weight = sum(one.weight for one in s.data.sets if max(one.frames or 0, s.data.tubelet) == frames)
         found.append(Length(frames, weight / total, tokens, *_mean_tokens(s, masks, tokens)))
     return tuple(found)
+
+
+def _generation(s: Settings) -> str:
+    """What is not of the first generation."""
+    positions = {"table": "", "rope": ", rotary positions", "rope_v2": ", rotary positions as in the released V-JEPA 2"}
+    deep = ", of several levels" if s.model.levels == "deep" else ""
+    dense = f", context tokens too (weight {s.loss.context:g})" if s.loss.context else ""
+    return positions[s.model.positions] + deep + dense
 
 
 def fuses(s: Settings) -> bool:

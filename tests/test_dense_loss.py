@@ -184,3 +184,9 @@ def test_a_dense_run_continues_bit_for_bit_and_its_executions_agree(run, positio
 def test_settings_of_the_context_loss_that_would_do_nothing_are_refused(recipe, given, told):
     with pytest.raises(ValueError, match=told):
         load(recipe, given)
+
+
+def test_the_console_says_what_is_not_of_the_first_generation(run, capsys):
+    run(*DENSE, "model.positions=rope", "model.predictor_heads=2", "runtime.stop_at=1")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model ")]
+    assert line.endswith("targets: mask_tokens, rotary positions, of several levels, context tokens too (weight 0.5)")

@@ -192,8 +192,8 @@ def test_one_gpu_changes_the_published_batch_and_rates_alone(single, published):
 
 @pytest.mark.parametrize(("name", "lines"), [
     ("vjepa2_vitg", [
-        "model      vit_giant_xformers, 1012.2 M + predictor 22.4 M parameters, targets: mask_tokens, rotary positions as "
-        "in the released V-JEPA 2", "tokens     2048 a clip",
+        "model      vit_giant_xformers, 1012.2 M + predictor 22.4 M parameters, targets: mask_tokens, rotary positions "
+        "as in the released V-JEPA 2", "tokens     2048 a clip",
         "clips      16 frames of 256 px at 4 frames/s",
         "lr 0.0001 -> 0.000525 -> 0.000525 (constant after the warm-up), weight decay 0.04 -> 0.04, "
         "momentum 0.99925 -> 0.99925",

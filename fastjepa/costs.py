@@ -239,8 +239,11 @@ def _predictor(s: StepShape) -> Iterator[Work]:
         for m, n, k in (*embeds, (target + (context if s.dense else 0), s.levels * wide, narrow)):
             yield from _with_gradients("predictor linear", m, n, k, size)
         if s.noised:  # target features are projected too; nothing flows back into them
-            yield Product("predictor linear", target, narrow, wide, size)
-            yield Product("predictor linear", narrow, wide, target, size)
+            for _, n, k in embeds:
+                yield Product("predictor linear", target, n, k, size)
+                yield Product("predictor linear", n, k, target, size)
+            if s.levels > 1:  # but into what lies between both products
+                yield Product("predictor linear", target, wide, narrow, size)
     if s.packed and not s.dense:
         yield from _packed_or_apart(s, "predictor", sequences, pairs, s.predictor.depth - 1)
         asked, rows = s.batch * sum(t.target_sequence for t in s.sets), sum(sequences)

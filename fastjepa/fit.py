@@ -26,7 +26,8 @@ class Architecture:
 
     The number of heads is not among them: queries, keys and values of all heads lie in one matrix. `tubelet` is None
     for an encoder of images, `tokens` for rotary positions, which know no size. `gated` and `predictor_gated`: feed-
-    forward layers are gated (SwiGLU), then `hidden` is the width of the gate.
+    forward layers are gated (SwiGLU), then `hidden` is the width of the gate. `levels` are norms of an encoder that is
+    supervised at several blocks, 0 where it has the usual one; `predicts_context`: the predictor predicts context too.
     """
 
     width: int | None
@@ -42,6 +43,8 @@ class Architecture:
     gated: bool = False
     predictor_hidden: int | None = None
     predictor_gated: bool = False
+    levels: int = 0
+    predicts_context: bool = False
 
     @property
     def name(self) -> str:
@@ -98,6 +101,7 @@ def architecture(networks: Networks) -> Architecture:
     position, patch = _shape(encoder, "pos_embed", 3), _shape(encoder, "patch_embed.proj.weight", 5)
     image = _shape(encoder, "patch_embed.proj.weight", 4)
     mlp, embed = _shape(encoder, "blocks.0.mlp.fc1.weight", 2), _shape(predictor, "predictor_embed.weight", 2)
+    embed = embed or _shape(predictor, "predictor_embed.2.weight", 2)  # of several levels, which has a hidden layer
     bias, inner = _shape(encoder, "patch_embed.proj.bias", 1), _shape(predictor, "predictor_blocks.0.mlp.fc1.weight", 2)
     return Architecture(
         width=position[2] if position else bias[0] if bias else None,
@@ -113,6 +117,8 @@ def architecture(networks: Networks) -> Architecture:
         gated="blocks.0.mlp.fc3.weight" in encoder,
         predictor_hidden=inner[0] if inner else None,
         predictor_gated="predictor_blocks.0.mlp.fc3.weight" in predictor,
+        levels=_count(encoder, r"norms_block\.(\d+)\..*"),
+        predicts_context="predictor_proj_context.weight" in predictor,
     )
 
 
@@ -157,6 +163,13 @@ def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | 
         if gated != wanted:
             words = ("is gated (swiglu or swiglu_full)", "is not gated (gelu)")
             yield f"{key}: the feed-forward layer of the file {words[not gated]}, that of the settings {words[gated]}"
+    if bool(file.levels) != bool(model.levels):
+        given, expected = ("deep" if one.levels else "last" for one in (file, model))
+        yield f"model.levels: the file was trained with {given}, the settings have {expected}"
+    if file.predictor_depth and file.predicts_context != model.predicts_context:
+        words = ("none", "a projection for context tokens")
+        given, expected = (words[one.predicts_context] for one in (file, model))
+        yield f"loss.context: the predictor of the file has {given}, that of the settings {expected}"
     if file.patch is not None and file.tubelet is None:
         yield "data.frames: the file holds an encoder of images, the settings make one of clips"
         return

@@ -41,14 +41,21 @@ class Health:
 
 
 @torch.no_grad()
-def measure(targets: Tensor, predictions: Sequence[Tensor], exponent: float) -> Health:
-    """Health of normalised target features float32 [B, N, E], and of predictions, [..., E] each."""
+def measure(targets: Tensor, predictions: Sequence[Tensor], exponent: float, levels: int = 1) -> Health:
+    """Health of normalised target features float32 [B, N, E], and of predictions, [..., E] each.
+
+    Of several `levels` beside each other, [B, N, levels * E] and [..., levels * E], the trivial loss and the lengths
+    are those of all, as the loss is; all other figures are of the last level, whose features are what a run is for.
+    """
     spread = (targets - targets.mean(dim=0)).abs()
     # The mean of B clips lies nearer to each of them than the mean of all clips does: variances shrink by (B - 1) / B.
     clips = len(targets)
     correction = clips / max(1, clips - 1)
     powers = spread if exponent == 1 else spread**exponent
     trivial = correction ** (exponent / 2) * powers.mean() / exponent
+    length = torch.linalg.vector_norm(targets, dim=-1).mean()
+    width = targets.shape[-1] // levels
+    spread, targets = spread[..., -width:], targets[..., -width:]
     rows, pooled = targets.flatten(0, 1), targets.mean(dim=1)
     unknown = torch.full((), torch.nan, device=targets.device)
     lengths = [torch.linalg.vector_norm(p, dim=-1, dtype=torch.float32).mean() for p in predictions]
@@ -60,7 +67,7 @@ def measure(targets: Tensor, predictions: Sequence[Tensor], exponent: float) -> 
         effective_rank(rows),
         effective_rank(pooled) if clips > 1 else unknown,
         pairwise_cosine(pooled) if clips > 1 else unknown,
-        torch.stack(lengths).mean() / torch.linalg.vector_norm(rows, dim=-1).mean(),
+        torch.stack(lengths).mean() / length,
     )
 
 

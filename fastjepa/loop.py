@@ -260,7 +260,8 @@ class Trainer:
         if looked is not None:
             features, predictions = looked
             # One clip of each video: clips of the same one are too alike to tell what is trivial.
-            measured = health.measure(features[:: s.data.clips_per_video], predictions, s.loss.exponent)
+            features = features[:: s.data.clips_per_video]
+            measured = health.measure(features, predictions, s.loss.exponent, self.jepa.levels)
         return StepDone(loss, loss_jepa, norms, measured, distance, *loss_context)
 
     def _noise(self, seed: torch.Tensor, batch: Batch) -> list[Draw]:

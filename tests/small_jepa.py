@@ -13,20 +13,24 @@ GRID = {"img_size": 32, "patch_size": 8, "num_frames": 4, "tubelet_size": 2, "un
 NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
-def make(execution="packed", noised=False, widths=(24, 12), rotary=None, drop_path=0.0, **arguments):
+def make(
+    execution="packed", noised=False, widths=(24, 12), rotary=None, drop_path=0.0, levels=None, dense=False, **arguments
+):
     """A small JEPA in float64 whose target encoder and mask tokens differ from what they start as.
 
-    `rotary` is the style of rotary positions, in place of tables.
+    `rotary` is the style of rotary positions, in place of tables; `levels` are blocks that are supervised; `dense`: the
+    predictor predicts context tokens too.
     """
     torch.manual_seed(0)
     width, narrow = widths
     shared = {**GRID, "depth": 2, "num_heads": 2, "init_std": 0.2, "drop_path_rate": drop_path}
     if rotary is not None:
         shared |= {"use_rope": True, "rope_style": rotary}
-    encoder = VisionTransformer(**shared, embed_dim=width, norm_layer=NORM)
+    encoder = VisionTransformer(**shared, embed_dim=width, norm_layer=NORM, levels=levels)
     predictor = vit_predictor(
-        **shared, embed_dim=width, predictor_embed_dim=narrow, use_mask_tokens=not noised, zero_init_mask_tokens=False
-    )
+        **shared, embed_dim=width, predictor_embed_dim=narrow, use_mask_tokens=not noised, zero_init_mask_tokens=False,
+        levels=encoder.number_of_levels, predict_context=dense,
+    )  # fmt: skip
     jepa = JEPA(encoder, predictor, execution=execution, **arguments).double()
     with torch.no_grad():
         for p in jepa.target_encoder.parameters():

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastjepa.build import build_jepa, build_masks
-from fastjepa.config import Data, Mask, MaskSet, Model, Optim, Runtime, Settings
+from fastjepa.config import Data, Loss, Mask, MaskSet, Model, Optim, Runtime, Settings
 from fastjepa.costs import COMPONENTS, StepShape, step_work
 from fastjepa.plan import make_plan
 from tests.published import RECIPES, published_shape
@@ -167,11 +167,19 @@ def test_the_packed_step_of_torchs_own_functions_lies_between():
 
 # Against torch's counter
 
+DEEP = {"levels": "deep", "context": 0.5}
 GATED = {"mlp": "swiglu", "predictor_mlp": "swiglu_full", "positions": "rope_v2"}
 
 
-def small(targets: str = "mask_tokens", truncation: str = "group", execution: str = "packed", **model: str) -> Settings:
+def small(
+    targets: str = "mask_tokens",
+    truncation: str = "group",
+    execution: str = "packed",
+    context: float = 0.0,
+    **model: str,
+) -> Settings:
     return Settings(
+        loss=Loss(context=context),
         model=Model(name="vit_nano", predictor_depth=3, predictor_dim=48, targets=targets, **model),
         mask=Mask(
             sets=(MaskSet(num_blocks=1, spatial_scale=(0.3, 0.3)), MaskSet(num_blocks=2, spatial_scale=(0.5, 0.5))),
@@ -187,7 +195,7 @@ def small(targets: str = "mask_tokens", truncation: str = "group", execution: st
 @pytest.mark.parametrize("execution", ["packed", "reference"])
 @pytest.mark.parametrize("targets", ["mask_tokens", "noised"])
 @pytest.mark.parametrize("truncation", ["group", "none"])
-@pytest.mark.parametrize("gated", [{}, GATED], ids=["", "gated"])
+@pytest.mark.parametrize("gated", [{}, GATED, DEEP, DEEP | GATED], ids=["", "gated", "deep", "deep, gated"])
 def test_products_and_attention_are_what_torch_counts_in_a_real_step(execution, targets, truncation, gated):
     s = small(targets, truncation, execution, **gated)
     jepa, masks = build_jepa(s), build_masks(s)

@@ -139,6 +139,18 @@ def test_the_norm_ratio_is_that_of_mean_lengths():
     assert measured(targets, 1.0).norm_ratio.item() == pytest.approx(1, rel=1e-5)
 
 
+def test_figures_of_levels_are_those_of_the_last_but_for_the_trivial_loss_and_the_lengths():
+    targets = normal(4, 6, 16)
+    targets[..., :8] *= 3
+    guess = targets * torch.tensor([0.5] * 8 + [1.0] * 8)
+    both = measure(targets, [guess], 1.0, 2)
+    first, last = (measured(part, 1.0) for part in targets.split(8, dim=-1))
+    for name in ("content", "feature_std", "rank", "pooled_rank", "pooled_cosine"):
+        assert getattr(both, name).item() == pytest.approx(getattr(last, name).item(), rel=1e-6), name
+    assert both.trivial_loss.item() == pytest.approx((first.trivial_loss + last.trivial_loss).item() / 2, rel=1e-6)
+    assert both.norm_ratio.item() == pytest.approx((guess.norm(dim=-1).mean() / targets.norm(dim=-1).mean()).item())
+
+
 def test_a_single_clip_has_no_figures_that_compare_clips():
     health = measured(normal(1, 20, 16), 1.0)
     for name in ("content", "pooled_rank", "pooled_cosine"):

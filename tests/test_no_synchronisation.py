@@ -117,7 +117,8 @@ def without_values(arguments):
 def prepared(operations, targets, lengths):
     """(jepa in float32, arguments of its forward pass), everything on the CPU."""
     noised = targets == "noised"
-    jepa = make(noised=noised, widths=WIDTHS, rotary="v2" if targets == "rotary" else None).float()
+    deep = {"levels": (0, 1), "dense": True} if targets == "deep" else {}
+    jepa = make(noised=noised, widths=WIDTHS, rotary="v2" if targets == "rotary" else None, **deep).float()
     jepa.operations = OPERATIONS[operations]
     context, target = masks(CLIPS, **LENGTHS[lengths])
     assert (lengths == "dense") != isinstance(target[0], Ragged)
@@ -131,7 +132,7 @@ def steps(jepa, arguments, update, region):
     *given, union = arguments
     for number in range(2):
         with region:
-            loss = jepa(*given, union=union, look=number == 1).loss
+            loss = jepa(*given, union=union, look=number == 1, context_weight=0.5 * number).loss
         update.backward(loss)
         if number:
             update.ema_distance()
@@ -151,7 +152,7 @@ def optimizer_pass(jepa, operations, half):
 def every_step(test):
     for name, values in (
         ("operations", OPERATIONS),
-        ("targets", ["mask_tokens", "noised", "rotary"]),
+        ("targets", ["mask_tokens", "noised", "rotary", "deep"]),
         ("lengths", LENGTHS),
     ):
         test = pytest.mark.parametrize(name, values)(test)

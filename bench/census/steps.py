@@ -206,7 +206,8 @@ def _phases(jepa: JEPA, census: Census) -> Iterator[None]:
 
 def _named(jepa: JEPA) -> list[tuple[Any, str, str]]:
     if jepa.execution == "packed":
-        functions = (("encode_all", "target"), ("encode_sets", "context"), ("predict_sets", "predictor"))
+        predict = "predict_all_sets" if jepa.dense else "predict_sets"
+        functions = (("encode_all", "target"), ("encode_sets", "context"), (predict, "predictor"))
         embedding = [(jepa.operations, one, "patch embed") for one in ("cut", "embed_all", "embed_sets")]
         return [(packing, function, name) for function, name in functions] + embedding
     networks = (("target_encoder", "target"), ("encoder", "context"), ("predictor", "predictor"))

@@ -65,7 +65,7 @@ def networks_marked(runner: Runner, marks: Marks) -> Iterator[None]:
     ]  # fmt: skip
     if jepa.execution == "packed":
         named = [(packing, "encode_all", "target"), (packing, "encode_sets", "context")]
-        named.append((packing, "predict_sets", "predictor"))
+        named.append((packing, "predict_all_sets" if jepa.dense else "predict_sets", "predictor"))
     with ExitStack() as stack:
         for owner, attribute, name in named:
             stack.enter_context(patch.object(owner, attribute, _marked(getattr(owner, attribute), name, marks)))

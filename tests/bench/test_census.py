@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from bench.census.__main__ import main as census_main
 from bench.census.counting import Census
 from bench.census.figures import rows_without
-from bench.census.steps import CLIPS, MODELS
+from bench.census.steps import CLIPS, MODELS, _phases
+from tests import small_jepa
 
 ROOT = Path(__file__).parents[2]
 # GB, launches and GFLOP a clip of the public code's step, counted at the dispatcher without its statistics.
@@ -192,6 +193,14 @@ def test_a_gradient_belongs_to_the_phase_of_its_call():
     assert census.components["first linear"].flops == 3 * 2 * 4**3
     assert census.components["second elementwise"].launches == 2
     assert {phase for phase, *_ in census.items} == {"first", "first backward", "second", "second backward", "rest"}
+
+
+def test_the_predictor_of_the_dense_loss_is_counted_as_the_predictor():
+    jepa = small_jepa.make(levels=(0, 1), dense=True)
+    with Census() as census, _phases(jepa, census):
+        jepa(small_jepa.clips(2), *small_jepa.masks(2)).loss.backward()
+    parts = {name.rpartition(" ")[0] for name, one in census.components.items() if one.flops}
+    assert parts == {"patch embed", "target", "context", "predictor"}  # no product is anybody else's
 
 
 def test_whoever_asks_the_device_for_a_number_raises():

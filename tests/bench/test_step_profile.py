@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from bench.step import ways
+from bench.step.profile import COMPONENTS, components
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +52,13 @@ def test_a_profile_names_components_and_the_most_expensive_operators(tmp_path, w
     assert costs == sorted(costs, reverse=True)
     events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"target", "context", "predictor", "backward", "optimizer", "step"} <= events
+
+
+def test_the_predictor_of_the_dense_loss_is_timed_as_the_predictor():
+    cpu, dense = torch.device("cpu"), ("model.levels=deep", "loss.context=0.5")
+    s = ways.settings_of("vjepa2_vitl", "packed", quick=True, overrides=dense)
+    parts = components(ways.Runner(s, cpu), ways.prepare(s, 2, cpu), 2)
+    assert min(parts[name] for name in COMPONENTS) > 0
 
 
 @pytest.mark.gpu

@@ -139,7 +139,7 @@ def _step(
             batch[0, 0, 0, 0, 0] = fault.value
         with exchange.part(last):
             with parallel.autocast(CPU, "bfloat16" if case.half else "float32"), _spoiled(exchange, fault):
-                out = exchange.loss(batch, context, target, draws, look=part == 0)
+                out = exchange.loss(batch, context, target, draws, look=part == 0, context_weight=0.5)
                 if part == 0:
                     assert out.every_target is not None
                     features = out.every_target[0].double().abs().sum().item()

@@ -26,6 +26,8 @@ CLOSE = {
     "noised": Case(noised=True),
     "ragged": Case(truncation="none"),
     "regulariser": Case(jepa={"reg_coeff": 0.1}),
+    "deep": Case(jepa={"levels": (0, 1), "dense": True}),
+    "half, deep": Case(half=HALF, jepa={"levels": (0, 1), "dense": True}, widths=WIDE),
     "recomputed": Case(recompute=2),
     "half, recomputed": Case(recompute=2, half=HALF),
     "positions": Case(more={"ema_positions": True}),

@@ -7,9 +7,9 @@ import pytest
 
 from fastjepa import config, configfile
 from fastjepa.__main__ import main
-from fastjepa.build import build_schedule
 from fastjepa.exits import Exit
 from fastjepa.log import read_metrics
+from fastjepa.schedules import build_schedule
 from fastjepa.start import start
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastjepa.optim import Schedule
+from fastjepa.schedules import Schedule
 
 RECIPE = {
     "lr": 6.25e-4, "start_lr": 2e-4, "final_lr": 1e-6, "weight_decay": 0.04, "final_weight_decay": 0.4,

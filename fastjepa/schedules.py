@@ -19,7 +19,8 @@ class Schedule:
 
     The curves are planned for `ipe_scale * steps` steps and simply end at `steps`, so with the published 1.25 they do
     not reach their final values. `decay` is the way of the learning rate from `lr` to `final_lr`; it begins after the
-    warm-up or, with `decay_steps`, that many steps before `steps`: the rate is constant until then.
+    warm-up or, with `decay_steps`, that many steps before `steps`: the rate is constant until then, and the way is
+    planned for `ipe_scale * decay_steps` steps, as if the last steps were a phase of their own.
     """
 
     steps: int
@@ -52,7 +53,8 @@ class Schedule:
             return self.start_lr + count / self.warmup_steps * (self.lr - self.start_lr)
         if self.decay == "constant" or count < first:
             return self.lr
-        progress = (count - first) / max(1, self.planned - first)
+        whole = self.planned - first if self.decay_steps is None else int(self.ipe_scale * self.decay_steps)
+        progress = (count - first) / max(1, whole)
         if self.decay == "linear":
             return self.lr + min(1.0, progress) * (self.final_lr - self.lr)
         return max(self.final_lr, self.final_lr + (self.lr - self.final_lr) * 0.5 * (1.0 + cos(pi * progress)))

@@ -257,7 +257,9 @@ class Optim(Section):
         "cool-down",
     )
     decay_steps: Count | None = setting(
-        None, "last steps in which the learning rate falls, constant before them; null is all after the warm-up"
+        None,
+        "last steps in which the learning rate falls, constant before them; null is all after the warm-up. "
+        "compat.ipe_scale stretches these steps alone",
     )
     weight_decay: float = setting(0.04, "weight decay at the start", ge=0)
     final_weight_decay: float = setting(0.4, "weight decay at the end", ge=0)
@@ -307,7 +309,10 @@ class Compat(Section):
     reinit: bool = setting(False, "draw all linear weights again after construction, which undoes the block rescale")
     ema_positions: bool = setting(False, "average the fixed position tables of the target encoder too")
     ipe_scale: float = setting(
-        1.0, "schedules are planned for this many times optim.steps and cut off at its end", ge=1
+        1.0,
+        "schedules are planned for this many times optim.steps (the learning rate with optim.decay_steps: those) and "
+        "cut off at its end",
+        ge=1,
     )
     sdpa_ignores_scale: bool = setting(False, "fused attention ignores model.qk_scale")
     mask_token_by_length: bool = setting(

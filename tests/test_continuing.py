@@ -284,7 +284,7 @@ def test_an_export_of_a_cool_down_is_read_again(run, cool_down, tmp_path):
     _, first = run("first", "model.positions=table")
     _, folder = cool_down("second", first, "model.positions=table")
     hand_over(folder, tmp_path / "out", everything=True)
-    assert "- learning rate 0.001 -> 1e-06, linear (0 steps of" in (tmp_path / "out" / "README.md").read_text()
+    assert "- learning rate 0.001 -> 0.000144, linear (0 steps of" in (tmp_path / "out" / "README.md").read_text()
     hand_over(first, tmp_path / "before", everything=True)
     assert "- learning rate 0.0001 -> 0.001, constant (2 steps" in (tmp_path / "before" / "README.md").read_text()
     opened = open_encoder(tmp_path / "out")

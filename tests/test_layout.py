@@ -70,7 +70,10 @@ def test_settings_import_nothing_of_ours_and_no_torch():
             {"build", "config", "data", "exits", "forecast", "gpus", "memory", "plan", "preparing", "verbs"},
         ),
         ("fastjepa.opened", {"build", "config", "configfile", "fit", "interop", "models"}),
-        ("fastjepa.interop", {"checkpoint", "config", "configfile", "fit", "interop", "jepa", "models", "pixels"}),
+        (
+            "fastjepa.interop",
+            {"checkpoint", "config", "configfile", "fit", "interop", "jepa", "models", "pixels", "schedules"},
+        ),
         ("fastjepa.handover", {"data", "fit", "interop", "opened"}),
         ("fastjepa.transformers_model", {"interop", "models"}),
         ("fastjepa.features", {"config", "data", "features", "interop", "opened", "parallel"}),

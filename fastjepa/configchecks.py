@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastjepa.config import Data, DataSet, Loss, Mask, MaskSet, Settings
-from fastjepa.models.rotary import axis_channels
 
 Mistake = tuple[tuple[str, ...], str]
 
@@ -38,6 +37,9 @@ HEADS = {
     "vit_giant_xformers": 22, "vit_gigantic_xformers": 26,
 }  # fmt: skip
 
+# Channels of the narrowest head that rotary positions can turn: a pair for each of three axes.
+NARROWEST_ROTARY = 6
+
 
 def _networks(s: Settings) -> Iterator[Mistake]:
     heads = s.model.predictor_heads or HEADS[s.model.name]
@@ -47,12 +49,12 @@ def _networks(s: Settings) -> Iterator[Mistake]:
             ("model.predictor_dim", "model.predictor_heads", "model.name"),
             f"model.predictor_dim: expected a multiple of {whose} {heads}, given {s.model.predictor_dim}",
         )
-    elif s.model.positions != "table" and not axis_channels(s.model.predictor_dim // heads):
+    elif s.model.positions != "table" and s.model.predictor_dim // heads < NARROWEST_ROTARY:
         which = "model.predictor_heads" if s.model.predictor_heads else "model.name"
         yield (
             ("model.predictor_dim", which, "model.positions"),
-            f"model.predictor_dim: expected at least 6 channels for each of the {heads} heads ({which}) with "
-            f"model.positions {s.model.positions}, which turns pairs of them along three axes, given "
+            f"model.predictor_dim: expected at least {NARROWEST_ROTARY} channels for each of the {heads} heads "
+            f"({which}) with model.positions {s.model.positions}, which turns pairs of them along three axes, given "
             f"{s.model.predictor_dim}",
         )
     # What only another kind of target or of positions reads: it would give another run the same numbers.

@@ -7,8 +7,9 @@ import pytest
 
 from fastjepa import config
 from fastjepa.config import Compat, MaskSet, Model, Settings
-from fastjepa.configchecks import cross_checks
+from fastjepa.configchecks import NARROWEST_ROTARY, cross_checks
 from fastjepa.configfile import SettingsError, load
+from fastjepa.models.rotary import axis_channels
 
 LEAVES = [key for key, _ in config.fields()] + [f"mask.sets.0.{key}" for key in MaskSet.model_fields]
 
@@ -418,6 +419,10 @@ def test_a_mistake_around_a_base_names_the_right_file(refuse, tmp_path, own, sen
 def test_what_the_kind_of_target_or_of_positions_does_not_go_with_is_a_contradiction(model, sentence):
     found = [sentence for _, sentence in cross_checks(Settings(model=Model(**model)))]
     assert found == ([] if sentence is None else [sentence])
+
+
+def test_the_narrowest_rotary_head_is_the_first_that_can_be_turned():
+    assert [axis_channels(NARROWEST_ROTARY - 1), axis_channels(NARROWEST_ROTARY)] == [0, 2]
 
 
 @pytest.mark.parametrize(

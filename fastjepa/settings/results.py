@@ -67,7 +67,8 @@ class Model(Section):
     )
     drop_path: float = setting(
         0.0,
-        "stochastic depth of the encoder: the chance that a clip skips a half of its last block, less in those before",
+        "stochastic depth of the encoder: the chance that a clip skips a half of its last block, less in those before; "
+        "clips of a forward pass draw from one stream, so data.batch_size and runtime.execution change who does",
         ge=0,
         lt=1,
     )

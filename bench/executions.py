@@ -16,7 +16,8 @@ from fastjepa.jepa import JEPA, Execution
 from fastjepa.masks import MaskCollator, target_union
 from fastjepa.models import VisionTransformer, vit_predictor
 from fastjepa.noise import noise_draws
-from fastjepa.optim import OptimizerPass, Schedule, parameter_groups
+from fastjepa.optim import OptimizerPass, parameter_groups
+from fastjepa.schedules import Schedule
 
 
 class Shape(NamedTuple):

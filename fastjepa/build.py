@@ -27,9 +27,10 @@ from fastjepa.models.initialise import redraw_linears
 from fastjepa.models.layers import Attention
 from fastjepa.models.operations import LIBRARY, Operations
 from fastjepa.models.vision_transformer import SIZES, deep_levels
-from fastjepa.optim import OptimizerPass, Schedule
+from fastjepa.optim import OptimizerPass
 from fastjepa.parallel import DTYPES
 from fastjepa.pieces import build_operations, explain_attention, update_kernels
+from fastjepa.schedules import build_schedule
 
 # A session of the GPU's decoder for each: more than its engines (seven on Hopper), so that none of them waits. An
 # estimate from DALI's documentation until `bench/gpu.sh data` has measured it.
@@ -290,13 +291,6 @@ def build_decoding(
         )
 
     return Decoding(make, decoder.name, dataset, say, failures)
-
-
-def build_schedule(s: Settings) -> Schedule:
-    """Learning rate, weight decay and momentum as functions of the step."""
-    names = ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "momentum", "final_momentum")
-    values = {name: getattr(s.optim, name) for name in (*names, "decay", "decay_steps")}
-    return Schedule(s.optim.steps, s.optim.warmup_steps, **values, ipe_scale=s.compat.ipe_scale)
 
 
 def build_optimizer_pass(

@@ -1,8 +1,9 @@
 """Checks that need more than one setting. Each gives (keys involved, one sentence)."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from fastjepa.config import Data, DataSet, Loss, Mask, MaskSet, Model, Settings
+from fastjepa.config import Data, DataSet, Loss, Mask, MaskSet, Settings
 
 Mistake = tuple[tuple[str, ...], str]
 
@@ -36,6 +37,9 @@ HEADS = {
     "vit_giant_xformers": 22, "vit_gigantic_xformers": 26,
 }  # fmt: skip
 
+# Channels of the narrowest head that rotary positions can turn: a pair for each of three axes.
+NARROWEST_ROTARY = 6
+
 
 def _networks(s: Settings) -> Iterator[Mistake]:
     heads = s.model.predictor_heads or HEADS[s.model.name]
@@ -45,16 +49,33 @@ def _networks(s: Settings) -> Iterator[Mistake]:
             ("model.predictor_dim", "model.predictor_heads", "model.name"),
             f"model.predictor_dim: expected a multiple of {whose} {heads}, given {s.model.predictor_dim}",
         )
-    # What only the other kind of target reads: it would give another run the same numbers.
-    default, targets = Model(), s.model.targets
-    key = "noise" if targets == "mask_tokens" else "zero_init_mask_tokens"
-    expected, given = getattr(default, key), getattr(s.model, key)
-    if given != expected:
+    elif s.model.positions != "table" and s.model.predictor_dim // heads < NARROWEST_ROTARY:
+        which = "model.predictor_heads" if s.model.predictor_heads else "model.name"
         yield (
-            (f"model.{key}", "model.targets"),
-            f"model.{key}: expected the default {str(expected).lower()} with model.targets {targets}, "
-            f"given {str(given).lower()}",
+            ("model.predictor_dim", which, "model.positions"),
+            f"model.predictor_dim: expected at least {NARROWEST_ROTARY} channels for each of the {heads} heads "
+            f"({which}) with model.positions {s.model.positions}, which turns pairs of them along three axes, given "
+            f"{s.model.predictor_dim}",
         )
+    # What only another kind of target or of positions reads: it would give another run the same numbers.
+    unread = [("model.targets", "model.noise" if s.model.targets == "mask_tokens" else "model.zero_init_mask_tokens")]
+    if s.model.targets == "noised":
+        unread.append(("model.targets", "compat.mask_token_by_length"))
+    if s.model.positions != "table":
+        unread += [("model.positions", "model.uniform_power"), ("model.positions", "compat.ema_positions")]
+    default = Settings()
+    for reader, key in unread:
+        (expected, given), kind = (_value(one, key) for one in (default, s)), _value(s, reader)
+        if given != expected:
+            yield (
+                (key, reader),
+                f"{key}: expected the default {str(expected).lower()} with {reader} {kind}, given {str(given).lower()}",
+            )
+
+
+def _value(s: Settings, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(s, section), name)
 
 
 # Pieces of the packed step whose kernels can compute the matrix product too.

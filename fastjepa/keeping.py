@@ -1,5 +1,6 @@
 """What a run keeps for a resume, and how it goes on from there."""
 
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,37 @@ from fastjepa.parallel import World
 from fastjepa.runfolder import RunFolder
 
 SAVES_THAT_MAY_FAIL = 3
+MASK_TOKENS = "predictor.mask_tokens."
+# AdamW's state of a weight.
+SLOTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def never_trained(found: checkpoint.Found, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Mask tokens that the run of this checkpoint did not train, by name: their moments begin at zero.
+
+    `shapes` of all weights that are trained now, by name. Errors: ValueError where a moment is missing otherwise, or
+    has another shape or precision; CheckpointError where the checkpoint cannot be read.
+    """
+    stored = checkpoint.entries(found)
+    missing, problems = [], []
+    for name, shape in shapes.items():
+        if name.startswith(MASK_TOKENS) and not any(f"optim.{slot}.{name}" in stored for slot in SLOTS):
+            missing.append(name)
+            continue
+        for slot in SLOTS:
+            entry, wanted = f"optim.{slot}.{name}", () if slot == "step" else tuple(shape)
+            if entry not in stored:
+                problems.append(f"{entry} is missing")
+            elif stored[entry] != (wanted, torch.float32):
+                size, dtype = stored[entry]
+                problems.append(f"{entry} is {dtype} {list(size)} instead of {torch.float32} {list(wanted)}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"init.optimizer: expected false, or a run that trained the same weights, given {found.folder}: "
+            f"{'; '.join(problems[:3])}{more}"
+        )
+    return missing
 
 
 class Keeper:
@@ -74,7 +106,10 @@ class Keeper:
 
     def _take_optimizer(self, found: checkpoint.Found) -> None:
         """Moments and step counts, and the scale of the loss. How many steps were skipped is each run's own."""
-        state = {name: t for name, t in self.update.state().items() if not name.startswith("optim.skipped")}
+        shapes = {weight.name: weight.parameter.shape for weight in self.update.weights}
+        own = {"optim.skipped", "optim.skipped_in_a_row"}
+        own |= {f"optim.{slot}.{name}" for name in never_trained(found, shapes) for slot in SLOTS}
+        state = {name: tensor for name, tensor in self.update.state().items() if name not in own}
         checkpoint.load(found, state, self.world.saving, part=True)
         self._restore_scaler(found)
         self.log.say(f"optimizer  moments and step counts are those of {found.folder}, step {found.step}")

@@ -7,7 +7,7 @@ from math import ceil
 import torch
 from torch import nn
 
-from fastjepa.build import build_schedule, masks_by_length
+from fastjepa.build import masks_by_length
 from fastjepa.config import DataSet, Settings
 from fastjepa.costs import Network, SetTokens, StepShape, Work, step_work
 from fastjepa.jepa import JEPA
@@ -15,6 +15,7 @@ from fastjepa.masks import GeneratorCollator, Ragged, TokenSet
 from fastjepa.memory import STATE, held_bytes
 from fastjepa.models import VisionTransformer, VisionTransformerPredictor
 from fastjepa.models.layers import SwiGLU
+from fastjepa.schedules import build_schedule
 
 # Steps, each with its own block size, and clips whose masks are drawn to count tokens: a fraction of a second.
 MOST_DRAWS, MOST_CLIPS = 128, 3072

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastjepa import health
 from fastjepa.gpus import peak_flops
 from fastjepa.log import duration
-from fastjepa.optim import Schedule, StepNorms
+from fastjepa.optim import StepNorms
+from fastjepa.schedules import Schedule
 
 
 @dataclass

@@ -29,6 +29,7 @@ from fastjepa.exchange import Exchange
 from fastjepa.exits import Exit
 from fastjepa.interop import WeightsRefused, load_weights, read_weights, with_optimizer
 from fastjepa.jepa import JEPA
+from fastjepa.keeping import never_trained
 from fastjepa.log import Log, RunLog
 from fastjepa.loop import Trainer
 from fastjepa.masks import GeneratorCollator
@@ -246,8 +247,13 @@ def _initial_weights(settings: Settings, name: str, data: str, jepa: JEPA) -> tu
         if not settings.init.optimizer:
             return load_weights(jepa, weights), None
         own = with_optimizer(weights)
-        return load_weights(jepa, own), own.found
-    except WeightsRefused as error:
+        lines = load_weights(jepa, own)
+        shapes = {key: parameter.shape for key, parameter in jepa.named_parameters() if parameter.requires_grad}
+        fresh = [key.removeprefix("predictor.") for key in never_trained(own.found, shapes)]
+        if fresh:
+            lines.append(f"optimizer  that run did not train {', '.join(fresh)}: moments of zero")
+        return lines, own.found
+    except (WeightsRefused, CheckpointError) as error:
         raise ValueError(f"init.from: {error}") from None
 
 

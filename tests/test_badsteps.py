@@ -10,7 +10,8 @@ import torch
 from fastjepa import badsteps
 from fastjepa.badsteps import BadSteps, file_names
 from fastjepa.data.order import Collection, VideoOrder
-from fastjepa.optim import OptimizerPass, Schedule, StepNorms
+from fastjepa.optim import OptimizerPass, StepNorms
+from fastjepa.schedules import Schedule
 from tests.small_jepa import clips, make, masks
 
 SCHEDULE = Schedule(1000, 100, 1e-3, 1e-3, 1e-6, 0.04, 0.4, 0.9, 1.0)

@@ -13,8 +13,9 @@ from fastjepa import compiling
 from fastjepa.config import Runtime
 from fastjepa.exits import Exit
 from fastjepa.masks import target_union
-from fastjepa.optim import OptimizerPass, Schedule
+from fastjepa.optim import OptimizerPass
 from fastjepa.pieces import build_operations
+from fastjepa.schedules import Schedule
 from fastjepa_kernels import attention_dispatch
 from tests.small_jepa import assert_same, clips, gradients, make, masks
 

@@ -6,9 +6,10 @@ from typing import get_args
 import pytest
 
 from fastjepa import config
-from fastjepa.config import MaskSet, Model, Settings
-from fastjepa.configchecks import cross_checks
+from fastjepa.config import Compat, MaskSet, Model, Settings
+from fastjepa.configchecks import NARROWEST_ROTARY, cross_checks
 from fastjepa.configfile import SettingsError, load
+from fastjepa.models.rotary import axis_channels
 
 LEAVES = [key for key, _ in config.fields()] + [f"mask.sets.0.{key}" for key in MaskSet.model_fields]
 
@@ -395,10 +396,52 @@ def test_a_mistake_around_a_base_names_the_right_file(refuse, tmp_path, own, sen
             {"targets": "noised", "zero_init_mask_tokens": False},
             "model.zero_init_mask_tokens: expected the default true with model.targets noised, given false",
         ),
+        (
+            {"positions": "rope_v2", "uniform_power": False},
+            "model.uniform_power: expected the default true with model.positions rope_v2, given false",
+        ),
+        (
+            {"positions": "rope", "predictor_dim": 8, "predictor_heads": 2},
+            "model.predictor_dim: expected at least 6 channels for each of the 2 heads (model.predictor_heads) with "
+            "model.positions rope, which turns pairs of them along three axes, given 8",
+        ),
+        (
+            {"positions": "rope_v2", "predictor_dim": 64},
+            "model.predictor_dim: expected at least 6 channels for each of the 16 heads (model.name) with "
+            "model.positions rope_v2, which turns pairs of them along three axes, given 64",
+        ),
+        ({"positions": "rope", "predictor_dim": 12, "predictor_heads": 2}, None),
+        ({"positions": "table", "predictor_dim": 8, "predictor_heads": 2, "uniform_power": False}, None),
         ({"targets": "noised", "noise": "linear"}, None),
         ({"zero_init_mask_tokens": False}, None),
     ],
 )
-def test_what_only_the_other_kind_of_target_reads_is_a_contradiction(model, sentence):
+def test_what_the_kind_of_target_or_of_positions_does_not_go_with_is_a_contradiction(model, sentence):
     found = [sentence for _, sentence in cross_checks(Settings(model=Model(**model)))]
     assert found == ([] if sentence is None else [sentence])
+
+
+def test_the_narrowest_rotary_head_is_the_first_that_can_be_turned():
+    assert [axis_channels(NARROWEST_ROTARY - 1), axis_channels(NARROWEST_ROTARY)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("model", "compat", "sentence"),
+    [
+        (
+            {"positions": "rope"},
+            "ema_positions",
+            "compat.ema_positions: expected the default false with model.positions rope, given true",
+        ),
+        (
+            {"targets": "noised"},
+            "mask_token_by_length",
+            "compat.mask_token_by_length: expected the default false with model.targets noised, given true",
+        ),
+        ({}, "ema_positions", None),
+        ({"positions": "rope_v2"}, "mask_token_by_length", None),
+    ],
+)
+def test_what_the_networks_do_not_read_is_a_contradiction(model, compat, sentence):
+    settings = Settings(model=Model(**model), compat=Compat(**{compat: True}))
+    assert [said for _, said in cross_checks(settings)] == ([] if sentence is None else [sentence])

@@ -248,11 +248,43 @@ def test_the_optimizer_of_weights_that_have_none_is_refused(run, cool_down, load
     )
 
 
+def test_a_mask_token_that_was_never_trained_begins_with_moments_of_zero(run, cool_down, begun, capsys):
+    _, first = run("first", "runtime.stop_at=3")
+    capsys.readouterr()
+    trainers = begun()
+    assert cool_down("second", first, "compat.mask_token_by_length=false")[0] == Exit.DONE
+    said = capsys.readouterr().out
+    assert said.count("optimizer  that run did not train mask_tokens.1: moments of zero\n") == 1
+    state = trainers[0].update.state()
+    for number, steps in (("0", 3), ("1", 0)):
+        assert state[f"optim.step.predictor.mask_tokens.{number}"] == steps
+        assert bool(state[f"optim.exp_avg.predictor.mask_tokens.{number}"].any()) == (steps > 0)
+
+
+def test_moments_that_do_not_fit_are_refused_before_there_is_a_run_folder(run, cool_down, capsys, monkeypatch):
+    _, first = run("first", "runtime.stop_at=3")
+    capsys.readouterr()
+    plain = checkpoint.entries
+    lost, other = "optim.exp_avg.encoder.norm.weight", "optim.step.predictor.mask_tokens.0"
+
+    def damaged(found):
+        kept = {**plain(found), other: ((2,), torch.float64)}
+        del kept[lost]
+        return kept
+
+    monkeypatch.setattr(checkpoint, "entries", damaged)
+    assert cool_down("second", first) == (Exit.WRONG_INPUT, None)
+    said = capsys.readouterr().err
+    assert said.startswith("init.optimizer: expected false, or a run that trained the same weights, given ")
+    assert f"{lost} is missing" in said
+    assert f"{other} is torch.float64 [2] instead of torch.float32 []" in said
+
+
 def test_an_export_of_a_cool_down_is_read_again(run, cool_down, tmp_path):
     _, first = run("first", "model.positions=table")
     _, folder = cool_down("second", first, "model.positions=table")
     hand_over(folder, tmp_path / "out", everything=True)
-    assert "- learning rate 0.001 -> 1e-06, linear (0 steps of" in (tmp_path / "out" / "README.md").read_text()
+    assert "- learning rate 0.001 -> 0.000144, linear (0 steps of" in (tmp_path / "out" / "README.md").read_text()
     hand_over(first, tmp_path / "before", everything=True)
     assert "- learning rate 0.0001 -> 0.001, constant (2 steps" in (tmp_path / "before" / "README.md").read_text()
     opened = open_encoder(tmp_path / "out")

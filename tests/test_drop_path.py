@@ -58,6 +58,23 @@ def test_rows_of_a_clip_share_its_draw_and_what_is_kept_is_scaled(name, monkeypa
         torch.testing.assert_close(rows, network.norm(tokens).flatten(0, 1), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_branches_of_half_precision_are_scaled_exactly_and_rounded_once(dtype):
+    rows = torch.randn(64, 24, dtype=dtype)
+    path = DropPath(RATE).train()
+    torch.manual_seed(0)
+    scales = path.scales(64, rows)
+    assert scales.dtype == torch.float32
+    assert set(scales.tolist()) == {0.0, float(torch.tensor(1.0) / torch.tensor(1 - RATE))}
+    expected = (rows.double() * scales.double().unsqueeze(1)).float().to(dtype)
+    torch.manual_seed(0)
+    assert torch.equal(path(rows), expected)
+    residual = torch.randn(64, 24)
+    _, total = LIBRARY.add_norm(torch.nn.LayerNorm(24), rows, None, residual, torch.nn.Dropout(0.0), scale=scales)
+    assert total.dtype == torch.float32
+    assert torch.equal(total, residual + expected)
+
+
 @pytest.mark.parametrize("execution", ["packed", "reference"])
 @pytest.mark.parametrize("truncation", ["group", "none"])
 def test_evaluation_leaves_nothing_out_and_the_target_encoder_never_does(execution, truncation):

@@ -19,8 +19,9 @@ from fastjepa.masks import Ragged, target_union
 from fastjepa.models.operations import LIBRARY
 from fastjepa.models.predictor import RowNoise
 from fastjepa.noise import noise_draws
-from fastjepa.optim import OptimizerPass, Schedule
+from fastjepa.optim import OptimizerPass
 from fastjepa.pieces import build_operations
+from fastjepa.schedules import Schedule
 from tests.small_jepa import byte_clips, make, masks
 
 CLIPS, WIDTHS = 4, (32, 48)  # the kernels take heads of 16 to 128 in steps of 8

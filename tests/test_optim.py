@@ -7,7 +7,8 @@ import torch
 
 from fastjepa.jepa import JEPA
 from fastjepa.models import VisionTransformer, vit_predictor
-from fastjepa.optim import OptimizerPass, Schedule, parameter_groups
+from fastjepa.optim import OptimizerPass, parameter_groups
+from fastjepa.schedules import Schedule
 
 GRID = {"img_size": 32, "patch_size": 8, "num_frames": 4, "tubelet_size": 2, "uniform_power": True}
 RECIPE = {

@@ -7,9 +7,11 @@ import pytest
 
 from fastjepa import config, configfile
 from fastjepa.__main__ import main
-from fastjepa.build import build_schedule
 from fastjepa.exits import Exit
+from fastjepa.interop.card import card
+from fastjepa.interop.passport import Passport
 from fastjepa.log import read_metrics
+from fastjepa.schedules import build_schedule
 from fastjepa.start import start
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -209,6 +211,18 @@ def test_plan_prints_the_end_points(name, lines, capsys):
     said = capsys.readouterr().out
     for line in lines:
         assert line in said
+
+
+@pytest.mark.parametrize(("name", "ends"), [
+    ("vitl", "learning rate 0.0002 -> 0.000625 -> 7.5e-05 (12,000 steps of warm-up), weight decay 0.04 -> 0.366, "
+             "momentum 0.998 -> 0.9996"),
+    ("vjepa2_vitl_cooldown", "learning rate 0.000525 -> 0.000106, linear (0 steps of warm-up), weight decay "
+                             "0.04 -> 0.04, momentum 0.99925 -> 0.99925"),
+])  # fmt: skip
+def test_a_card_names_the_values_at_which_the_recipe_ends(name, ends):
+    settings = recipe(name)
+    passport = Passport("a run", "yours", "", None, config.flat(settings), False, {})
+    assert ends in card(passport, settings, "out", "target_encoder", [], "", everything=True)
 
 
 def test_both_phases_in_one_run_print_where_the_rate_falls(capsys):

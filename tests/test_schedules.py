@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastjepa.optim import Schedule
+from fastjepa.schedules import Schedule
 
 RECIPE = {
     "lr": 6.25e-4, "start_lr": 2e-4, "final_lr": 1e-6, "weight_decay": 0.04, "final_weight_decay": 0.4,
@@ -75,7 +75,16 @@ def test_a_decay_of_some_last_steps_follows_a_constant_rate(decay):
 
 def test_a_stretched_decay_of_some_last_steps_is_cut_off_where_the_run_ends():
     plan = Schedule(1000, 100, **RECIPE, decay="linear", decay_steps=200, ipe_scale=1.25)
-    assert plan.lr_at(999) == pytest.approx(6.25e-4 - 200 / 450 * 6.24e-4, rel=1e-9)
+    assert plan.lr_at(999) == pytest.approx(6.25e-4 - 200 / 250 * 6.24e-4, rel=1e-9)
+
+
+def test_both_published_phases_in_one_run_cool_down_as_the_second_does():
+    peak = {**RECIPE, "lr": 5.25e-4, "start_lr": 1e-4}
+    plan = Schedule(252_000, 12_000, **peak, decay="linear", decay_steps=12_000, ipe_scale=1.25)
+    assert plan.lr_at(239_999) == 5.25e-4
+    for step in (0, 5_999, 11_999):
+        assert plan.lr_at(240_000 + step) == pytest.approx(COOL_DOWN.lr_at(step), rel=1e-12)
+    assert plan.lr_at(251_999) == pytest.approx(1.058e-4, rel=1e-9)
 
 
 def test_a_line_may_rise():

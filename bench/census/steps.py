@@ -24,8 +24,9 @@ from fastjepa.masks import TargetUnion
 from fastjepa.models import build_vit, packing, vit_predictor
 from fastjepa.models.operations import LIBRARY
 from fastjepa.models.rows import Rotary, Stretch
-from fastjepa.optim import OptimizerPass, Schedule, parameter_groups
+from fastjepa.optim import OptimizerPass, parameter_groups
 from fastjepa.pieces import PIECES, Composite, build_operations
+from fastjepa.schedules import Schedule
 from fastjepa_kernels import dispatch
 
 Execution = Literal["reference", "reference-stored", "packed"]

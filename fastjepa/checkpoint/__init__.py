@@ -13,7 +13,7 @@ executes no code: the tensors are safetensors, the rest is JSON.
 """
 
 from fastjepa.checkpoint.errors import UNREADABLE, CheckpointError, NotDamaged, SaveFailed
-from fastjepa.checkpoint.read import Found, load, newest, verify
+from fastjepa.checkpoint.read import Found, entries, load, newest, verify
 from fastjepa.checkpoint.saver import Outcome, Saver
 from fastjepa.checkpoint.write import save
 
@@ -25,6 +25,7 @@ __all__ = [
     "Outcome",
     "SaveFailed",
     "Saver",
+    "entries",
     "load",
     "newest",
     "save",

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -116,6 +117,21 @@ def _checked(folder: Path, *, sums: bool) -> Found:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
 
 
+def entries(found: Found) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a checkpoint, by name. Errors: CheckpointError where it cannot be read."""
+    stored = _stored(found.folder, HuggingFaceStorageReader(str(found.folder)))
+    return {name: (tuple(kept.size), kept.properties.dtype) for name, kept in stored.items()}
+
+
+def _stored(folder: Path, reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {one_line(error)}") from error
+    # A safetensors file holds tensors only.
+    return {name: kept for name, kept in stored.items() if isinstance(kept, TensorStorageMetadata)}
+
+
 def load(
     found: Found, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None, *, part: bool = False
 ) -> None:
@@ -140,15 +156,14 @@ def _fits(folder: Path, reader: HuggingFaceStorageReader, tensors: dict[str, Ten
     try:
         if ranks.rank and not looks_intact(folder):  # the first one has looked closely
             raise CheckpointError(f"process {ranks.rank} does not see all of {folder}: they need one file system")
-        stored = reader.read_metadata().state_dict_metadata
     except UNREADABLE as error:
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {one_line(error)}") from error
+    stored = _stored(folder, reader)
     problems = [f"{name} is missing" for name in sorted(tensors.keys() - stored.keys())]
     if not part:
         problems += [f"{name} is not expected" for name in sorted(stored.keys() - tensors.keys())]
     for name in sorted(tensors.keys() & stored.keys()):
         kept = stored[name]
-        assert isinstance(kept, TensorStorageMetadata), "a safetensors file holds tensors only"
         have = (tuple(kept.size), kept.properties.dtype)
         want = (tuple(tensors[name].shape), tensors[name].dtype)
         if have != want:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fastjepa.config import Settings
 from fastjepa.interop.passport import Passport
 from fastjepa.models.vision_transformer import SIZES
+from fastjepa.schedules import build_schedule
 
 NAMES = {"target_encoder": "target encoder (the moving average, which evaluations use)", "encoder": "encoder"}
 
@@ -123,25 +124,27 @@ def _licence_words(passport: Passport) -> str:
 
 
 def _rates(settings: Settings) -> str:
+    """Of the whole recipe; the last rate is the one that the last step has, which may lie far from `final_lr`."""
     o = settings.optim
     first = f"{o.start_lr:g} -> {o.lr:g}" if o.warmup_steps else f"{o.lr:g}"
     if o.decay == "constant":
         return f"{first}, constant"
     last = "" if o.decay_steps is None else f" over the last {o.decay_steps:,} steps"
     way = f", {o.decay}{last}" if o.decay != "cosine" or last else ""
-    return f"{first} -> {o.final_lr:g}{way}"
+    return f"{first} -> {build_schedule(settings).lr_at(o.steps - 1):.3g}{way}"
 
 
 def _training(passport: Passport, settings: Settings, trained_on: str) -> str:
     if not passport.recipe:
         return "Trained elsewhere, with the public V-JEPA code or in its layout; the recipe is not in the weights."
-    o = settings.optim
+    o, plan = settings.optim, build_schedule(settings)
     steps = o.steps if passport.step is None else passport.step
     lines = [
         f"- data: {trained_on or 'not described'}",
         f"- {steps:,} of {o.steps:,} steps of {o.global_batch} clips, {o.dtype}",
         f"- learning rate {_rates(settings)} ({o.warmup_steps:,} steps of warm-up), weight "
-        f"decay {o.weight_decay:g} -> {o.final_weight_decay:g}, momentum {o.momentum:g} -> {o.final_momentum:g}",
+        f"decay {o.weight_decay:g} -> {plan.weight_decay_at(o.steps - 1):.3g}, momentum {o.momentum:g} -> "
+        f"{plan.momentum_at(o.steps):.5g}",
         f"- predictor: {settings.model.predictor_depth} blocks, {settings.model.predictor_dim} wide, "
         f"{settings.model.targets.replace('_', ' ')}; masks: {settings.mask.kind}, "
         f"{settings.mask.number_of_sets} a clip",

@@ -103,10 +103,10 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [B, ...]."""
+        """[B, ...] -> [B, ...], dtype of `x`."""
         if not self.active:
             return x
-        return x * self.scales(len(x), x).view(-1, *[1] * (x.ndim - 1))
+        return (x * self.scales(len(x), x).view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
 
     @property
     def active(self) -> bool:
@@ -114,8 +114,12 @@ class DropPath(nn.Module):
         return self.training and self.rate > 0
 
     def scales(self, clips: int, like: Tensor) -> Tensor:
-        """A draw for each clip, 0 or 1 / (1 - rate): [clips], with the dtype and device of `like`."""
-        return like.new_empty(clips).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        """A draw for each clip, 0 or 1 / (1 - rate): [clips], on the device of `like`, in float32 at least.
+
+        Half precision would round the factor, and every branch by the same.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return like.new_empty(clips, dtype=dtype).bernoulli_(1 - self.rate).div_(1 - self.rate)
 
 
 class Attention(nn.Module):

@@ -197,11 +197,13 @@ class Operations:
     ) -> tuple[Tensor, Tensor]:
         """What ends one half of a block and begins the next: (norm(total), total = x + scale * drop(y + bias)).
 
-        `kept` as for `norm`, `scale` [R] is one for each row (see `Dropped`).
+        `kept` as for `norm`, `scale` [R] is one for each row, float32 at least (see `Dropped`).
         """
         # Rounded like the product, so that the residual stream keeps its precision.
         branch = drop(y if bias is None else y + bias.to(y.dtype))
-        total = x + (branch if scale is None else branch * scale.to(branch.dtype).unsqueeze(-1))
+        if scale is not None:  # in the precision of the scale, rounded once
+            branch = (branch * scale.unsqueeze(-1)).to(branch.dtype)
+        total = x + branch
         return norm(total), total
 
     def feed_forward(self, mlp: MLP | SwiGLU, x: Tensor) -> tuple[Tensor, Tensor | None]:

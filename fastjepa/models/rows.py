@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """Stochastic depth of a block: 0 or 1 / (1 - rate) for each row, [R], of its attention and its feed-forward."""
+    """Stochastic depth of a block: 0 or 1 / (1 - rate) for each row, [R] in float32 at least, of both its halves."""
 
     attention: Tensor
     feed_forward: Tensor

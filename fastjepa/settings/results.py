@@ -67,7 +67,8 @@ class Model(Section):
     )
     drop_path: float = setting(
         0.0,
-        "stochastic depth of the encoder: the chance that a clip skips a half of its last block, less in those before",
+        "stochastic depth of the encoder: the chance that a clip skips a half of its last block, less in those before; "
+        "clips of a forward pass draw from one stream, so data.batch_size and runtime.execution change who does",
         ge=0,
         lt=1,
     )
@@ -257,7 +258,9 @@ class Optim(Section):
         "cool-down",
     )
     decay_steps: Count | None = setting(
-        None, "last steps in which the learning rate falls, constant before them; null is all after the warm-up"
+        None,
+        "last steps in which the learning rate falls, constant before them; null is all after the warm-up. "
+        "compat.ipe_scale stretches these steps alone",
     )
     weight_decay: float = setting(0.04, "weight decay at the start", ge=0)
     final_weight_decay: float = setting(0.4, "weight decay at the end", ge=0)
@@ -307,7 +310,10 @@ class Compat(Section):
     reinit: bool = setting(False, "draw all linear weights again after construction, which undoes the block rescale")
     ema_positions: bool = setting(False, "average the fixed position tables of the target encoder too")
     ipe_scale: float = setting(
-        1.0, "schedules are planned for this many times optim.steps and cut off at its end", ge=1
+        1.0,
+        "schedules are planned for this many times optim.steps (the learning rate with optim.decay_steps: those) and "
+        "cut off at its end",
+        ge=1,
     )
     sdpa_ignores_scale: bool = setting(False, "fused attention ignores model.qk_scale")
     mask_token_by_length: bool = setting(

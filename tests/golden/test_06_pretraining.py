@@ -11,7 +11,8 @@ from torch import nn
 
 from fastjepa.jepa import JEPA
 from fastjepa.models import VisionTransformer, vit_predictor
-from fastjepa.optim import OptimizerPass, Schedule
+from fastjepa.optim import OptimizerPass
+from fastjepa.schedules import Schedule
 
 HERE = Path(__file__).parent
 # Which variants of 06_pretrain_step carry parameters after the first and after the last step.

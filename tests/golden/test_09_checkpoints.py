@@ -9,7 +9,8 @@ from torch import nn
 from fastjepa.interop import NETWORKS, load_meta_checkpoint, load_moments, load_weights
 from fastjepa.jepa import JEPA
 from fastjepa.models import VisionTransformer, vit_predictor
-from fastjepa.optim import OptimizerPass, Schedule
+from fastjepa.optim import OptimizerPass
+from fastjepa.schedules import Schedule
 
 CASES = ["09_checkpoint_v1_fp32", "09_checkpoint_v1_scaler"]
 EXECUTIONS = ["reference", "packed"]

@@ -9,7 +9,8 @@ from torch import nn
 from fastjepa.jepa import JEPA
 from fastjepa.masks.union import target_union
 from fastjepa.models import VisionTransformer, vit_predictor
-from fastjepa.optim import OptimizerPass, Schedule
+from fastjepa.optim import OptimizerPass
+from fastjepa.schedules import Schedule
 
 NAME = "23_v2_pretrain_step"
 

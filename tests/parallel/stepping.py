@@ -16,8 +16,9 @@ from fastjepa import parallel
 from fastjepa.exchange import Exchange
 from fastjepa.masks import TokenSet
 from fastjepa.noise import noise_draws
-from fastjepa.optim import OptimizerPass, Schedule
+from fastjepa.optim import OptimizerPass
 from fastjepa.pieces import build_operations
+from fastjepa.schedules import Schedule
 from tests import small_jepa
 from tests.processes import run_processes
 

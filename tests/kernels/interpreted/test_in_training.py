@@ -7,7 +7,8 @@ import torch
 
 from fastjepa.fused import Fused
 from fastjepa.noise import noise_draws
-from fastjepa.optim import OptimizerPass, Schedule
+from fastjepa.optim import OptimizerPass
+from fastjepa.schedules import Schedule
 from tests.small_jepa import clips, make, masks
 
 STEPS = 2

@@ -164,12 +164,12 @@ def settings_to_change(jepa: JEPA, networks: Networks, heads: tuple[int, int] | 
             words = ("is gated (swiglu or swiglu_full)", "is not gated (gelu)")
             yield f"{key}: the feed-forward layer of the file {words[not gated]}, that of the settings {words[gated]}"
     if bool(file.levels) != bool(model.levels):
-        given, expected = ("deep" if one.levels else "last" for one in (file, model))
-        yield f"model.levels: the file was trained with {given}, the settings have {expected}"
+        names = ["deep" if one.levels else "last" for one in (file, model)]
+        yield f"model.levels: the file was trained with {names[0]}, the settings have {names[1]}"
     if file.predictor_depth and file.predicts_context != model.predicts_context:
         words = ("none", "a projection for context tokens")
-        given, expected = (words[one.predicts_context] for one in (file, model))
-        yield f"loss.context: the predictor of the file has {given}, that of the settings {expected}"
+        has, wants = words[file.predicts_context], words[model.predicts_context]
+        yield f"loss.context: the predictor of the file has {has}, that of the settings {wants}"
     if file.patch is not None and file.tubelet is None:
         yield "data.frames: the file holds an encoder of images, the settings make one of clips"
         return

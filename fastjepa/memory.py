@@ -52,8 +52,11 @@ def _kept_for_backward(s: StepShape) -> float:
             tokens * net.width * ((net.depth - again) * values + again * (size + (4 if net is s.predictor else size)))
         )
     compared = 3 * size if s.fused else 20
-    features = s.tokens * s.encoder.width * (size if s.fused else 4)
-    return kept + s.target * s.encoder.width * compared + features
+    width = s.encoder.width
+    features = s.levels * s.tokens * width * (size if s.fused else 4)
+    if s.levels > 1:  # levels beside each other, and the hidden layer that reads them before and after GELU
+        kept += (s.levels + 1) * (s.context + s.noised * s.target) * width * size
+    return kept + s.levels * (s.target + s.dense * s.context) * width * compared + features
 
 
 def _alive_in_target_pass(s: StepShape) -> float:

@@ -11,6 +11,7 @@ from fastjepa.gpus import GPUS
 from fastjepa.memory import STATE, held_bytes, usable_memory
 from fastjepa.models.layers import MLP, SwiGLU
 from tests.published import published_shape
+from tests.small_jepa import clips, make, masks
 
 
 def held(recipe: str, **more) -> dict[str, float]:
@@ -131,3 +132,45 @@ def test_a_gated_layer_keeps_two_more_tensors_of_its_width(half):
     gated = replace(plain, encoder=replace(plain.encoder, gated=True))
     more = held_bytes(gated)["activations"] - held_bytes(plain)["activations"]
     assert more == pytest.approx(2 * size * 24 * plain.context * plain.encoder.depth * plain.encoder.hidden)
+
+
+def kept_by_torch(**arguments) -> float:
+    """Bytes that a step of a small JEPA in float64 keeps for its backward pass, weights and clips apart."""
+    jepa, video, sets, found = make(**arguments), clips(4), masks(4), {}
+    draws = None
+    if arguments.get("noised"):
+        draws = [(torch.zeros(4, dtype=torch.int64), torch.zeros(*t.shape, 12, dtype=torch.float64)) for t in sets[1]]
+    apart = {x.untyped_storage().data_ptr() for x in (*jepa.parameters(), *jepa.buffers(), video)}
+
+    def note(x):
+        storage = x.untyped_storage()
+        if x.is_floating_point() and storage.data_ptr() not in apart:
+            found[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    with saved_tensors_hooks(note, lambda x: x):
+        jepa(video, *sets, draws)
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("noised", [False, True])
+def test_levels_keep_their_features_and_a_hidden_layer_of_the_predictor(noised):
+    """Beside what is compared, of which torch keeps a difference."""
+    context, target = (sum(s.numel() for s in sets) for sets in masks(4))
+    more = kept_by_torch(levels=(0, 1), noised=noised) - kept_by_torch(noised=noised) - target * 24 * 8
+    per_value = more / ((context + noised * target) * 24 * 8)
+    plain = replace(published_shape("L", dtype="float32"), noised=noised)
+    deep = replace(plain, levels=2)
+    modelled = held_bytes(deep)["activations"] - held_bytes(plain)["activations"]
+    modelled -= 24 * 1024 * (20 * plain.target + 4 * plain.tokens)  # compared, and the features of the target encoder
+    assert modelled / (24 * 1024 * 4 * (plain.context + noised * plain.target)) == pytest.approx(3)
+    assert per_value == pytest.approx(3, rel=0.05)
+
+
+def test_the_dense_loss_compares_context_tokens_of_every_level():
+    deep = replace(published_shape("L"), levels=4)
+    more = held_bytes(replace(deep, dense=True))["activations"] - held_bytes(deep)["activations"]
+    assert more == pytest.approx(24 * deep.context * 4 * 1024 * 20)
+    more = kept_by_torch(levels=(0, 1), dense=True, execution="reference")
+    more -= kept_by_torch(levels=(0, 1), execution="reference")
+    assert more > 2 * 24 * 8 * sum(s.numel() for s in masks(4)[0])

@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 MODELS = {"vitl": 24, "vith": 24, "vith_384": 10, "vjepa2_vitl": 24, "vjepa2_vitg": 24}
 _FUSED = {piece: "fused" if piece in ("mlp", "embed") else "triton" for piece in PIECES}
 _REFERENCE = ("runtime.execution=reference", "runtime.compile=false")
-_NOISED = ("model.targets=noised", "model.noise=linear")  # as configs/vitl_noised.yaml has them
+# As configs/vitl_noised.yaml has them; the recipes of V-JEPA 2 say which mask token is read, of which there is none.
+_NOISED = ("model.targets=noised", "model.noise=linear", "compat.mask_token_by_length=false")
 WAYS: dict[str, tuple[str, ...]] = {
     "packed": (),
     "packed-eager": ("runtime.compile=false",),

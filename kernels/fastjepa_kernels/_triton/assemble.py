@@ -206,7 +206,7 @@ def sum_of_targets(
 
 
 def shipped(architecture: str = "any") -> Iterator[Shipped]:
-    """Mask tokens, ready rows and noised ones at a predictor's and the largest width."""
+    """Mask tokens, ready rows and noised ones at a predictor's and the largest width, with a table and without one."""
     numbers = ("programs", "context_rows", "context_inner", "c_outer", "c_inner", "target_rows", "target_inner")
     types = {
         **dict.fromkeys((*numbers, "t_outer", "t_inner", "token_stride", "share", "context", "kept"), "i32"),
@@ -221,18 +221,21 @@ def shipped(architecture: str = "any") -> Iterator[Shipped]:
             sums = lookup("assemble_sum", architecture=architecture, width=width)
             fixed = {"RAGGED": ragged, "WIDTH": width, **sums}
             yield pinned(f"assemble sum{title}", sum_kernel, types, fixed)
-            for name, what, gather, recorded in (
-                ("token", MASK_TOKEN, False, False),
-                ("ready", READY, False, False),
-                ("noised", NOISED, False, False),
-                ("gathered", NOISED, True, False),
-                ("recorded", NOISED, False, True),
+            for name, what, gather, recorded, table in (
+                ("token", MASK_TOKEN, False, False, True),
+                ("ready", READY, False, False, True),
+                ("noised", NOISED, False, False, True),
+                ("gathered", NOISED, True, False, True),
+                ("recorded", NOISED, False, True, True),
+                # As with rotary positions.
+                ("token without table", MASK_TOKEN, False, False, False),
+                ("noised without table", NOISED, False, False, False),
             ):
                 if ragged and gather:
                     continue
                 for dtype in ("bf16",) if ragged else ("bf16", "fp32"):
                     more = {"EPS": 1e-5, "TARGETS": what, "GATHER": gather, "RECORDED": recorded, "RAGGED": ragged,
-                            "TABLE": True}  # fmt: skip
+                            "TABLE": table}  # fmt: skip
                     given = {**types, "context": f"*{dtype}", "targets": f"*{dtype}"}
                     sizes: dict[str, Any] = {
                         "WIDTH": width,

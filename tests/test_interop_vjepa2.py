@@ -272,6 +272,10 @@ def test_the_classifier_of_174_classes_has_the_published_number_of_weights():
             lambda s: s.update({"predictor.embeddings.mask_tokens": torch.zeros(3, 32)}),
             "model: predictor.embeddings.mask_tokens: expected [M, 1, 1, P], given [3, 32]",
         ),
+        (
+            lambda s: s.update({"vjepa2.encoder.layernorm.bias": torch.zeros(48)}),
+            "model holds encoder.layernorm.bias twice, with and without 'vjepa2.' before its name",
+        ),
     ],
 )
 def test_entries_of_something_else_are_refused(change, words):

@@ -113,6 +113,8 @@ def from_transformers(state: Mapping[str, Tensor], where: str) -> dict[str, dict
     apart: dict[tuple[str, str], dict[int, Tensor]] = {}
     for given, tensor in state.items():
         key = given.removeprefix(WRAPPED)
+        if given != key and key in state:
+            raise WeightsRefused(f"{where} holds {key} twice, with and without {WRAPPED!r} before its name")
         if key == MASK_TOKENS:
             if tensor.ndim != 4:
                 raise WeightsRefused(f"{where}: {key}: expected [M, 1, 1, P], given {list(tensor.shape)}")

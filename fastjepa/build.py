@@ -1,13 +1,13 @@
 """Settings to objects."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastjepa.compiling import compiles, run_blocks
-from fastjepa.config import FeedForward, Settings
+from fastjepa.config import Data, DataSet, FeedForward, Settings
 from fastjepa.data.batches import Lengths
 from fastjepa.data.dataset import ClipDataset, Reader
 from fastjepa.data.decoders.choose import Decoder
@@ -192,27 +192,36 @@ def build_loading(
     tokens = {frames: frames // d.tubelet * (d.crop // d.patch) ** 2 for frames in masks}
     if len(masks) == 1:
         return masks[d.frames], tokens[d.frames]
-    return Lengths(masks, lambda slot: dataset.plan.shape(slot).length, s.loss.lengths == "equal"), tokens
+    return Lengths(masks, dataset.plan.length_of, s.loss.lengths == "equal"), tokens
 
 
-def build_reader(s: Settings, videos: Videos, decoder: Decoder | None = None, cache_bytes: int = 0) -> Reader:
-    """What reads the videos of a run, with PyAV where no decoder is given."""
+def build_reader(
+    s: Settings,
+    videos: Videos,
+    decoder: Decoder | None = None,
+    cache_bytes: int = 0,
+    sets: Sequence[Data | DataSet] | None = None,
+) -> Reader:
+    """What reads the videos of a run, with PyAV where no decoder is given.
+
+    Clips are cut as `sets` say, or all of them as `data`, which is how probes and pictures cut.
+    """
     d = s.data
     return Reader(
         videos.paths,
         d.tubelet,
         cache_bytes,
-        needs_rate=_needs_rate(s),
+        needs_rate=_needs_rate(s, sets or (d,)),
         frame_rate=d.frame_rate,
         read=read_with_torchcodec if decoder is not None and decoder.name == "torchcodec" else read_frames,
         known=None if decoder is None else decoder.entries,
     )
 
 
-def _needs_rate(s: Settings) -> str:
+def _needs_rate(s: Settings, sets: Sequence[Data | DataSet]) -> str:
     """The setting for which every video must tell its frame rate or times; empty where some data set does without."""
     for key in ("duration", "fps"):
-        if all(getattr(one, key) is not None for one in s.data.sets):
+        if all(getattr(one, key) is not None for one in sets):
             return "compat.fps_whole_stride" if key == "fps" and s.compat.fps_whole_stride else f"data.{key}"
     return ""
 
@@ -236,7 +245,7 @@ def clip_shapes(s: Settings) -> list[ClipShape]:
 def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -> ClipDataset:
     """The clips of every video slot."""
     d = s.data
-    reader = build_reader(s, videos, decoder, int(d.cache_gb * 1e9))
+    reader = build_reader(s, videos, decoder, int(d.cache_gb * 1e9), d.sets)
     order = VideoOrder(
         s.optim.seed,
         videos.collections,

@@ -368,6 +368,11 @@ def _context_loss(s: Settings) -> Iterator[Mistake]:
             ("loss.context_full", "loss.context_start"),
             f"loss.context_full: expected at least loss.context_start {loss.context_start}, given {loss.context_full}",
         )
+    if loss.context and loss.context_start >= s.optim.steps:
+        yield (
+            ("loss.context_start", "optim.steps"),
+            f"loss.context_start: expected less than optim.steps {s.optim.steps}, given {loss.context_start}",
+        )
     if not loss.context:
         for key in ("context_start", "context_full", "context_distance"):
             expected, given = getattr(Loss(), key), getattr(loss, key)

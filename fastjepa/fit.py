@@ -82,7 +82,7 @@ class Architecture:
             )
         if self.rotary:
             told["model.positions"] = "rope_v2"
-            if self.predictor_dim == ROTARY_PREDICTOR["predictor_dim"]:
+            if self.predictor_dim in (None, ROTARY_PREDICTOR["predictor_dim"]):
                 told["model.predictor_heads"] = ROTARY_PREDICTOR["predictor_heads"]
         return {key: value for key, value in told.items() if value is not None}
 

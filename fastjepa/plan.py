@@ -232,7 +232,9 @@ def _lengths(s: Settings) -> tuple[Length, ...]:
     for frames, masks in masks_by_length(s).items():
         tokens = frames // s.data.tubelet * (s.data.crop // s.data.patch) ** 2
         weight = sum(one.weight for one in s.data.sets if max(one.frames or 0, s.data.tubelet) == frames)
-        found.append(Length(frames, weight / total, tokens, *_mean_tokens(s, masks, tokens)))
+        sets, union = _mean_tokens(s, masks, tokens)
+        # With the dense loss every token is compared.
+        found.append(Length(frames, weight / total, tokens, sets, tokens if s.loss.context else union))
     return tuple(found)
 
 

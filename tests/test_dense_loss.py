@@ -177,6 +177,10 @@ def test_a_dense_run_continues_bit_for_bit_and_its_executions_agree(run, positio
     ("given", "told"),
     [
         (["loss.context=0.5", "loss.context_start=5"], "loss.context_full: expected at least loss.context_start 5"),
+        (
+            ["loss.context=0.5", "loss.context_start=99", "loss.context_full=99"],
+            "loss.context_start: expected less than optim.steps 10, given 99",
+        ),
         (["loss.context_full=5"], "loss.context_full: expected the default 0 with loss.context 0, given 5"),
         (["loss.context_distance=false"], "loss.context_distance: expected the default true with loss.context 0"),
     ],

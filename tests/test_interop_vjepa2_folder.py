@@ -190,6 +190,8 @@ def test_the_classifier_of_a_folder_gives_the_logits_of_transformers(tmp_path):
     [
         (None, "published weights of this layout are Meta's V-JEPA 2 weights: MIT", "mit"),
         ("---\nlicense: apache-2.0\ntags: [x]\n---\n", "apache-2.0, as the model card of theirs says", "apache-2.0"),
+        ("---\nlicense: 'cc-by-nc-4.0' # no\n---\n", "cc-by-nc-4.0, as the model card of theirs says", "cc-by-nc-4.0"),
+        ("---\nlicense: [a, b]\n---\n", "[a, b], as the model card of theirs says", "other"),
         ("# license: gpl\n", "published weights of this layout are Meta's V-JEPA 2 weights: MIT", "mit"),
     ],
 )  # fmt: skip

@@ -130,9 +130,13 @@ def test_a_file_is_told_by_its_content(settings, tmp_path, name, tables, tokens,
         assert "pos_embed" in loaded.networks["encoder"]
 
 
-def test_one_encoder_of_a_pt_file_is_of_the_second_generation(networks, tmp_path):
-    path = save(tmp_path / "vitl.pt", {"encoder": networks["encoder"]}, tables=True)
+def test_one_encoder_without_a_table_is_of_the_second_generation(networks, tmp_path):
+    """A table beside no mask tokens may be one that is read: nothing tells, so nothing is guessed."""
+    path = save(tmp_path / "vitl.pt", {"encoder": networks["encoder"]})
     assert_same(load_meta_checkpoint(path).networks, {"encoder": networks["encoder"]})
+    path = save(tmp_path / "table.pt", {"encoder": networks["encoder"]}, tables=True)
+    with pytest.raises(WeightsRefused, match="it has no predictor, target_encoder"):
+        load_meta_checkpoint(path)
     path = save(tmp_path / "vitl.pth.tar", {"encoder": networks["encoder"]}, tables=True)
     with pytest.raises(WeightsRefused, match="it has no predictor, target_encoder"):
         load_meta_checkpoint(path)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastjepa import config
-from fastjepa.build import build_dataset, build_jepa, build_loading, masks_by_length
+from fastjepa.build import build_dataset, build_jepa, build_loading, build_reader, masks_by_length
 from fastjepa.config import DataSet, Settings
 from fastjepa.configfile import from_command_line
 from fastjepa.data.batches import MixedBatch
@@ -343,3 +344,20 @@ def test_the_plan_counts_every_length_and_fits_the_longest(mixed):
     assert plan.held == alone[8].held
     floor = [sum(item.flop for item in one.work) for one in (plan, alone[2], alone[4], alone[8])]
     assert floor[0] == pytest.approx(0.25 * floor[1] + 0.5 * floor[2] + 0.25 * floor[3])
+
+
+def test_loader_processes_can_be_started_anew(mixed):
+    """Outside of Linux they are: what they are given is pickled."""
+    s = settings_of(mixed)
+    dataset = build_dataset(s, open_collections(s.data.path, 0))
+    lengths, _ = build_loading(s, masks_by_length(s), dataset)
+    again = pickle.loads(pickle.dumps(lengths))
+    assert [again.of_slot(slot) for slot in range(24)] == [lengths.of_slot(slot) for slot in range(24)]
+    assert len({lengths.of_slot(slot) for slot in range(24)}) == 3
+
+
+def test_probes_cut_by_the_settings_of_data_whatever_data_sets_have_of_their_own(mixed):
+    s = settings_of(mixed, fps=4)
+    assert build_reader(s, open_collections(s.data.path, 0)).needs_rate == "data.fps"
+    own = settings_of({FILMS: {"stride": 2, "frames": 4}, MORE: {"fps": 12}}, fps=4)
+    assert not build_dataset(own, open_collections(own.data.path, 0)).reader.needs_rate

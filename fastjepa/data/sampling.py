@@ -149,6 +149,10 @@ class ClipPlan:
         """Which frames the clips of this video slot have."""
         return self.shapes[0 if len(self.shapes) == 1 else self.order.number(video_slot)]
 
+    def length_of(self, video_slot: int) -> int:
+        """Frames of the clips of this video slot."""
+        return self.shape(video_slot).length
+
     def too_short(
         self, length: int, rate: Fraction | None = None, times: np.ndarray | None = None, *, video_slot: int = 0
     ) -> str:

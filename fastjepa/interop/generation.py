@@ -40,14 +40,13 @@ def is_second(path: Path, networks: Networks) -> bool:
     """Whether these networks are of V-JEPA 2: rotary, with or without position tables that nothing reads.
 
     The scripts of V-JEPA 2 save the tables that they do not use. Then the mask tokens tell: they allot some for each
-    data set and train those of the first ones alone. A file without a predictor is told by its name, which ends in .pt
-    in the second generation only.
+    data set and train those of the first ones alone; more than two of them in a file that ends in .pt, as those of the
+    second generation do. A table without a predictor tells nothing, and is taken for one that is read.
     """
     if not any(TABLES[name] in state for name, state in networks.items() if name != "predictor"):
         return True
     tokens = mask_tokens(networks.get("predictor", {}))
-    named = path.suffix == ".pt"
-    return trained_first_only(tokens) or (named and ("predictor" not in networks or len(tokens) > 2))
+    return trained_first_only(tokens) or (path.suffix == ".pt" and len(tokens) > 2)
 
 
 def without_tables(networks: Networks) -> tuple[dict[str, dict[str, Tensor]], list[str]]:

@@ -227,7 +227,10 @@ def _licence(path: Path) -> tuple[str, str]:
     except (OSError, UnicodeDecodeError):
         return ROTARY_LICENCE, ROTARY_LICENCE_ID
     front = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
-    named = re.search(r"(?m)^license: *([\w.+-]+) *$", front)
-    if named is None or named[1] == ROTARY_LICENCE_ID:
+    line = re.search(r"(?m)^license:[ \t]*(.*?)[ \t]*(?:#.*)?$", front)
+    named = "" if line is None else line[1].strip("\"'")
+    if line is None or named == ROTARY_LICENCE_ID:
         return ROTARY_LICENCE, ROTARY_LICENCE_ID
-    return f"{named[1]}, as the model card of {path.name} says", named[1]
+    # What is not one plain name is left for a person to read.
+    known = named if re.fullmatch(r"[\w.+-]+", named) else "other"
+    return f"{one_paragraph(named)[:100] or known}, as the model card of {path.name} says", known

@@ -199,6 +199,26 @@ def test_a_step_without_values_runs_and_copies_nothing_between_host_and_device(
     assert not watched.found
 
 
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("operations", OPERATIONS)
+def test_a_step_with_clips_of_two_lengths_waits_for_nothing(operations, lengths):
+    """Each with masks, union and share of its own; deep, dense and rotary too, which reads token numbers."""
+    jepa = make(widths=WIDTHS, rotary="v2", levels=(0, 1), dense=True).float()
+    jepa.operations = OPERATIONS[operations]
+    drawn = [masks(CLIPS, frames=frames, **LENGTHS[lengths]) for frames in (4, 2)]
+    context, target = ([sides[number] for sides in drawn] for number in (0, 1))
+    video = [byte_clips(CLIPS), byte_clips(CLIPS)[:, :, :2]]
+    unions = [target_union(sets, tokens) for sets, tokens in zip(target, (32, 16))]
+    update = optimizer_pass(jepa, operations, half=False)
+    with Watched() as watched, HostNumbers() as made:
+        for number in range(2):
+            loss = jepa(video, context, target, union=unions, look=number == 1, shares=(0.75, 0.25)).loss
+            update.backward(loss)
+            update.step(number, loss.detach())
+    assert not made.found + watched.numbers.found
+    assert {inside for _, inside in watched.found} == (PLAIN_FORMS_THAT_WAIT if operations == "fused" else set())
+
+
 # The watch itself
 
 

@@ -16,28 +16,11 @@ from fastjepa.loop import Trainer
 from fastjepa.opened import open_encoder
 from fastjepa.start import start
 
-SETTINGS = """
-model: {name: vit_nano, predictor_depth: 1, predictor_dim: 16, positions: rope_v2}
-mask:
-  sets:
-    - {num_blocks: 3, spatial_scale: [0.3, 0.3], temporal_scale: [0.5, 0.5]}
-    - {num_blocks: 2, spatial_scale: [0.6, 0.6], temporal_scale: [0.5, 0.5]}
-  group: 4
-data:
-  path: synthetic://moving-shapes?videos=48&size=48&frames=8
-  frames: 4
-  stride: 1
-  crop: 32
-  patch: 8
-  batch_size: 4
-  workers: 0
-optim: {steps: 4, warmup_steps: 2, global_batch: 4, lr: 1e-3, start_lr: 1e-4, decay: constant, dtype: float32}
-runtime: {threads: 1, device: cpu}
-log: {every: 1, images: false}
-checkpoint: {every: 2, keep: 2}
-eval: {probe: none}
-compat: {mask_token_by_length: true}
-"""
+# What makes the tiny recipe a first phase of the second generation.
+FIRST = (
+    "model.positions=rope_v2", "model.init_std=0.02", "mask.truncation=group", "optim.steps=4", "optim.start_lr=1e-4",
+    "optim.decay=constant", "checkpoint.every=2", "compat.mask_token_by_length=true",
+)  # fmt: skip
 COOL_DOWN = (
     "optim.steps=6", "optim.warmup_steps=0", "optim.decay=linear", "compat.ipe_scale=1.25",
     "data.frames=8", "data.crop=48",
@@ -45,17 +28,15 @@ COOL_DOWN = (
 TABLES = ("encoder.pos_embed", "target_encoder.pos_embed", "predictor.predictor_pos_embed")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def load(tmp_path, cache, monkeypatch):
-    """Settings of the first phase, and what the second changes."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    (tmp_path / "tiny.yaml").write_text(SETTINGS)
-    return lambda *overrides: configfile.load(tmp_path / "tiny.yaml", list(overrides))
+def load(recipe):
+    """Settings of the first phase, and what the second changes: later ones take the place of earlier ones."""
+
+    def settings(*overrides):
+        given = {text.partition("=")[0]: text for text in (*FIRST, *overrides)}
+        return configfile.load(recipe, list(given.values()))
+
+    return settings
 
 
 @pytest.fixture

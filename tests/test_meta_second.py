@@ -19,40 +19,17 @@ from fastjepa.jepa import JEPA
 from fastjepa.opened import open_encoder
 from fastjepa.start import start
 
-SETTINGS = """
-model: {name: vit_nano, positions: rope_v2, predictor_depth: 1, predictor_dim: 24, predictor_heads: 3}
-mask:
-  sets:
-    - {num_blocks: 3, spatial_scale: [0.3, 0.3], temporal_scale: [0.5, 0.5]}
-    - {num_blocks: 2, spatial_scale: [0.6, 0.6], temporal_scale: [0.5, 0.5]}
-data:
-  path: synthetic://moving-shapes?videos=24&size=48&frames=8
-  frames: 4
-  stride: 1
-  crop: 32
-  patch: 8
-  batch_size: 4
-  workers: 0
-optim: {steps: 4, warmup_steps: 1, global_batch: 4, lr: 1e-3, dtype: float32}
-runtime: {threads: 1, device: cpu}
-log: {every: 1, images: false}
-checkpoint: {every: 2, keep: 2}
-eval: {probe: none}
-"""
+# What makes the tiny recipe one of the second generation, and shorter.
+SECOND = (
+    "model.positions=rope_v2", "model.predictor_dim=24", "model.predictor_heads=3", "optim.steps=4",
+    "optim.warmup_steps=1", "checkpoint.every=2",
+)  # fmt: skip
 TOKENS = 10  # of the published predictors
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def settings(tmp_path, cache, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    path = tmp_path / "tiny.yaml"
-    path.write_text(SETTINGS)
-    return lambda *overrides: configfile.load(path, [f"log.folder={tmp_path / 'runs'}", *overrides])
+def settings(recipe, tmp_path):
+    return lambda *overrides: configfile.load(recipe, [f"log.folder={tmp_path / 'runs'}", *SECOND, *overrides])
 
 
 def networks_of(settings, tokens=TOKENS):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fastjepa.config import Data, DataSet, Loss, Mask, MaskSet, Settings
+from fastjepa.config import Data, DataSet, Mask, MaskSet, Settings
 
 Mistake = tuple[tuple[str, ...], str]
 
@@ -11,6 +11,7 @@ Mistake = tuple[tuple[str, ...], str]
 def cross_checks(s: Settings) -> Iterator[Mistake]:
     """Every contradiction between settings that are valid one by one."""
     yield from _networks(s)
+    yield from _unread(s)
     yield from _clips(s)
     yield from _masks(s)
     yield from _lengths(s)
@@ -57,19 +58,28 @@ def _networks(s: Settings) -> Iterator[Mistake]:
             f"({which}) with model.positions {s.model.positions}, which turns pairs of them along three axes, given "
             f"{s.model.predictor_dim}",
         )
-    # What only another kind of target or of positions reads: it would give another run the same numbers.
+
+
+def _unread(s: Settings) -> Iterator[Mistake]:
+    """Settings that nothing reads beside another one: they would give another run the same numbers."""
     unread = [("model.targets", "model.noise" if s.model.targets == "mask_tokens" else "model.zero_init_mask_tokens")]
     if s.model.targets == "noised":
         unread.append(("model.targets", "compat.mask_token_by_length"))
+    elif s.mask.kind == "tube":  # one mask set, and so one mask token
+        unread.append(("mask.kind", "compat.mask_token_by_length"))
     if s.model.positions != "table":
         unread += [("model.positions", "model.uniform_power"), ("model.positions", "compat.ema_positions")]
+    if not s.loss.context:
+        unread += [("loss.context", f"loss.context_{name}") for name in ("start", "full", "distance")]
     default = Settings()
     for reader, key in unread:
         (expected, given), kind = (_value(one, key) for one in (default, s)), _value(s, reader)
         if given != expected:
+            shown = f"{kind:g}" if isinstance(kind, float) else kind
             yield (
                 (key, reader),
-                f"{key}: expected the default {str(expected).lower()} with {reader} {kind}, given {str(given).lower()}",
+                f"{key}: expected the default {str(expected).lower()} with {reader} {shown}, "
+                f"given {str(given).lower()}",
             )
 
 
@@ -373,15 +383,6 @@ def _context_loss(s: Settings) -> Iterator[Mistake]:
             ("loss.context_start", "optim.steps"),
             f"loss.context_start: expected less than optim.steps {s.optim.steps}, given {loss.context_start}",
         )
-    if not loss.context:
-        for key in ("context_start", "context_full", "context_distance"):
-            expected, given = getattr(Loss(), key), getattr(loss, key)
-            if given != expected:
-                yield (
-                    (f"loss.{key}", "loss.context"),
-                    f"loss.{key}: expected the default {str(expected).lower()} with loss.context 0, "
-                    f"given {str(given).lower()}",
-                )
 
 
 def _ranges(s: Settings) -> Iterator[Mistake]:

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from fastjepa import config
-from fastjepa.config import Compat, MaskSet, Model, Settings
+from fastjepa.config import Compat, Mask, MaskSet, Model, Settings
 from fastjepa.configchecks import NARROWEST_ROTARY, cross_checks
 from fastjepa.configfile import SettingsError, load
 from fastjepa.models.rotary import axis_channels
@@ -445,3 +445,9 @@ def test_the_narrowest_rotary_head_is_the_first_that_can_be_turned():
 def test_what_the_networks_do_not_read_is_a_contradiction(model, compat, sentence):
     settings = Settings(model=Model(**model), compat=Compat(**{compat: True}))
     assert [said for _, said in cross_checks(settings)] == ([] if sentence is None else [sentence])
+
+
+def test_tubes_are_one_mask_set_and_choose_no_mask_token():
+    settings = Settings(mask=Mask(kind="tube"), compat=Compat(mask_token_by_length=True))
+    said = "compat.mask_token_by_length: expected the default false with mask.kind tube, given true"
+    assert said in [sentence for _, sentence in cross_checks(settings)]

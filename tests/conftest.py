@@ -138,3 +138,31 @@ def run(recipe, tmp_path):
         return code, folders[-1] if folders else None
 
     return go
+
+
+@pytest.fixture
+def read_settings(tmp_path):
+    """Settings from a YAML text and overrides."""
+
+    def go(text="", *overrides):
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return configfile.load(tmp_path / "run.yaml", list(overrides))
+
+    return go
+
+
+@pytest.fixture
+def refuse_settings(read_settings, tmp_path):
+    """The sentences for a wrong YAML text or override, without the path of its folder."""
+
+    def go(text="", *overrides):
+        with pytest.raises(configfile.SettingsError) as caught:
+            read_settings(text, *overrides)
+        mistakes = caught.value.mistakes
+        assert str(caught.value) == "\n".join(mistakes)
+        assert mistakes
+        assert len(set(mistakes)) == len(mistakes)
+        assert not any("\n" in mistake for mistake in mistakes)
+        return [mistake.replace(f"{tmp_path}/", "") for mistake in mistakes]
+
+    return go

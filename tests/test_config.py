@@ -24,17 +24,6 @@ LEAVES = [key for key, _ in FIELDS] + SET_KEYS
 EVERY = [*FIELDS, *((f"mask.sets.0.{k}", f) for k, f in MaskSet.model_fields.items())]
 
 
-@pytest.fixture
-def read(tmp_path):
-    """Settings from a YAML text and overrides."""
-
-    def go(text="", *overrides):
-        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
-        return load(tmp_path / "run.yaml", list(overrides))
-
-    return go
-
-
 def another(value, field):
     """A valid value that differs."""
     if isinstance(value, bool):
@@ -111,16 +100,16 @@ def test_settings_are_frozen():
         Settings().optim.lr = 1.0
 
 
-def test_a_group_larger_than_the_batch_becomes_the_batch(read):
-    settings = read("mask: {group: 24}\noptim: {global_batch: 16}")
+def test_a_group_larger_than_the_batch_becomes_the_batch(read_settings):
+    settings = read_settings("mask: {group: 24}\noptim: {global_batch: 16}")
     assert (settings.mask.group, settings.group) == (24, 16)
-    assert read("optim: {global_batch: 48}").group == 24
-    assert read("optim: {global_batch: 48}\ndata: {clips_per_video: 4}").group == 12  # videos
+    assert read_settings("optim: {global_batch: 48}").group == 24
+    assert read_settings("optim: {global_batch: 48}\ndata: {clips_per_video: 4}").group == 12  # videos
 
 
-def test_stop_at_ends_a_run_early(read):
-    assert read("optim: {steps: 50, warmup_steps: 0}").last_step == 50
-    assert read("optim: {steps: 50, warmup_steps: 0}\nruntime: {stop_at: 20}").last_step == 20
+def test_stop_at_ends_a_run_early(read_settings):
+    assert read_settings("optim: {steps: 50, warmup_steps: 0}").last_step == 50
+    assert read_settings("optim: {steps: 50, warmup_steps: 0}\nruntime: {stop_at: 20}").last_step == 20
 
 
 def test_help_lists_every_setting_with_its_default_and_its_words():
@@ -141,10 +130,10 @@ def test_help_lists_every_setting_with_its_default_and_its_words():
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_what_is_dumped_loads_as_the_same_settings(read, path):
+def test_what_is_dumped_loads_as_the_same_settings(read_settings, path):
     settings = load(path)
-    assert read(dump(settings)) == settings
-    assert read(dump(Settings())) == Settings()
+    assert read_settings(dump(settings)) == settings
+    assert read_settings(dump(Settings())) == Settings()
 
 
 text_that_yaml_may_take_for_something_else = st.sampled_from(
@@ -182,8 +171,8 @@ def test_any_text_and_any_number_survive_dump_and_load(tmp_path_factory, text, n
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])
-def test_an_empty_file_is_all_defaults(read, text):
-    assert read(text) == Settings()
+def test_an_empty_file_is_all_defaults(read_settings, text):
+    assert read_settings(text) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -202,21 +191,23 @@ def test_an_empty_file_is_all_defaults(read, text):
         ("resume=never", "resume", "never"),
     ],
 )  # fmt: skip
-def test_a_command_line_value_wins_over_the_file(read, override, key, value):
+def test_a_command_line_value_wins_over_the_file(read_settings, override, key, value):
     file = "optim: {lr: 0.5, global_batch: 24}\ndata: {flip: true}\nresume: auto"
-    assert config.flat(read(file, override))[key] == value
-    assert {k for k, v in config.flat(read(file)).items() if v != config.flat(read(file, override))[k]} <= {key}
+    assert config.flat(read_settings(file, override))[key] == value
+    assert {
+        k for k, v in config.flat(read_settings(file)).items() if v != config.flat(read_settings(file, override))[k]
+    } <= {key}
 
 
-def test_one_value_of_one_mask_set_can_be_overridden(read):
+def test_one_value_of_one_mask_set_can_be_overridden(read_settings):
     file = "mask: {sets: [{num_blocks: 3, max_keep: 5}, {num_blocks: 4}]}"
-    assert read(file, "mask.sets.1.num_blocks=9").mask.sets == (
+    assert read_settings(file, "mask.sets.1.num_blocks=9").mask.sets == (
         MaskSet(num_blocks=3, max_keep=5),
         MaskSet(num_blocks=9),
     )
-    assert read(file, "mask.sets.0.max_keep=null").mask.sets[0].max_keep is None
+    assert read_settings(file, "mask.sets.0.max_keep=null").mask.sets[0].max_keep is None
     defaults = Mask().sets
-    changed = read("", "mask.sets.1.spatial_scale=[0.5, 0.6]").mask.sets
+    changed = read_settings("", "mask.sets.1.spatial_scale=[0.5, 0.6]").mask.sets
     assert changed == (defaults[0], defaults[1].model_copy(update={"spatial_scale": (0.5, 0.6)}))
 
 
@@ -240,26 +231,27 @@ def test_the_identity_changes_with_fatal_settings_only(key, field):
     assert (before != after) is (config.resume_class(field) == "fatal")
 
 
-def test_the_identity_is_six_digits_of_settings_and_data_and_ignores_written_defaults(read):
+def test_the_identity_is_six_digits_of_settings_and_data_and_ignores_written_defaults(read_settings):
     name = config.identity(Settings(), "data")
     assert len(name) == 6
     assert int(name, 16) >= 0
     assert config.identity(Settings(), "other data") != name
-    assert config.identity(read(dump(Settings())), "data") == name
-    assert config.identity(read("optim: {lr: 625e-6, clip_grad: 10}"), "data") == name
+    assert config.identity(read_settings(dump(Settings())), "data") == name
+    assert config.identity(read_settings("optim: {lr: 625e-6, clip_grad: 10}"), "data") == name
 
 
 @pytest.mark.parametrize("option", ["full_complement", "pred_full_complement", "inv_block"])
-def test_options_of_mask_sets_that_are_off_leave_no_trace_in_what_names_a_run(read, option):
+def test_options_of_mask_sets_that_are_off_leave_no_trace_in_what_names_a_run(read_settings, option):
     """Sets are hashed whole: runs with sets of their own from before these options keep their names."""
     own, on, off = (
-        read(f"mask: {{sets: [{{num_blocks: 3{more}}}]}}") for more in ("", f", {option}: true", f", {option}: false")
+        read_settings(f"mask: {{sets: [{{num_blocks: 3{more}}}]}}")
+        for more in ("", f", {option}: true", f", {option}: false")
     )
     assert list(config.flat(own)["mask.sets"][0]) == [
         "num_blocks", "spatial_scale", "temporal_scale", "aspect_ratio", "max_temporal_keep", "max_keep"
     ]  # fmt: skip
     assert config.identity(off, "data") == config.identity(own, "data") != config.identity(on, "data")
-    assert read(dump(on)) == on
+    assert read_settings(dump(on)) == on
 
 
 @pytest.mark.parametrize(("key", "field"), FIELDS, ids=[key for key, _ in FIELDS])

@@ -193,10 +193,9 @@ def test_an_empty_file_is_all_defaults(read_settings, text):
 )  # fmt: skip
 def test_a_command_line_value_wins_over_the_file(read_settings, override, key, value):
     file = "optim: {lr: 0.5, global_batch: 24}\ndata: {flip: true}\nresume: auto"
-    assert config.flat(read_settings(file, override))[key] == value
-    assert {
-        k for k, v in config.flat(read_settings(file)).items() if v != config.flat(read_settings(file, override))[k]
-    } <= {key}
+    before, after = config.flat(read_settings(file)), config.flat(read_settings(file, override))
+    assert after[key] == value
+    assert {k for k, v in before.items() if v != after[k]} <= {key}
 
 
 def test_one_value_of_one_mask_set_can_be_overridden(read_settings):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +16,7 @@ from fastjepa.data.decoders.dali import DaliDecoder
 from fastjepa.data.decoders.stage import AHEAD, Decoding, Failures
 from fastjepa.data.decoders.torchcodec import read_with_torchcodec
 from fastjepa.data.media import read_frames
-from fastjepa.data.order import VideoOrder
+from fastjepa.data.order import Collection, VideoOrder
 from fastjepa.data.processes import processors
 from fastjepa.data.sampling import Augmentation, ClipPlan, ClipShape
 from fastjepa.data.source import Videos
@@ -184,6 +185,20 @@ def masks_by_length(s: Settings) -> dict[int, GeneratorCollator]:
     return {frames: build_masks(s, frames) for frames in s.data.lengths}
 
 
+def length_of_slots(s: Settings) -> Callable[[int], int]:
+    """Frames of the clips of a video slot, as the run will draw them: that needs no data set."""
+    lengths = [shape.length for shape in clip_shapes(s)]
+    any_video = np.zeros(1, dtype=np.int64)
+    collections = [Collection(any_video, one.weight) for one in s.data.sets]
+    order = _order(s, collections)
+    return lambda slot: lengths[order.number(slot)]
+
+
+def _order(s: Settings, collections: Sequence[Collection]) -> VideoOrder:
+    replacement = s.data.sampling == "replacement"
+    return VideoOrder(s.optim.seed, collections, replacement=replacement, window=s.data.shuffle_window)
+
+
 def build_loading(
     s: Settings, masks: Mapping[int, GeneratorCollator], dataset: ClipDataset
 ) -> tuple[GeneratorCollator | Lengths, int | dict[int, int]]:
@@ -246,15 +261,9 @@ def build_dataset(s: Settings, videos: Videos, decoder: Decoder | None = None) -
     """The clips of every video slot."""
     d = s.data
     reader = build_reader(s, videos, decoder, int(d.cache_gb * 1e9), d.sets)
-    order = VideoOrder(
-        s.optim.seed,
-        videos.collections,
-        replacement=d.sampling == "replacement",
-        window=d.shuffle_window,
-    )
     plan = ClipPlan(
         s.optim.seed,
-        order,
+        _order(s, videos.collections),
         d.frames,
         d.stride,
         d.scale,

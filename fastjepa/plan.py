@@ -1,13 +1,13 @@
 """Numbers that follow from the settings, before a run spends anything: tokens, work, memory, batch, schedule ends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 from torch import nn
 
-from fastjepa.build import masks_by_length
+from fastjepa.build import length_of_slots, masks_by_length
 from fastjepa.config import DataSet, Settings
 from fastjepa.costs import Network, SetTokens, StepShape, Work, step_work
 from fastjepa.jepa import JEPA
@@ -232,7 +232,7 @@ def _lengths(s: Settings) -> tuple[Length, ...]:
     for frames, masks in masks_by_length(s).items():
         tokens = frames // s.data.tubelet * (s.data.crop // s.data.patch) ** 2
         weight = sum(one.weight for one in s.data.sets if max(one.frames or 0, s.data.tubelet) == frames)
-        sets, union = _mean_tokens(s, masks, tokens)
+        sets, union = _mean_tokens(s, masks, tokens, _slots_of_length(s, frames))
         # With the dense loss every token is compared.
         found.append(Length(frames, weight / total, tokens, sets, tokens if s.loss.context else union))
     return tuple(found)
@@ -257,7 +257,8 @@ def _shape(s: Settings, jepa: JEPA, masks: GeneratorCollator, compiled: bool) ->
     """The step at one clip a forward pass."""
     encoder, predictor = jepa.encoder, jepa.predictor
     assert isinstance(encoder, VisionTransformer) and isinstance(predictor, VisionTransformerPredictor)  # noqa: PT018
-    sets, union = _mean_tokens(s, masks, encoder.num_patches)
+    alike = _slots_of_length(s, s.data.lengths[-1]) if len(s.data.lengths) > 1 else None
+    sets, union = _mean_tokens(s, masks, encoder.num_patches, alike)
     if s.loss.context:  # every token is compared
         union = encoder.num_patches
     packed, half = s.runtime.execution == "packed", s.optim.dtype != "float32"
@@ -301,23 +302,41 @@ def _network(network: nn.Module, blocks: nn.ModuleList) -> Network:
     return Network(first.in_features, len(blocks), heads, first.out_features, counts[True], counts[False], gated)
 
 
-def _mean_tokens(s: Settings, masks: GeneratorCollator, tokens: int) -> tuple[tuple[SetTokens, ...], float]:
-    """Means over clips of the masks that the run draws, a mask set each, and of the tokens that any set predicts."""
+def _slots_of_length(s: Settings, frames: int) -> Callable[[int], bool]:
+    length_of = length_of_slots(s)
+    return lambda slot: length_of(slot) == frames
+
+
+def _mean_tokens(
+    s: Settings, masks: GeneratorCollator, tokens: int, alike: Callable[[int], bool] | None
+) -> tuple[tuple[SetTokens, ...], float]:
+    """Means over clips of the masks that the run draws, a mask set each, and of the tokens that any set predicts.
+
+    Where clips have several lengths, `alike` are the slots of those with the length of these masks: only they count,
+    and only they are cut together. If it is so rare that none of the slots looked at is, all of them count.
+    """
     # In videos: their clips share masks, so the mean over videos is the mean over clips.
     group = s.group if s.mask.truncation != "none" else min(8, s.videos_per_step)
     draws = max(1, min(MOST_DRAWS, MOST_CLIPS // group))
+    groups = [range(step * s.videos_per_step, step * s.videos_per_step + group) for step in range(draws)]
+    if alike is not None and any(alike(slot) for slots in groups for slot in slots):
+        found: list[Sequence[int]] = [[slot for slot in slots if alike(slot)] for slots in groups]
+    else:
+        found, alike = list(groups), None
     counted: list[list[tuple[int, int]]] = [[] for _ in range(s.mask.number_of_sets)]
     union = 0
-    for step in range(draws):
-        context, target = masks.draw(step, range(step * s.videos_per_step, step * s.videos_per_step + group))
+    for step, slots in enumerate(found):
+        if not slots:
+            continue
+        context, target = masks.draw(step, slots) if alike is None else masks.draw(step, slots, alike)
         for pairs, c_set, t_set in zip(counted, context, target):
             pairs.extend((len(c), len(t)) for c, t in zip(_by_clip(c_set), _by_clip(t_set)))
-        asked = torch.zeros(group, tokens, dtype=torch.bool)
+        asked = torch.zeros(len(slots), tokens, dtype=torch.bool)
         for t_set in target:
             for clip, index in enumerate(_by_clip(t_set)):
                 asked[clip, index] = True
         union += int(asked.sum())
-    return tuple(_set_tokens(pairs) for pairs in counted), union / (draws * group)
+    return tuple(_set_tokens(pairs) for pairs in counted), union / sum(map(len, found))
 
 
 def _by_clip(token_set: TokenSet) -> Sequence[torch.Tensor]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from fastjepa.data.batches import MixedBatch
 from fastjepa.data.loader import make_loader, running
 from fastjepa.data.mixture import open_collections
 from fastjepa.exits import Exit
-from fastjepa.plan import make_plan
+from fastjepa.memory import held_bytes
+from fastjepa.plan import MOST_DRAWS, make_plan
 
 FILMS = "synthetic://moving-shapes?videos=48&size=48&frames=8"
 MORE = "synthetic://moving-shapes?videos=48&size=48&frames=8&seed=1"
@@ -71,16 +73,18 @@ def loaded(s, *, rank=0, world=1, workers=0, batch_size=4, steps=(2, 4)):
         return list(batches)
 
 
+def tokens_by_clip(token_set):
+    """Token numbers of every clip."""
+    return token_set.index.split(list(token_set.lengths)) if hasattr(token_set, "lengths") else list(token_set)
+
+
 def by_slot(batches):
     """What every clip got: its pixels and its masks."""
     found = {}
     for batch in batches:
         assert isinstance(batch, MixedBatch)
         for group in batch.groups:
-            sets = [
-                s.index.split(list(s.lengths)) if hasattr(s, "lengths") else list(s)
-                for s in (*group.masks_context, *group.masks_target)
-            ]
+            sets = [tokens_by_clip(one) for one in (*group.masks_context, *group.masks_target)]
             for place, slot in enumerate(group.slots):
                 assert slot not in found
                 found[slot] = (group.clips[place].tolist(), [s[place].tolist() for s in sets])
@@ -333,17 +337,45 @@ def test_the_plan_counts_every_length_and_fits_the_longest(mixed):
     s = settings_of(mixed)
     masks = masks_by_length(s)
     plan = make_plan(s, build_jepa(s), masks[8], float("inf"))
-    alone = {
-        frames: make_plan(t, build_jepa(t), masks_by_length(t)[frames], float("inf"))
-        for frames in (2, 4, 8)
-        for t in [settings_of({FILMS: {"frames": frames}}, frames=frames)]
-    }
     assert [(one.frames, one.share, one.tokens) for one in plan.lengths] == [(2, 0.25, 16), (4, 0.5, 32), (8, 0.25, 64)]
-    mean = sum(share * alone[frames].flop_per_clip for frames, share in ((2, 0.25), (4, 0.5), (8, 0.25)))
-    assert plan.flop_per_clip == pytest.approx(mean)
-    assert plan.held == alone[8].held
-    floor = [sum(item.flop for item in one.work) for one in (plan, alone[2], alone[4], alone[8])]
+    assert (plan.tokens, plan.shape.sets, plan.shape.union) == (64, plan.lengths[2].sets, plan.lengths[2].union)
+    # A step in which all clips have the length of one of them.
+    of_length = [
+        replace(plan, shape=replace(plan.shape, tokens=one.tokens, sets=one.sets, union=one.union), lengths=())
+        for one in plan.lengths
+    ]
+    floor = [sum(item.flop for item in one.work) for one in (plan, *of_length)]
     assert floor[0] == pytest.approx(0.25 * floor[1] + 0.5 * floor[2] + 0.25 * floor[3])
+    assert plan.held == held_bytes(of_length[2].shape)
+
+
+def test_the_plan_counts_the_tokens_of_the_masks_that_a_run_of_mixed_lengths_draws(mixed):
+    """Only clips of one length are cut together: there is more left of each than of a whole group."""
+    s = settings_of(mixed)
+    plan = make_plan(s, build_jepa(s), masks_by_length(s)[8], float("inf"))
+    kept = {one.frames: [] for one in plan.lengths}
+    for batch in loaded(s, batch_size=12, steps=(0, MOST_DRAWS)):
+        for group in batch.groups:
+            context, target = (
+                [tokens_by_clip(one) for one in sets] for sets in (group.masks_context, group.masks_target)
+            )
+            first = [at for at, slot in enumerate(group.slots) if slot % 12 < 3]
+            kept[group.clips.shape[2]] += [(len(context[0][at]), len(target[0][at])) for at in first]
+    for one in plan.lengths:
+        means = torch.tensor(kept[one.frames], dtype=torch.float64).mean(0).tolist()
+        assert [one.sets[0].context, one.sets[0].target] == pytest.approx(means)
+    uniform = settings_of(FILMS)
+    whole = make_plan(uniform, build_jepa(uniform), masks_by_length(uniform)[8], float("inf"))
+    assert plan.context[0] > whole.context[0]
+
+
+def test_a_length_too_rare_to_be_met_is_counted_as_if_all_clips_had_it():
+    rare = settings_of({FILMS: {"weight": 1, "frames": 4}, MORE: {"weight": 1e-9}})
+    plan = make_plan(rare, build_jepa(rare), masks_by_length(rare)[8], float("inf"))
+    alone = settings_of({MORE: {"frames": 8}})
+    expected = make_plan(alone, build_jepa(alone), masks_by_length(alone)[8], float("inf"))
+    assert plan.lengths[1].sets == expected.shape.sets
+    assert plan.held == expected.held
 
 
 def test_loader_processes_can_be_started_anew(mixed):

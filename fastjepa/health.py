@@ -40,6 +40,12 @@ class Health:
     norm_ratio: Tensor
 
 
+def unknown(device: torch.device) -> Health:
+    """Where there is nothing to measure."""
+    nan = torch.full((), torch.nan, device=device)
+    return Health(torch.zeros((), device=device), nan, nan, nan, nan, nan, nan)
+
+
 @torch.no_grad()
 def measure(targets: Tensor, predictions: Sequence[Tensor], exponent: float, levels: int = 1) -> Health:
     """Health of normalised target features float32 [B, N, E], and of predictions, [..., E] each.

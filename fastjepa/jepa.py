@@ -31,7 +31,7 @@ class JEPAOutput:
     `loss_context` is the error at context tokens, before its weight, of a predictor that predicts them.
 
     `every_target` [B, N, E] are the target features of all tokens. Of clips of several lengths there is a list of each,
-    a length each.
+    a length each, and `losses_jepa` are the prediction errors, whose mean `loss_jepa` is by their shares.
     """
 
     loss: Tensor
@@ -41,6 +41,7 @@ class JEPAOutput:
     targets: list[Any] | None = None
     every_target: Any = None
     loss_context: Tensor | None = None
+    losses_jepa: list[Tensor] | None = None
 
 
 @dataclass
@@ -170,8 +171,8 @@ class JEPA(nn.Module):
         mask set for the noised predictor. `collect` keeps predictions and targets: [B, Kt, E] a set, or [R, E] rows
         where lengths differ. `union` is that of `masks_target` (see `target_union`): packed execution then finishes
         those tokens alone; the reference way needs none, nor does a predictor of context tokens, whose loss comes with
-        `context_weight`. `look` keeps predictions and the target features of all
-        tokens, for figures of health: it costs a block at most and changes no bit of the loss.
+        `context_weight`. `look` keeps predictions and the target features of all tokens, for figures of health: it
+        costs a block at most and changes no bit of the loss.
 
         Clips of several lengths T are a list of tensors, and masks, draws and unions lists of what belongs to each. The
         loss then is the mean of those of the lengths, or their sum weighed by `shares`. Source: V-JEPA 2 (arXiv
@@ -196,7 +197,8 @@ class JEPA(nn.Module):
             if self.reg_coeff:
                 spread = torch.stack([_spread(p, s) for p, s in zip(guesses, group.target)]).mean(dim=0)
                 spreads.append(torch.relu(1.0 - spread).mean())
-        loss_jepa = _weighed([errors.mean() for errors in losses], shares)
+        of_each = [errors.mean() for errors in losses]
+        loss_jepa = _weighed(of_each, shares)
         loss, loss_reg = loss_jepa, None
         if self.reg_coeff:
             loss_reg = _weighed(spreads, shares)
@@ -211,6 +213,7 @@ class JEPA(nn.Module):
         if look:
             seen = [goals.every() for goals in targets] if found.every is None else found.every
             output.every_target = seen[0] if single else seen
+            output.losses_jepa = None if single else [loss.detach() for loss in of_each]
         if collect or look:
             kept = [[p.detach() for p in guesses] for guesses in predictions]
             output.predictions = kept[0] if single else kept

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastjepa import health, parallel
+from fastjepa import parallel
 from fastjepa.alarms import Alarms
 from fastjepa.badsteps import BadSteps, file_names
 from fastjepa.build import build_dataset, build_decoding, build_loading, build_optimizer_pass
@@ -35,6 +35,7 @@ from fastjepa.findings import Findings
 from fastjepa.jepa import JEPA
 from fastjepa.keeping import Keeper
 from fastjepa.log import Log, read_metrics
+from fastjepa.looking import Looking
 from fastjepa.masks import GeneratorCollator
 from fastjepa.models.predictor import Draw
 from fastjepa.noise import noise_draws, noise_seed
@@ -211,10 +212,11 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch | MixedBatch], look: bool) -> StepDone | None:
         """One training step; None where a signal came between its batches: nothing has changed then.
 
-        `look` measures the health of the last batch, with the weights that its loss was computed with.
+        `look` measures its health, with the weights that its loss was computed with.
         """
         s, parts = self.settings, self.plan.accumulation
-        total, looked = torch.zeros(2 + self.jepa.dense, device=self.device), None
+        total = torch.zeros(2 + self.jepa.dense, device=self.device)
+        looking = Looking(s, self.jepa.levels, self.device) if look else None
         slots, losses = [], []
         for part in range(parts):
             if part and self._wish() is Wish.LEAVE:
@@ -237,17 +239,15 @@ class Trainer:
                         batch.each(lambda one: one.masks_target),
                         draws,
                         union=batch.each(lambda one: one.union),
-                        look=look and last,
+                        look=looking is not None and looking.at(last),
                         context_weight=context_loss_weight(
                             step, s.loss.context, s.loss.context_start, s.loss.context_full
                         ),
                         shares=batch.shares,
                     )
                 self.update.backward(out.loss / parts, last)
-            if look and last:
-                assert out.every_target is not None
-                assert out.predictions is not None
-                looked = batch.most(out.every_target), batch.most(out.predictions)
+            if looking is not None and looking.at(last):
+                looking.take(batch, out)
             slots.append(batch.slots)
             losses.append(out.loss.detach())
             every = (out.loss, out.loss_jepa, *(() if out.loss_context is None else (out.loss_context,)))
@@ -256,13 +256,8 @@ class Trainer:
         distance = self.update.ema_distance() if look else None
         norms = self.update.step(step, loss)
         self.bad_steps.note(step + 1, slots, losses, loss, norms)
-        measured = None
-        if looked is not None:
-            features, predictions = looked
-            # One clip of each video: clips of the same one are too alike to tell what is trivial.
-            features = features[:: s.data.clips_per_video]
-            measured = health.measure(features, predictions, s.loss.exponent, self.jepa.levels)
-        return StepDone(loss, loss_jepa, norms, measured, distance, *loss_context)
+        measured, compared = (None, None) if looking is None else looking.measured()
+        return StepDone(loss, loss_jepa, norms, measured, distance, loss_context[0] if loss_context else None, compared)
 
     def _noise(self, seed: torch.Tensor, batch: Batch) -> list[Draw]:
         """What enters the noised predictor."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa import config, configfile, viz
-from fastjepa.build import build_dataset, build_masks, build_reader
+from fastjepa.build import build_dataset, build_reader, length_of_slots, masks_by_length
 from fastjepa.config import Settings
 from fastjepa.data.crashes import LISTED, Crashes
 from fastjepa.data.decode import VideoError
@@ -100,6 +100,8 @@ def draw(
         raise ValueError(f"{path} is no run and names no videos: give a folder, a list or a video with --data PATH")
     _check_patch(settings, wanted)
     videos = _videos(settings.data.path if data is None and run is not None else data, settings.optim.seed, data, drawn)
+    if data is not None:  # cut like clips of no data set of the run
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"path": data})})
     if videos is None and wanted.videos:
         videos = Videos([], np.arange(0), "", f"only {', '.join(wanted.videos)}")
     if videos is not None:
@@ -239,7 +241,9 @@ def _draw_training_clips(
     except (TooManyBadFiles, VideoError, OSError) as error:
         drawn.notes.append(f"no pictures of masks and clips: {error}")
         return []
-    context, target = build_masks(s).draw(0, [0])
+    length_of = length_of_slots(s)
+    masks = masks_by_length(s)[length_of(0)]
+    context, target = masks.draw(0, [0], lambda slot: length_of(slot) == length_of(0))
     viz.mask_picture(clips[0], context, target, s.data.tubelet, s.data.patch, out / "masks.png")
     viz.clip_picture(clips, [f"clip {slot}" for slot in range(len(clips))], s.data.tubelet, out / "clips.png")
     drawn.files += [out / "masks.png", out / "clips.png"]

@@ -31,7 +31,8 @@ class StepDone:
 
     `loss` is what was minimised, `loss_jepa` the prediction error in it, without the regulariser, `loss_context` that
     at context tokens before its weight, where they are predicted; all are means over all processes. Norms and EMA
-    distance are those of all weights, health is that of the clips of this process.
+    distance are those of all weights, health is that of the clips of this process. `compared` is the prediction error
+    of the clips whose health it is, where these are not all.
     """
 
     loss: Tensor
@@ -40,6 +41,7 @@ class StepDone:
     health: health.Health | None
     ema_distance: Tensor | None
     loss_context: Tensor | None = None
+    compared: Tensor | None = None
 
 
 def metrics_row(
@@ -50,22 +52,22 @@ def metrics_row(
     assert done.ema_distance is not None
     figures = {
         "loss": done.loss,
-        "loss_jepa": done.loss_jepa,
         "grad_norm": done.norms.total,
         "grad_norm_encoder": done.norms.encoder,
         "grad_norm_predictor": done.norms.predictor,
         "ema_distance": done.ema_distance,
         "skipped": skipped,
         **({} if done.loss_context is None else {"loss_context": done.loss_context}),
+        "compared": done.loss_jepa if done.compared is None else done.compared,
         **vars(done.health),
     }
     values = transferred(figures)
-    trivial, loss_jepa = values.pop("trivial_loss"), values.pop("loss_jepa")
+    trivial, compared = values.pop("trivial_loss"), values.pop("compared")
     seconds = time.perf_counter() - clock.started
     return {
         "step": step,
         "loss": values.pop("loss"),
-        "loss_ratio": loss_jepa / trivial if trivial > 0 else None,
+        "loss_ratio": compared / trivial if trivial > 0 else None,
         "lr": schedule.lr_at(step - 1),
         "weight_decay": schedule.weight_decay_at(step - 1),
         "momentum": schedule.momentum_at(step - 1),
@@ -96,9 +98,10 @@ def console_line(row: dict[str, Any], last_step: int, seconds_left: float | None
     profiled = " while profiled" if row.get("profiled") else ""
     left = "" if seconds_left is None else f"  {duration(seconds_left)} left"
     content = "" if math.isnan(row["content"]) else f"  content {row['content']:.2f}"
+    rank = "" if math.isnan(row["rank"]) else f"  rank {row['rank']:.1f}"
     return (
-        f"step {row['step']}/{last_step}  loss {row['loss']:.4f} ({ratio} of trivial){content}  "
-        f"rank {row['rank']:.1f}  {row['clips_per_s']:.4g} clips/s{profiled}{share}  data wait {row['data_wait']:.0%}  "
+        f"step {row['step']}/{last_step}  loss {row['loss']:.4f} ({ratio} of trivial){content}{rank}  "
+        f"{row['clips_per_s']:.4g} clips/s{profiled}{share}  data wait {row['data_wait']:.0%}  "
         f"{row['memory_gb']:.2g} GB{skipped}{left}"
     )
 

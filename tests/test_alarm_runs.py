@@ -23,7 +23,7 @@ def collapsing(monkeypatch):
         found.rank = torch.tensor(40.0 if len(looks) <= 5 else 0.4)
         return found
 
-    monkeypatch.setattr("fastjepa.loop.health.measure", fallen)
+    monkeypatch.setattr("fastjepa.health.measure", fallen)
     return looks
 
 

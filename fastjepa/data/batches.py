@@ -51,10 +51,6 @@ class Batch(NamedTuple):
         """What `make` makes of the batch."""
         return make(self)
 
-    def most(self, values: Made) -> Made:
-        """The value of the largest group, which is all."""
-        return values
-
     @property
     def shares(self) -> None:
         """What the lengths weigh: there is one."""
@@ -93,11 +89,6 @@ class MixedBatch(NamedTuple):
     def each(self, make: Callable[[Batch], Any]) -> list[Any]:
         """What `make` makes of every group."""
         return [make(group) for group in self.groups]
-
-    def most(self, values: Sequence[Any]) -> Any:
-        """Of one value a group, that of the group with most clips, the longest of equally many."""
-        sizes = [(len(group.slots), place) for place, group in enumerate(self.groups)]
-        return values[max(sizes)[1]]
 
 
 class EncodedBatch(NamedTuple):

@@ -56,8 +56,10 @@ class Sharded(Exchange):
 
     def loss(self, *arguments: Any, **more: Any) -> JEPAOutput:
         """As `JEPA.forward`; of what is kept on request, that of `look` alone."""
-        loss, loss_jepa, loss_reg, predictions, every, context = self._root(arguments, more)
-        return JEPAOutput(loss, loss_jepa, loss_reg, predictions, every_target=every, loss_context=context)
+        loss, loss_jepa, loss_reg, predictions, every, context, losses = self._root(arguments, more)
+        return JEPAOutput(
+            loss, loss_jepa, loss_reg, predictions, every_target=every, loss_context=context, losses_jepa=losses
+        )
 
     def collect(self, weights: list[Weight], last: bool, parts: int) -> None:
         """Each backward pass adds to the gradients of the shards; after the last they are the masters'."""
@@ -124,4 +126,5 @@ class _Root(nn.Module):
 
     def forward(self, arguments: tuple, more: dict[str, Any]) -> tuple[Any, ...]:
         out = self.jepa(*arguments, **more)
-        return out.loss, out.loss_jepa, out.loss_reg, out.predictions, out.every_target, out.loss_context
+        kept = out.predictions, out.every_target, out.loss_context, out.losses_jepa
+        return out.loss, out.loss_jepa, out.loss_reg, *kept

@@ -214,6 +214,14 @@ class Data(Section):
         """The different lengths of clips in frames, ascending."""
         return tuple(sorted({max(one.frames or 0, self.tubelet) for one in self.sets}))
 
+    @property
+    def usual_length(self) -> int:
+        """The length in frames that most clips have, the longest of equally many."""
+        weights = dict.fromkeys(self.lengths, 0.0)
+        for one in self.sets:
+            weights[max(one.frames or 0, self.tubelet)] += one.weight
+        return max(weights, key=lambda frames: (weights[frames], frames))
+
     def _filled(self, one: DataSet) -> DataSet:
         changes: dict[str, Any] = {"frames": one.frames or self.frames}
         if one.stride is None and one.duration is None and one.fps is None:

@@ -60,7 +60,7 @@ class Predicted:
 
 @dataclass
 class Group:
-    """Clips of one length and their mask sets; `number` is its place among the lengths of the step."""
+    """Clips of one length and their mask sets; `number` is its place among the lengths of the call."""
 
     number: int
     clips: Tensor
@@ -78,7 +78,7 @@ class JEPA(nn.Module):
     one pass a mask set, the way the public code does, and takes any encoder and predictor with the same calls; "packed"
     does the work that the mathematics needs and takes this library's networks (`fastjepa.models.packing`), and runs
     its pieces through `operations`. `mask_token_by` says what chooses the learned mask token: the mask set, or, as the
-    released V-JEPA 2 was trained, the place of the clips' length among those of the step.
+    released V-JEPA 2 was trained, the place of the clips' length among those of the call.
 
     An encoder with levels is taught at each of them. A predictor with `predict_context` is taught at context tokens,
     too, where each counts the less the farther it lies from a target (`fastjepa.dense`), with `context_distance`.

@@ -11,10 +11,12 @@ from fastjepa.models.layers import Block
 def normal_(weight: Tensor, std: float) -> Tensor:
     """Fill with N(0, std) cut at +-2, in place.
 
-    The published sampler can return exactly -2.0 (a -100 sigma weight) because its inverse error function meets -1;
-    torch's own truncated normal does not.
+    The published sampler, as torch's own up to 2.11, returns exactly -2.0 (a -100 sigma weight) once in 26 million
+    draws, because its inverse error function meets -1. Such a weight becomes 0.
     """
-    return nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-2.0, b=2.0)
+    nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-2.0, b=2.0)
+    with torch.no_grad():
+        return weight.masked_fill_(weight == -2.0, 0.0)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Checks that need more than one setting. Each gives (keys involved, one sentence)."""
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
 
 from fastjepa.config import Data, DataSet, Mask, MaskSet, Settings
@@ -71,11 +72,17 @@ def _unread(s: Settings) -> Iterator[Mistake]:
         unread += [("model.positions", "model.uniform_power"), ("model.positions", "compat.ema_positions")]
     if not s.loss.context:
         unread += [("loss.context", f"loss.context_{name}") for name in ("start", "full", "distance")]
+    if s.optim.clip_grad is None:
+        unread += [("optim.clip_grad", f"compat.clip_{name}") for name in ("per_network", "after_warmup")]
+    if s.optim.decay == "constant":
+        unread.append(("optim.decay", "optim.final_lr"))
+    if s.data.sampling == "replacement":
+        unread.append(("data.sampling", "data.shuffle_window"))
     default = Settings()
     for reader, key in unread:
         (expected, given), kind = (_value(one, key) for one in (default, s)), _value(s, reader)
         if given != expected:
-            shown = f"{kind:g}" if isinstance(kind, float) else kind
+            shown = f"{kind:g}" if isinstance(kind, float) else "null" if kind is None else kind
             yield (
                 (key, reader),
                 f"{key}: expected the default {str(expected).lower()} with {reader} {shown}, "
@@ -198,12 +205,14 @@ def _clips(s: Settings) -> Iterator[Mistake]:
     if d.duration is not None and d.stride != stride:
         yield (
             ("data.stride", "data.duration"),
-            f"data.stride: expected its default {stride} beside data.duration, which takes its place, given {d.stride}",
+            f"data.stride: expected its default {stride} beside data.duration, which takes its place, given {d.stride} "
+            f"(over a recipe that has one, add data.stride={stride})",
         )
     if d.fps is not None and d.stride != stride:
         yield (
             ("data.stride", "data.fps"),
-            f"data.stride: expected its default {stride} beside data.fps, which takes its place, given {d.stride}",
+            f"data.stride: expected its default {stride} beside data.fps, which takes its place, given {d.stride} "
+            f"(over a recipe that has one, add data.stride={stride})",
         )
     if s.compat.fps_whole_stride and all(one.fps is None for one in d.sets):
         yield (
@@ -230,18 +239,28 @@ def _clips(s: Settings) -> Iterator[Mistake]:
 
 
 def _data_sets(d: Data) -> Iterator[Mistake]:
-    """The clips that data sets have of their own."""
+    """The clips that data sets have of their own, and their weights together."""
+    if not isfinite(sum(one.weight for one in d.sets)):
+        yield ("data.path",), "data.path: expected weights whose sum is a number, given weights that overflow"
     for path, one in d.path.items() if isinstance(d.path, dict) else ():
         if not isinstance(one, DataSet):
             continue
         if one.frames is not None and one.frames != 1 and (one.frames % d.tubelet or one.frames > d.frames):
+            longer = one.frames > d.frames and one.frames % d.tubelet == 0
+            way_out = f" (or set data.frames={one.frames})" if longer else ""
             yield (
                 ("data.path", "data.frames", "data.tubelet"),
                 f"data.path: expected frames 1 or a multiple of data.tubelet {d.tubelet} up to data.frames {d.frames}, "
-                f"the longest clip of the networks, given {one.frames} for {path}",
+                f"the longest clip of the networks, given {one.frames} for {path}{way_out}",
             )
         named = [key for key in ("stride", "duration", "fps") if getattr(one, key) is not None]
-        if len(named) > 1:
+        if one.frames == 1 and named:
+            yield (
+                ("data.path",),
+                f"data.path: expected no {named[0]} beside frames 1, for there is no next frame, given "
+                f"{getattr(one, named[0]):g} for {path}",
+            )
+        elif len(named) > 1:
             yield (
                 ("data.path",),
                 f"data.path: expected one of stride, duration and fps, which say the same, given {' and '.join(named)} "
@@ -252,7 +271,7 @@ def _data_sets(d: Data) -> Iterator[Mistake]:
 def _lengths(s: Settings) -> Iterator[Mistake]:
     """What clips of several lengths go with."""
     d, lengths = s.data, s.data.lengths
-    if lengths[-1] != d.frames and d.frames >= d.tubelet:
+    if lengths[-1] != d.frames and d.frames >= d.tubelet and not any(_data_sets(d)):
         yield (
             ("data.frames", "data.path"),
             f"data.frames: expected {lengths[-1]}, the longest clip of a data set in data.path, given {d.frames}",
@@ -373,7 +392,7 @@ def _schedule(s: Settings) -> Iterator[Mistake]:
 
 def _context_loss(s: Settings) -> Iterator[Mistake]:
     loss = s.loss
-    if loss.context_full < loss.context_start:
+    if loss.context and loss.context_full < loss.context_start:
         yield (
             ("loss.context_full", "loss.context_start"),
             f"loss.context_full: expected at least loss.context_start {loss.context_start}, given {loss.context_full}",

@@ -240,21 +240,30 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_with_base(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(merged values, file that each top-level.key came from)."""
-    own = _read(path)
-    base = own.pop("base", None)
-    values: dict[str, Any] = {}
-    places: dict[str, str] = {}
-    sources = [(path, own)]
-    if base is not None:
+def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A file, its base, the base of that and so on, each with what it says."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    known: set[Path] = set()
+    while True:
+        content = _read(path)
+        base = content.pop("base", None)
+        found.append((path, content))
+        if path.resolve() in known:
+            files = " -> ".join(str(one) for one, _ in found)
+            raise SettingsError([f"{path}: base: expected bases that come to an end, given {files}"])
+        if base is None:
+            return found
         if not isinstance(base, str):
             raise SettingsError([f"{path}: base: expected the name of a YAML file, given {_given(base)}"])
-        inherited = _read(path.parent / base)
-        if "base" in inherited:
-            raise SettingsError([f"{path.parent / base}: base: a base file cannot name a base of its own"])
-        sources.insert(0, (path.parent / base, inherited))
-    for source, content in sources:
+        known.add(path.resolve())
+        path = path.parent / base
+
+
+def _read_with_base(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(merged values, file that each top-level.key came from)."""
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for source, content in reversed(_chain(path)):
         for head, value in content.items():
             if head in SECTIONS and isinstance(value, dict):
                 if not isinstance(values.get(head), dict):
@@ -359,24 +368,28 @@ def _validate_section(
             given: Any = content
             for part in named:
                 given = given[part]
-            more = more or (_in_data_set(given) if key == "data.path" else "")
-            mistakes.append(f"{place}: {key}: expected {expected}{more}, given {_given(given)}")
+            inside = _in_mixture(given) if key == "data.path" else ""
+            mistakes.append(f"{place}: {key}: {inside or f'expected {expected}{more}, given {_given(given)}'}")
     return kind.model_validate(_without(head, content, broken)), mistakes
 
 
-def _in_data_set(path: Any) -> str:
-    """What is wrong inside of a data set of `data.path`, where that is the reason; empty otherwise."""
+def _in_mixture(path: Any) -> str:
+    """What is wrong inside of the mixture that `data.path` should be; empty for what is none."""
+    if isinstance(path, list):
+        return f"expected a mixture as a map from paths to weights, {{A: 1, B: 1}}, given the list {_given(path)}"
     for name, one in path.items() if isinstance(path, dict) else ():
-        if not isinstance(one, dict):
-            continue
+        if not isinstance(name, str) or not name:
+            return f"expected a path that is not empty before each weight, given {_given(name)}"
         try:
-            DataSet.model_validate(one)
+            DataSet.model_validate(one if isinstance(one, dict) else {"weight": one})
         except ValidationError as error:
             key = str(error.errors()[0]["loc"][0])
             field = DataSet.model_fields.get(key)
             if field is None:
-                return f", {name} having an unknown key {key}{_nearest(key, list(DataSet.model_fields))}"
-            return f", {key} of {name} being {expectation(field)}"
+                return f"unknown key {key} of {name}{_nearest(key, list(DataSet.model_fields))}"
+            group = "" if isinstance(one, dict) else f" or a group of {', '.join(DataSet.model_fields)}"
+            given = one[key] if isinstance(one, dict) else one
+            return f"expected {expectation(field)}{group} as {key} of {name}, given {_given(given)}"
     return ""
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from fastjepa.build import length_of_slots, masks_by_length
 from fastjepa.config import DataSet, Settings
 from fastjepa.costs import Network, SetTokens, StepShape, Work, step_work
+from fastjepa.dense import context_loss_weight
 from fastjepa.jepa import JEPA
 from fastjepa.masks import GeneratorCollator, Ragged, TokenSet
 from fastjepa.memory import STATE, held_bytes
@@ -150,12 +151,14 @@ def describe(s: Settings, plan: Plan, jepa: JEPA) -> list[str]:
     ]
     noise = f", noise: {s.model.noise}" if s.model.targets == "noised" else ""
     state, kept = plan.state_bytes, plan.held["activations"]
-    lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), s.optim.lr, schedule.lr_at(last))) + _decay(s)
+    # Where nothing leads up to it and nothing stays there, the run never has the rate that the line begins with.
+    peak = [s.optim.lr] if s.optim.warmup_steps or schedule.lr_at(0) == s.optim.lr else []
+    lrs = " -> ".join(f"{lr:.3g}" for lr in (schedule.lr_at(0), *peak, schedule.lr_at(last))) + _decay(s)
     decays = " -> ".join(f"{schedule.weight_decay_at(step):.3g}" for step in (0, last))
     momenta = " -> ".join(f"{schedule.momentum_at(step):.5g}" for step in (0, last))
     return [
         f"model      {s.model.name}, {million['encoder']:.1f} M + predictor {million['predictor']:.1f} M parameters, "
-        f"targets: {s.model.targets}{noise}{_generation(s)}",
+        f"targets: {s.model.targets}{noise}{_generation(s, plan.shape.levels)}",
         f"tokens     {plan.tokens} a clip; {_told(plan.shape.sets)}; {_rule(s)}",
         *lengths,
         f"clips      {_clips(s)}",
@@ -202,7 +205,7 @@ def _rule(s: Settings) -> str:
 
 def _clips(s: Settings) -> str:
     d = s.data
-    cuts = dict.fromkeys(f"{one.frames} frame{'s' * (one.frames != 1)} {_pace(one)}" for one in d.sets)
+    cuts = dict.fromkeys("single frames" if one.frames == 1 else f"{one.frames} frames {_pace(one)}" for one in d.sets)
     parts = [f"{' or '.join(cuts)} of {d.crop} px"] if len(cuts) > 1 else []
     parts = parts or [f"{d.frames} frames of {d.crop} px {_pace(d.sets[0])}"]
     if d.clips_per_video > 1:
@@ -238,12 +241,20 @@ def _lengths(s: Settings) -> tuple[Length, ...]:
     return tuple(found)
 
 
-def _generation(s: Settings) -> str:
+def _generation(s: Settings, levels: int) -> str:
     """What is not of the first generation."""
     positions = {"table": "", "rope": ", rotary positions", "rope_v2": ", rotary positions as in the released V-JEPA 2"}
-    deep = ", of several levels" if s.model.levels == "deep" else ""
-    dense = f", context tokens too (weight {s.loss.context:g})" if s.loss.context else ""
-    return positions[s.model.positions] + deep + dense
+    deep = f", of {levels} levels" if s.model.levels == "deep" else ""
+    dense = ""
+    if s.loss.context:
+        loss = s.loss
+        reached = context_loss_weight(s.optim.steps - 1, loss.context, loss.context_start, loss.context_full)
+        share = f"{reached:.3g} at the last step, of " if reached < loss.context else ""
+        dense = f", context tokens too (weight {share}{loss.context:g})"
+    gated = {"mlp": s.model.mlp, "predictor_mlp": s.model.predictor_mlp}
+    layers = "".join(f", {name}: {kind}" for name, kind in gated.items() if kind != "gelu")
+    dropped = f", drop path up to {s.model.drop_path:g}" if s.model.drop_path else ""
+    return positions[s.model.positions] + layers + dropped + deep + dense
 
 
 def fuses(s: Settings) -> bool:

@@ -57,7 +57,8 @@ class Schedule:
         progress = (count - first) / max(1, whole)
         if self.decay == "linear":
             return self.lr + min(1.0, progress) * (self.final_lr - self.lr)
-        return max(self.final_lr, self.final_lr + (self.lr - self.final_lr) * 0.5 * (1.0 + cos(pi * progress)))
+        value = self.final_lr + (self.lr - self.final_lr) * 0.5 * (1.0 + cos(pi * progress))
+        return max(value, self.final_lr) if self.final_lr <= self.lr else min(value, self.final_lr)
 
     def weight_decay_at(self, step: int) -> float:
         """Half a cosine from `weight_decay` to `final_weight_decay`."""

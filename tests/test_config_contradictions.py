@@ -74,6 +74,26 @@ from fastjepa.models.rotary import axis_channels
             "mask: {truncation: none, sets: [{full_complement: true}]}",
             "mask.sets.0.full_complement: expected false with mask.truncation none, which cuts nothing",
         ),
+        (
+            "optim: {clip_grad: null}\ncompat: {clip_per_network: true}",
+            "compat.clip_per_network: expected the default false with optim.clip_grad null, given true",
+        ),
+        (
+            "optim: {clip_grad: null}\ncompat: {clip_after_warmup: 3}",
+            "compat.clip_after_warmup: expected the default 0 with optim.clip_grad null, given 3",
+        ),
+        (
+            "optim: {decay: constant, final_lr: 1e-3}",
+            "optim.final_lr: expected the default 1e-06 with optim.decay constant, given 0.001",
+        ),
+        (
+            "data: {sampling: replacement, shuffle_window: 7}",
+            "data.shuffle_window: expected the default 1024 with data.sampling replacement, given 7",
+        ),
+        (
+            "loss: {context_start: 5}",
+            "loss.context_start: expected the default 0 with loss.context 0, given 5",
+        ),
         ("init: {optimizer: true}", "init.optimizer: expected false without init.from, given true"),
         ("optim: {betas: [0.9, 1.0]}", "optim.betas: expected numbers from 0 to below 1, given 1.0 at place 2"),
         ("data: {scale: [0.5, 1.5]}", "data.scale: expected 0 < low <= high <= 1, given [0.5, 1.5]"),

@@ -238,12 +238,30 @@ eval: 3
         ("base: 0", "run.yaml: base: expected the name of a YAML file, given 0"),
         ("base: mask.yaml", "mask.yaml: mask.sets.0.aspect_ratio: expected 0 < low <= high, given [2, 1]"),
         ("base: bose.yaml", "bose.yaml: no such settings file, nearest: base.yaml"),
-        ("base: run.yaml", "run.yaml: base: a base file cannot name a base of its own"),
+        ("base: run.yaml", "run.yaml: base: expected bases that come to an end, given run.yaml -> run.yaml"),
+        (
+            "base: loop.yaml",
+            "run.yaml: base: expected bases that come to an end, given run.yaml -> loop.yaml -> run.yaml",
+        ),
         ("base: base.yaml\noptim: {lr: 1.0}", "base.yaml: unknown key model.nam, nearest valid key: model.name"),
         ("base: base.yaml\nmodel: {nam: 3}", "run.yaml: unknown key model.nam, nearest valid key: model.name"),
     ],
 )
 def test_a_mistake_around_a_base_names_the_right_file(refuse_settings, tmp_path, own, sentence):
     (tmp_path / "base.yaml").write_text("model: {nam: vit_tiny}")
+    (tmp_path / "loop.yaml").write_text("base: run.yaml")
     (tmp_path / "mask.yaml").write_text("mask: {sets: [{aspect_ratio: [2, 1]}]}")
     assert refuse_settings(own) == [sentence]
+
+
+def test_a_base_may_have_a_base_of_its_own(read_settings, refuse_settings, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "first.yaml").write_text("model: {name: vit_tiny, predictor_depth: 3}\noptim: {lr: 0.5}")
+    (tmp_path / "more" / "second.yaml").write_text("base: first.yaml\nmodel: {predictor_depth: 4}\ndata: {flip: true}")
+    settings = read_settings("base: more/second.yaml\ndata: {frames: 8}")
+    assert (settings.model.name, settings.model.predictor_depth, settings.optim.lr) == ("vit_tiny", 4, 0.5)
+    assert (settings.data.flip, settings.data.frames) == (True, 8)
+    (tmp_path / "more" / "first.yaml").write_text("model: {nam: vit_tiny}")
+    assert refuse_settings("base: more/second.yaml") == [
+        "more/first.yaml: unknown key model.nam, nearest valid key: model.name"
+    ]

@@ -193,4 +193,4 @@ def test_settings_of_the_context_loss_that_would_do_nothing_are_refused(recipe, 
 def test_the_console_says_what_is_not_of_the_first_generation(run, capsys):
     run(*DENSE, "model.positions=rope", "model.predictor_heads=2", "runtime.stop_at=1")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model ")]
-    assert line.endswith("targets: mask_tokens, rotary positions, of several levels, context tokens too (weight 0.5)")
+    assert line.endswith("targets: mask_tokens, rotary positions, of 3 levels, context tokens too (weight 0.5)")

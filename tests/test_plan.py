@@ -237,3 +237,33 @@ def test_counting_the_tokens_of_large_groups_takes_a_moment_only():
     planned(small(global_batch=3072, group=3072))
     planned(small(global_batch=3072, truncation="none"))
     assert time.process_time() - began < 5
+
+
+def lines_of(**groups):
+    """What is printed of a small run with these settings of its groups, by the first word of each line."""
+    values = small().model_dump(by_alias=True)
+    for name, changes in groups.items():
+        values[name] |= changes
+    plan, jepa = planned(s := Settings.model_validate(values))
+    return {line.split()[0]: line for line in describe(s, plan, jepa)}
+
+
+def test_the_model_line_names_layers_levels_and_what_the_context_loss_comes_to():
+    model = {"mlp": "swiglu", "predictor_mlp": "swiglu_full", "drop_path": 0.1, "levels": "deep"}
+    line = lines_of(model=model, loss={"context": 0.5, "context_full": 1000})["model"]
+    assert ", mlp: swiglu, predictor_mlp: swiglu_full, drop path up to 0.1, of 3 levels, context tokens too" in line
+    assert "(weight 0.0495 at the last step, of 0.5)" in line
+    assert "(weight 0.5)" in lines_of(loss={"context": 0.5, "context_full": 99})["model"]
+    assert ", " not in lines_of()["model"].partition("mask_tokens")[2]
+
+
+def test_the_schedule_line_has_a_peak_only_where_the_run_comes_to_it():
+    falling = {"warmup_steps": 0, "decay": "linear", "lr": 1e-3, "final_lr": 1e-5}
+    assert "lr 0.00099 -> 1e-05 (" in lines_of(optim=falling)["schedule"]
+    assert "lr 0.001 -> 0.001 -> 1e-05 (" in lines_of(optim=falling | {"decay_steps": 50})["schedule"]
+    assert "lr 0.00019 -> 0.001 -> 1e-05 (" in lines_of(optim=falling | {"warmup_steps": 10})["schedule"]
+
+
+def test_clips_of_one_frame_have_no_stride():
+    path = {"a": {"frames": 4, "fps": 6}, "b": {"frames": 1}}
+    assert "4 frames at 6 frames/s or single frames of 32 px" in lines_of(data={"path": path})["clips"]

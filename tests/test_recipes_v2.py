@@ -202,7 +202,7 @@ def test_one_gpu_changes_the_published_batch_and_rates_alone(single, published):
     ]),
     ("vjepa2_vitg_384_cooldown", [
         "tokens     18432 a clip", "clips      64 frames of 384 px at 4 frames/s",
-        "12000 steps, 0 of warm-up; lr 0.000525 -> 0.000525 -> 0.000106 (linear from the first step; cut off before "
+        "12000 steps, 0 of warm-up; lr 0.000525 -> 0.000106 (linear from the first step; cut off before "
         "1e-06 by compat.ipe_scale 1.25)",
     ]),
 ])  # fmt: skip

@@ -1,5 +1,6 @@
 """Learning rate, weight decay and momentum at a step, against published and recorded values."""
 
+import itertools
 import json
 import math
 
@@ -51,6 +52,15 @@ def test_the_published_cool_down_is_a_line_that_is_cut_off(count, lr):
 def test_weight_decay_and_momentum_without_another_end_are_constant_to_the_bit():
     for step in (0, 1, 4567, 11_999):
         assert (COOL_DOWN.weight_decay_at(step), COOL_DOWN.momentum_at(step)) == (0.04, 0.99925)
+
+
+def test_a_rate_that_grows_to_its_end_does_not_jump_there():
+    for decay in ("cosine", "linear"):
+        plan = Schedule(100, 10, **{**RECIPE, "lr": 1e-3, "start_lr": 1e-4, "final_lr": 1e-2}, decay=decay)
+        rates = [plan.lr_at(step) for step in range(100)]
+        assert rates == sorted(rates)
+        assert max(after - before for before, after in itertools.pairwise(rates)) < 2e-4
+        assert rates[-1] == pytest.approx(1e-2)
 
 
 def test_a_constant_rate_stays_at_its_peak_after_the_warm_up():

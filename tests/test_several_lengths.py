@@ -115,11 +115,29 @@ def test_an_image_fills_one_tubelet():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("data.path={a: {fraems: 4}}", "a having an unknown key fraems, nearest valid key: frames, given"),
-        ("data.path={a: {frames: 4.5}}", "frames of a being a whole number (at least 1) or null, given"),
-        ("data.path={a: {weight: 0}}", "weight of a being a number (above 0), given"),
+        ("data.path={a: {fraems: 4}}", "data.path: unknown key fraems of a, nearest valid key: frames"),
+        (
+            "data.path={a: {frames: 4.5}}",
+            "data.path: expected a whole number (at least 1) or null as frames of a, given 4.5",
+        ),
+        ("data.path={a: {weight: 0}}", "data.path: expected a number (above 0) as weight of a, given 0"),
+        (
+            "data.path={a: -1}",
+            "data.path: expected a number (above 0) or a group of weight, frames, stride, duration, fps "
+            "as weight of a, given -1",
+        ),
+        (
+            "data.path=[a, b]",
+            "data.path: expected a mixture as a map from paths to weights, {A: 1, B: 1}, given the list",
+        ),
+        (
+            "data.path={a: {frames: 1, stride: 7}, b: 1}",
+            "data.path: expected no stride beside frames 1, for there is no next frame, given 7 for a",
+        ),
+        ("data.path={a: 1e308, b: 1e308}", "data.path: expected weights whose sum is a number"),
+        ("data.path={a: {frames: 3}}", "up to data.frames 16, the longest clip of the networks, given 3 for a\n"),
         ("data.path={a: {frames: 5}, b: 1}", "frames 1 or a multiple of data.tubelet 2 up to data.frames 16, the"),
-        ("data.path={a: {frames: 32}, b: 1}", "given 32 for a"),
+        ("data.path={a: {frames: 32}, b: 1}", "given 32 for a (or set data.frames=32)\n"),
         ("data.path={a: {fps: 4, stride: 2}}", "data.path: expected one of stride, duration and fps, which say the "),
         (
             "data.path={a: {frames: 8}}",
@@ -132,7 +150,9 @@ def test_a_wrong_data_set_is_refused_in_one_sentence(recipe, given, sentence, ca
     with pytest.raises(SystemExit) as left:
         from_command_line([str(recipe), "data.frames=16", given])
     assert left.value.code == 2
-    assert sentence in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def mix(parts: list[tuple[Videos, float]]) -> Videos:
         return mixed
     named = not any(label.lstrip("-").isdecimal() for task in labelled.tasks.values() for label in task.classes)
     same = [videos is labelled or (named and videos.tasks.keys() == labelled.tasks.keys()) for videos, _ in parts]
-    mixed = replace(mixed, description=f"{mixed.description} (labels of {sum(same)} of them)")
+    mixed = replace(mixed, description=f"{mixed.description} (labels of {sum(same)} of the {len(parts)} collections)")
     with_labels = [(videos, int(start)) for (videos, _), start, taken in zip(parts, starts, same) if taken]
     tasks = {name: _task(name, with_labels, len(mixed.paths)) for name in labelled.tasks}
     splits = {

@@ -79,7 +79,7 @@ def test_numbers_mean_something_else_in_each_list_and_those_of_the_first_count(f
     videos = open_collections({str(folders / "b"): 1, str(folders / "x.csv"): 1, str(folders / "y.csv"): 1}, 0)
     assert videos.tasks["label"].classes == ("0", "1")
     assert sorted(np.concatenate(list(videos.splits.values())).tolist()) == list(range(3, 9))
-    assert videos.description.endswith("(labels of 1 of them)")
+    assert videos.description.endswith("(labels of 1 of the 3 collections)")
 
 
 def test_collections_that_know_other_things_keep_their_labels_out(folders, tmp_path, monkeypatch):

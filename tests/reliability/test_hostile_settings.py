@@ -30,7 +30,7 @@ HOSTILE = {
     "aliases of maps": (MAPS + "data: {path: *a12}", "it stands for more than"),
     "merged maps": (MERGES + "optim: *m12", "it stands for more than"),
     "a list in itself": ("mask: {sets: &a [*a]}", "mask.sets.0: expected a group of settings, given [[...]]"),
-    "a map in itself": ("data: &a {path: *a}", "data.path: expected text"),
+    "a map in itself": ("data: &a {path: *a}", "data.path: unknown key path of path"),
     "a file in itself": ("&a {data: *a}", "unknown key data.data"),
     "brackets in brackets": ("a: " + "[" * DEEP + "]" * DEEP, "not valid YAML: a value cannot be read"),
     "maps in maps": ("a: " + "{a: " * DEEP, "not valid YAML: a value cannot be read"),

@@ -54,6 +54,9 @@ def hand_over(
     for name in ("encoder", "target_encoder"):
         if name in weights.networks:
             load_encoder(settings, weights.networks[name], f"{weights.path}: {name}")
+    doubled = ""
+    if format == "meta" and "predictor" in weights.networks:
+        weights, doubled = _with_both_encoders(weights)
     if everything is None:
         everything = len(weights.networks) == len(NETWORKS)
     everything = everything or format == "meta"
@@ -75,6 +78,14 @@ def hand_over(
     if settings.model.positions != "table" and "predictor" in weights.networks:  # one file holds both
         written = written | {"predictor": weights.networks["predictor"]}
     report = list(_report(weights, out, written, format))
+    if doubled:
+        report.insert(-1, f"note       {doubled}")
+    if format == "transformers" and settings.compat.mask_token_by_length and "predictor" in written:
+        report.insert(
+            -1,
+            "note       the run trained mask token 0 alone (compat.mask_token_by_length), and transformers' predictor "
+            "reads number 1: features are those of the run, predictions are not",
+        )
     if settings.model.positions != "table" and weights.heads is None:
         model = settings.model
         known = heads_of_settings({"model.name": model.name, "model.predictor_heads": model.predictor_heads})
@@ -125,6 +136,18 @@ def _licensed(weights: Weights, licence: str | None) -> Weights:
     if not name or not all(c.isalnum() or c in ".-_+" for c in name):
         raise WeightsRefused(f"--licence: expected a name as model cards use it, such as apache-2.0, given {licence!r}")
     return weights if weights.licence_id else replace(weights, licence=f"{name}, named at export", licence_id=name)
+
+
+def _with_both_encoders(weights: Weights) -> tuple[Weights, str]:
+    """With one encoder twice where the other is missing, as runs begin with such weights; and a line that says so."""
+    both = ("encoder", "target_encoder")
+    found = [name for name in both if name in weights.networks]
+    if len(found) != 1:
+        return weights, ""
+    (other,) = set(both) - set(found)
+    networks = {**weights.networks, other: weights.networks[found[0]]}
+    words = f"one encoder in what was read: it is written as the {other.replace('_', ' ')}, too"
+    return replace(weights, networks=networks), words
 
 
 def _converted(weights: Weights, dtype: torch.dtype) -> Weights:

@@ -231,8 +231,9 @@ def test_the_optimizer_of_weights_that_have_none_is_refused(run, cool_down, load
     torch.save({**networks, "opt": None, "scaler": None, "epoch": 3}, file)
     assert cool_down("second", file, "model.positions=table") == (Exit.WRONG_INPUT, None)
     assert capsys.readouterr().err == (
-        f"init.from: {file} has no optimizer state that a run can go on with: expected a run of fastjepa or a "
-        "checkpoint of one, or init.optimizer=false, given a first-generation V-JEPA checkpoint, of epoch 3\n"
+        f"init.from: {file} has no optimizer state that a run can go on with: expected a run folder of fastjepa "
+        "or a checkpoint in one, or init.optimizer=false, given weights alone (a first-generation V-JEPA checkpoint, "
+        "of epoch 3)\n"
     )
 
 

@@ -172,7 +172,7 @@ def test_a_folder_of_one_encoder_opens_and_no_run_begins_from_it(folder, tmp_pat
     with pytest.raises(WeightsRefused, match="holds the encoder only, and the target encoder was asked for"):
         open_encoder(tmp_path / "one", "target_encoder")
     assert run(f"init.from={tmp_path / 'one'}") == (Exit.WRONG_INPUT, None)
-    assert "has no predictor and no target encoder: a run begins with all three" in capsys.readouterr().err
+    assert "has no predictor: a run begins with an encoder and a predictor at least" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "one"), str(tmp_path / "no"), "--all"]) == Exit.WRONG_INPUT
     assert "holds one encoder only" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

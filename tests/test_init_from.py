@@ -309,8 +309,8 @@ def test_a_source_with_missing_networks_is_refused(recipe, first, tmp_path, sour
 def test_the_command_of_the_readme_is_valid():
     readme = (ROOT / "README.md").read_text()
     section = re.search(r"\n## Weights\n(.*?)\n## ", readme, re.DOTALL)[1]
-    (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    commands = [shlex.split(line.split("#")[0]) for line in block.splitlines()]
-    (command,) = [command for command in commands if command[:3] == ["python", "-m", "fastjepa.train"]]
-    assert configfile.load(ROOT / command[3], command[4:]).init.from_
+    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    lines = [shlex.split(line.split("#")[0]) for block in blocks for line in block.splitlines()]
+    commands = [line for line in lines if line[:3] == ["python", "-m", "fastjepa.train"]]
+    assert [configfile.load(ROOT / command[3], command[4:]).init.from_ for command in commands] == ["vitl16", "vitl.pt"]
     assert "CC BY-NC 4.0" in section

@@ -1,6 +1,7 @@
 """Folders of transformers' V-JEPA 2: read, trained on, and written so that its own classes load them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from fastjepa.__main__ import main
 from fastjepa.build import build_jepa
-from fastjepa.config import Settings, flat
+from fastjepa.config import Compat, Settings, flat
 from fastjepa.exits import Exit
 from fastjepa.features import embed
 from fastjepa.fit import NETWORKS, state_of
 from fastjepa.handover import hand_over
 from fastjepa.interop import Weights, WeightsRefused, load_classifier, load_weights, read_weights
+from fastjepa.interop.meta import write_meta_checkpoint
 from fastjepa.interop.writing import write_folder
 from fastjepa.opened import open_encoder, settings_of
 
@@ -150,6 +152,30 @@ def test_by_way_of_the_public_layout_nothing_changes(tmp_path):
     for name in ("model.safetensors", "pretraining.safetensors"):
         assert_equal(load_file(tmp_path / "around" / name), load_file(tmp_path / "straight" / name))
     assert settings_of(read_weights(tmp_path / "around")) == settings
+
+
+def test_the_one_encoder_of_a_folder_is_written_as_both_in_the_public_layout(tmp_path):
+    saved(tmp_path / "theirs")
+    report = hand_over(tmp_path / "theirs", tmp_path / "public.pt", "meta")
+    assert "note       one encoder in what was read: it is written as the encoder, too" in report
+    read, theirs = (read_weights(tmp_path / name).networks for name in ("public.pt", "theirs"))
+    assert_equal(read["encoder"], theirs["target_encoder"])
+    assert_equal(read["target_encoder"], theirs["target_encoder"])
+    assert_equal(read["predictor"], theirs["predictor"])
+    whole = hand_over(tmp_path / "public.pt", tmp_path / "again.pt", "meta")
+    assert not [line for line in whole if "one encoder" in line]
+
+
+def test_that_transformers_reads_another_mask_token_than_was_trained_is_said(tmp_path):
+    for by_length in (False, True):
+        settings, weights = own(tmp_path)
+        settings = settings.model_copy(update={"compat": Compat(mask_token_by_length=by_length)})
+        file = tmp_path / f"{by_length}.pt"
+        write_meta_checkpoint(replace(weights, settings=flat(settings)), settings, file)
+        said = [line for line in hand_over(file, tmp_path / str(by_length)) if "mask token" in line]
+        assert [line.partition(" (")[0] for line in said] == (
+            ["note       the run trained mask token 0 alone"] if by_length else []
+        )
 
 
 def test_values_are_converted_where_that_is_asked_for(tmp_path):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.fit import (
-    NETWORKS,
     TABLES,
     Clip,
     Networks,
@@ -85,11 +84,12 @@ def _completed(jepa: JEPA, weights: Weights) -> tuple[Networks, list[str]]:
     if other not in networks and "predictor" in networks:
         networks[other] = networks[one]
         said.append(f"one encoder in the file: encoder and target encoder both begin with its {one.replace('_', ' ')}")
-    missing = [name.replace("_", " ") for name in NETWORKS if name not in networks]
+    missing = [] if one in networks else ["encoder"]
+    missing += [] if "predictor" in networks else ["predictor"]
     if missing:
         raise WeightsRefused(
-            f"{weights.path} has no {' and no '.join(missing)}: a run begins with all three networks "
-            "(`export --all` and `import` write them)"
+            f"{weights.path} has no {' and no '.join(missing)}: a run begins with an encoder and a predictor at least "
+            "(`export --all` and `import` write both)"
         )
     given, own = mask_tokens(networks["predictor"]), jepa.predictor.mask_tokens
     if architecture(networks).rotary and given and isinstance(own, nn.ParameterList):

@@ -12,9 +12,10 @@ from torch import Tensor
 from fastjepa.config import Settings
 from fastjepa.fit import NETWORKS
 from fastjepa.interop.commit import committed
+from fastjepa.interop.files import CONFIG
 from fastjepa.interop.generation import is_second, licence, refuse_relatives, without_tables
 from fastjepa.interop.passport import Passport
-from fastjepa.interop.weights import UNREADABLE, Weights, WeightsRefused, one_line
+from fastjepa.interop.weights import UNREADABLE, Weights, WeightsRefused, nearest, one_line
 
 PREFIX = "module.backbone."
 # An entry that the public code passes over: what this library knows of weights that it wrote, as JSON.
@@ -187,7 +188,10 @@ def _networks(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, dict[st
 
 def _incomplete(path: Path, content: Mapping[str, Any], held: list[str]) -> WeightsRefused:
     missing = [name for name in NETWORKS if name not in held]
-    kind = "classifiers, not a pretrained encoder" if any("classifier" in str(k) for k in content) else "other things"
+    names = [str(key)[:60] for key in content]
+    kind = f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}" if names else "nothing"
+    if any("classifier" in name for name in names):
+        kind = "classifiers, not a pretrained encoder"
     return WeightsRefused(
         f"{path} is no V-JEPA pretraining checkpoint: it has no {', '.join(missing)}; it holds {kind}"
     )
@@ -196,8 +200,10 @@ def _incomplete(path: Path, content: Mapping[str, Any], held: list[str]) -> Weig
 def _torch_file(path: Path, *, mmap: bool = False) -> Mapping[str, Any]:
     """The dict in a file of torch.save, by the weights-only reader."""
     if not path.is_file():
-        what = "a folder, no file of weights" if path.is_dir() else "no such file or folder"
+        what = "a folder, no file of weights" if path.is_dir() else f"no such file or folder{nearest(path)}"
         raise WeightsRefused(f"{path}: {what}")
+    if (path.parent / CONFIG).is_file() and path.suffix in (".safetensors", ".json"):
+        raise WeightsRefused(f"{path} lies in a folder of transformers: expected the folder, {path.parent}")
     try:
         # torch.save writes a zip archive without compression: anything else never reaches an unpickler, and one that
         # would unpack to more than its own size is no checkpoint.

@@ -21,6 +21,7 @@ from fastjepa.interop.weights import (
     Weights,
     WeightsRefused,
     heads_of_settings,
+    nearest,
     one_line,
 )
 
@@ -39,8 +40,8 @@ def with_optimizer(weights: Weights) -> OwnCheckpoint:
     """The same weights for a run that takes the state of the optimizer too. Errors: WeightsRefused."""
     if not isinstance(weights, OwnCheckpoint):
         raise WeightsRefused(
-            f"{weights.path} has no optimizer state that a run can go on with: expected a run of fastjepa or a "
-            f"checkpoint of one, or init.optimizer=false, given {weights.description}"
+            f"{weights.path} has no optimizer state that a run can go on with: expected a run folder of fastjepa or "
+            f"a checkpoint in one, or init.optimizer=false, given weights alone ({weights.description})"
         )
     return replace(weights, ignored=[text for text in weights.ignored if text != ANEW])
 
@@ -122,13 +123,14 @@ def _intact(path: Path) -> checkpoint.Found:
     else:
         root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         if not root.is_dir():
+            near = nearest(path)
             raise WeightsRefused(
-                f"{path} is {'a file' if root.is_file() else 'no such folder'}, and no run of fastjepa"
+                f"{path} is {'a file' if root.is_file() else 'no such folder'}, and no run of fastjepa{near}"
             )
         folders = [p for p in root.iterdir() if re.fullmatch(r"step-[0-9]+", p.name)]
         folders.sort(key=lambda p: int(p.name[5:]), reverse=True)
     if not folders:
-        raise WeightsRefused(f"{path} is no run folder and no checkpoint of fastjepa")
+        raise WeightsRefused(f"{path} is no run folder and no checkpoint of fastjepa{_instead(path)}")
     reasons = []
     for folder in folders:
         try:
@@ -136,3 +138,13 @@ def _intact(path: Path) -> checkpoint.Found:
         except checkpoint.CheckpointError as error:
             reasons.append(f"{folder.name}: {one_line(error)}")
     raise WeightsRefused(f"no checkpoint in {path} is intact: {'; '.join(reasons[:2])}")
+
+
+def _instead(folder: Path) -> str:
+    """What a folder that is none of ours holds."""
+    if any(folder.glob("*.safetensors")):
+        return f": it has weights (*.safetensors) and no {CONFIG}, which says of what network they are"
+    runs = sorted(folder.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    if runs:
+        return f": it holds runs, the newest is {runs[0].parent}"
+    return "" if any(folder.iterdir()) else ": it is empty"

@@ -1,5 +1,6 @@
 """What weights are, wherever they come from, and why they may be refused."""
 
+import difflib
 import pickle
 import re
 import struct
@@ -84,6 +85,13 @@ def heads_of_settings(settings: dict[str, Any]) -> tuple[int, int] | None:
     if size is None or "model.predictor_heads" not in settings:
         return None
     return size["num_heads"], settings["model.predictor_heads"] or size["num_heads"]
+
+
+def nearest(path: Path) -> str:
+    """The name beside a missing path that is most like its own, for the end of a sentence; empty where none is."""
+    siblings = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f", nearest: {path.parent / near[0]}" if near else ""
 
 
 def one_line(error: BaseException) -> str:

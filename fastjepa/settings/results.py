@@ -54,7 +54,7 @@ class Model(Section):
     positions: Literal["table", "rope_v2", "rope"] = setting(
         "table",
         "where tokens lie: a table of sines that is added to them, or rotary attention, with the angles as in the "
-        "released V-JEPA 2 (rope_v2; in float32, where that rounds frequencies to bfloat16) or in the usual order (rope)",
+        "released V-JEPA 2 (rope_v2; in float32, where it rounds frequencies to bfloat16) or in the usual order (rope)",
     )
     mlp: FeedForward = setting(
         "gelu", "feed-forward layer of the encoder; swiglu is gated, of two thirds of the width, swiglu_full of all"

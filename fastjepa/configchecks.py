@@ -9,10 +9,14 @@ from fastjepa.config import Data, DataSet, Mask, MaskSet, Settings
 Mistake = tuple[tuple[str, ...], str]
 
 
-def cross_checks(s: Settings) -> Iterator[Mistake]:
-    """Every contradiction between settings that are valid one by one."""
+def cross_checks(s: Settings, *, stored: bool = False) -> Iterator[Mistake]:
+    """Every contradiction between settings that are valid one by one.
+
+    Those that are `stored` with a run may hold what nothing reads: it does no harm, and an earlier version took it.
+    """
     yield from _networks(s)
-    yield from _unread(s)
+    if not stored:
+        yield from _unread(s)
     yield from _clips(s)
     yield from _masks(s)
     yield from _lengths(s)
@@ -38,6 +42,9 @@ HEADS = {
     "vit_large": 16, "vit_huge": 16, "vit_giant": 16, "vit_gigantic": 16,
     "vit_giant_xformers": 22, "vit_gigantic_xformers": 26,
 }  # fmt: skip
+
+# How far the frames of a clip lie apart, in one of three ways.
+PACES = ("stride", "duration", "fps")
 
 # Channels of the narrowest head that rotary positions can turn: a pair for each of three axes.
 NARROWEST_ROTARY = 6
@@ -78,6 +85,7 @@ def _unread(s: Settings) -> Iterator[Mistake]:
         unread.append(("optim.decay", "optim.final_lr"))
     if s.data.sampling == "replacement":
         unread.append(("data.sampling", "data.shuffle_window"))
+    yield from _paces_of_single_frames(s.data)
     default = Settings()
     for reader, key in unread:
         (expected, given), kind = (_value(one, key) for one in (default, s)), _value(s, reader)
@@ -238,6 +246,19 @@ def _clips(s: Settings) -> Iterator[Mistake]:
         )
 
 
+def _paces_of_single_frames(d: Data) -> Iterator[Mistake]:
+    for path, one in d.path.items() if isinstance(d.path, dict) else ():
+        if not isinstance(one, DataSet) or one.frames != 1:
+            continue
+        key = next((key for key in PACES if getattr(one, key) is not None), None)
+        if key is not None:
+            yield (
+                ("data.path",),
+                f"data.path: expected no {key} beside frames 1, for there is no next frame, given "
+                f"{getattr(one, key):g} for {path}",
+            )
+
+
 def _data_sets(d: Data) -> Iterator[Mistake]:
     """The clips that data sets have of their own, and their weights together."""
     if not isfinite(sum(one.weight for one in d.sets)):
@@ -246,21 +267,16 @@ def _data_sets(d: Data) -> Iterator[Mistake]:
         if not isinstance(one, DataSet):
             continue
         if one.frames is not None and one.frames != 1 and (one.frames % d.tubelet or one.frames > d.frames):
-            longer = one.frames > d.frames and one.frames % d.tubelet == 0
-            way_out = f" (or set data.frames={one.frames})" if longer else ""
+            longest = max(other.frames or 0 for other in d.sets)
+            longer = one.frames > d.frames and longest % d.tubelet == 0
+            way_out = f" (or set data.frames={longest})" if longer else ""
             yield (
                 ("data.path", "data.frames", "data.tubelet"),
                 f"data.path: expected frames 1 or a multiple of data.tubelet {d.tubelet} up to data.frames {d.frames}, "
                 f"the longest clip of the networks, given {one.frames} for {path}{way_out}",
             )
-        named = [key for key in ("stride", "duration", "fps") if getattr(one, key) is not None]
-        if one.frames == 1 and named:
-            yield (
-                ("data.path",),
-                f"data.path: expected no {named[0]} beside frames 1, for there is no next frame, given "
-                f"{getattr(one, named[0]):g} for {path}",
-            )
-        elif len(named) > 1:
+        named = [key for key in PACES if getattr(one, key) is not None]
+        if len(named) > 1 and one.frames != 1:
             yield (
                 ("data.path",),
                 f"data.path: expected one of stride, duration and fps, which say the same, given {' and '.join(named)} "

@@ -42,8 +42,8 @@ class SettingsError(ValueError):
         self.mistakes = mistakes
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Settings:
-    """Settings from a YAML file and `key=value` overrides.
+def load(path: str | Path, overrides: list[str] | None = None, *, stored: bool = False) -> Settings:
+    """Settings from a YAML file and `key=value` overrides; `stored` is the file of a run that has begun.
 
     Errors: SettingsError with every mistake, each naming its place, what was expected, what was given and the nearest
     valid name.
@@ -54,7 +54,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Settings:
     for text in overrides or []:
         mistake = _override(values, places, text)
         mistakes += [mistake] if mistake else []
-    settings, found = _validate(values, places, str(path))
+    settings, found = _validate(values, places, str(path), stored)
     mistakes += found
     if mistakes or settings is None:
         raise SettingsError(mistakes)
@@ -83,7 +83,7 @@ def restore(stored: Mapping[str, Any], source: str) -> Settings:
             values.setdefault(section, {})[name] = value
         else:
             values[key] = value
-    settings, mistakes = _validate(values, {}, source)
+    settings, mistakes = _validate(values, {}, source, stored=True)
     if settings is None or mistakes:
         raise SettingsError(mistakes)
     return settings
@@ -310,7 +310,9 @@ def _override_mask_set(branch: dict[str, Any], number: int, rest: list[str], val
     return None
 
 
-def _validate(values: dict[str, Any], places: dict[str, str], file: str) -> tuple[Settings | None, list[str]]:
+def _validate(
+    values: dict[str, Any], places: dict[str, str], file: str, stored: bool
+) -> tuple[Settings | None, list[str]]:
     mistakes: list[str] = []
     broken: set[str] = set()
     valid: dict[str, Any] = {}
@@ -335,7 +337,7 @@ def _validate(values: dict[str, Any], places: dict[str, str], file: str) -> tupl
         else:
             mistakes.append(f"{where}: unknown key {head}{_nearest(str(head), [*SECTIONS, *keys])}")
     settings = Settings(**valid)
-    for involved, sentence in cross_checks(settings):
+    for involved, sentence in cross_checks(settings, stored=stored):
         # A key that is wrong by itself was replaced by its default for this pass: say nothing about its combinations.
         if not broken.intersection(involved):
             key = next((key for key in involved if key in places), involved[0])
@@ -378,8 +380,10 @@ def _in_mixture(path: Any) -> str:
     if isinstance(path, list):
         return f"expected a mixture as a map from paths to weights, {{A: 1, B: 1}}, given the list {_given(path)}"
     for name, one in path.items() if isinstance(path, dict) else ():
-        if not isinstance(name, str) or not name:
-            return f"expected a path that is not empty before each weight, given {_given(name)}"
+        if not isinstance(name, str):
+            return f"expected a path before each weight, in quotes where it looks like a number, given {_given(name)}"
+        if not name:
+            return "expected a path that is not empty before each weight, given ''"
         try:
             DataSet.model_validate(one if isinstance(one, dict) else {"weight": one})
         except ValidationError as error:

@@ -13,6 +13,7 @@ from fastjepa.fit import NETWORKS, Networks, loaded_lines
 from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
 from fastjepa.interop.card import Probed
 from fastjepa.interop.commit import refuse_taken
+from fastjepa.interop.generation import mask_tokens
 from fastjepa.interop.weights import heads_of_settings
 from fastjepa.opened import load_encoder, settings_of
 
@@ -80,7 +81,8 @@ def hand_over(
     report = list(_report(weights, out, written, format))
     if doubled:
         report.insert(-1, f"note       {doubled}")
-    if format == "transformers" and settings.compat.mask_token_by_length and "predictor" in written:
+    several = len(mask_tokens(written.get("predictor", {}))) > 1
+    if format == "transformers" and settings.compat.mask_token_by_length and several:
         report.insert(
             -1,
             "note       the run trained mask token 0 alone (compat.mask_token_by_length), and transformers' predictor "

@@ -206,8 +206,9 @@ def _rule(s: Settings) -> str:
 def _clips(s: Settings) -> str:
     d = s.data
     cuts = dict.fromkeys("single frames" if one.frames == 1 else f"{one.frames} frames {_pace(one)}" for one in d.sets)
-    parts = [f"{' or '.join(cuts)} of {d.crop} px"] if len(cuts) > 1 else []
-    parts = parts or [f"{d.frames} frames of {d.crop} px {_pace(d.sets[0])}"]
+    parts = [f"{' or '.join(cuts)} of {d.crop} px"]
+    if len(cuts) == 1 and d.sets[0].frames != 1:
+        parts = [f"{d.frames} frames of {d.crop} px {_pace(d.sets[0])}"]
     if d.clips_per_video > 1:
         parts.append(f"{d.clips_per_video} of each video with the same masks ({s.videos_per_step} videos a step)")
     if d.filter_short:

@@ -167,7 +167,7 @@ def _siblings(root: Path, name: str, own: Path, settings: Settings, data: str) -
 
 def _stored(folder: Path) -> dict[str, Any]:
     try:
-        return config.flat(configfile.load(folder / "config.yaml"))
+        return config.flat(configfile.load(folder / "config.yaml", stored=True))
     except configfile.SettingsError as error:
         raise RunRefused(f"{folder / 'config.yaml'} cannot be read: {error.mistakes[0]}") from None
 

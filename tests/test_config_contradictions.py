@@ -2,7 +2,8 @@
 
 import pytest
 
-from fastjepa.config import Compat, Mask, Model, Settings
+from fastjepa import configfile
+from fastjepa.config import Compat, Mask, Model, Settings, flat
 from fastjepa.configchecks import NARROWEST_ROTARY, cross_checks
 from fastjepa.models.rotary import axis_channels
 
@@ -107,6 +108,20 @@ from fastjepa.models.rotary import axis_channels
 def test_a_contradiction_between_settings_is_refused(refuse_settings, text, sentence):
     (mistake,) = refuse_settings(text)
     assert mistake.startswith(f"run.yaml: {sentence}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optim: {clip_grad: null}\ncompat: {clip_per_network: true}",
+        "optim: {decay: constant, final_lr: 1e-3}",
+        "data: {path: {a: {frames: 1, stride: 4}, b: 1}}",
+    ],
+)
+def test_what_nothing_reads_is_taken_of_a_run_that_has_begun(refuse_settings, tmp_path, text):
+    refuse_settings(text)
+    settings = configfile.load(tmp_path / "run.yaml", stored=True)
+    assert configfile.restore(flat(settings), "a checkpoint") == settings
 
 
 def test_what_is_no_contradiction_is_accepted(read_settings):

@@ -283,7 +283,7 @@ def test_a_source_without_an_intact_checkpoint_is_refused(first, tmp_path):
     for path, words in (
         (first, "no checkpoint in .* is intact: step-0000006: .* bytes instead of"),
         (first / "checkpoints" / "step-0000003", "is intact"),
-        (tmp_path, "is no run folder and no checkpoint of fastjepa"),
+        (tmp_path, "has no checkpoint of fastjepa"),
     ):
         with pytest.raises(WeightsRefused, match=rf"^[^\n]*{words}[^\n]*$"):
             read_weights(path)

@@ -21,13 +21,23 @@ def test_a_folder_of_weights_without_a_config(tmp_path):
 def test_a_folder_of_runs_names_the_newest(run):
     _, first = run("optim.steps=1", "optim.warmup_steps=0")
     _, second = run("optim.steps=1", "optim.warmup_steps=0", "optim.lr=0.5")
-    assert refusal(first.parent).endswith(f"and no checkpoint of fastjepa: it holds runs, the newest is {second}")
+    assert refusal(first.parent).endswith(f"has no checkpoint of fastjepa: it holds runs, the newest is {second}")
+
+
+def test_a_run_without_a_checkpoint_and_a_checkpoint_without_its_manifest(run):
+    _, first = run("optim.steps=1", "optim.warmup_steps=0")
+    (step,) = (first / "checkpoints").glob("step-*")
+    (step / "manifest.json").unlink()
+    assert refusal(step).endswith(": it is a checkpoint without its manifest.json, and not whole")
+    step.rename(first.parent.parent / "away")
+    assert refusal(first).endswith("has no checkpoint of fastjepa: it is a run without a checkpoint so far")
+    assert refusal(first.parent).endswith("has no checkpoint of fastjepa")
 
 
 def test_an_empty_folder_and_one_of_other_things(tmp_path):
-    assert refusal(tmp_path).endswith("no checkpoint of fastjepa: it is empty")
+    assert refusal(tmp_path).endswith("has no checkpoint of fastjepa: it is empty")
     (tmp_path / "notes.txt").touch()
-    assert refusal(tmp_path).endswith("is no run folder and no checkpoint of fastjepa")
+    assert refusal(tmp_path).endswith("has no checkpoint of fastjepa")
 
 
 def test_a_name_that_is_almost_right(tmp_path):

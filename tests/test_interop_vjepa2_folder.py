@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from fastjepa.__main__ import main
 from fastjepa.build import build_jepa
-from fastjepa.config import Compat, Settings, flat
+from fastjepa.config import Compat, Mask, Settings, flat
 from fastjepa.exits import Exit
 from fastjepa.features import embed
 from fastjepa.fit import NETWORKS, state_of
@@ -176,6 +176,12 @@ def test_that_transformers_reads_another_mask_token_than_was_trained_is_said(tmp
         assert [line.partition(" (")[0] for line in said] == (
             ["note       the run trained mask token 0 alone"] if by_length else []
         )
+    networks = weights.networks | {
+        "predictor": {k: t for k, t in weights.networks["predictor"].items() if k != "mask_tokens.1"}
+    }
+    one = settings.model_copy(update={"mask": Mask(sets=SETTINGS.mask.sets[:1])})
+    write_meta_checkpoint(replace(weights, settings=flat(one), networks=networks), one, tmp_path / "one.pt")
+    assert not [line for line in hand_over(tmp_path / "one.pt", tmp_path / "one") if "mask token" in line]
 
 
 def test_values_are_converted_where_that_is_asked_for(tmp_path):

@@ -266,4 +266,5 @@ def test_the_schedule_line_has_a_peak_only_where_the_run_comes_to_it():
 
 def test_clips_of_one_frame_have_no_stride():
     path = {"a": {"frames": 4, "fps": 6}, "b": {"frames": 1}}
+    assert "single frames of 32 px" in lines_of(data={"path": {"a": {"frames": 1}}, "frames": 2, "tubelet": 2})["clips"]
     assert "4 frames at 6 frames/s or single frames of 32 px" in lines_of(data={"path": path})["clips"]

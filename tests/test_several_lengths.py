@@ -135,6 +135,11 @@ def test_an_image_fills_one_tubelet():
             "data.path: expected no stride beside frames 1, for there is no next frame, given 7 for a",
         ),
         ("data.path={a: 1e308, b: 1e308}", "data.path: expected weights whose sum is a number"),
+        (
+            "data.path={2024: 1}",
+            "expected a path before each weight, in quotes where it looks like a number, given 2024",
+        ),
+        ("data.path={'': 1}", "data.path: expected a path that is not empty before each weight, given ''"),
         ("data.path={a: {frames: 3}}", "up to data.frames 16, the longest clip of the networks, given 3 for a\n"),
         ("data.path={a: {frames: 5}, b: 1}", "frames 1 or a multiple of data.tubelet 2 up to data.frames 16, the"),
         ("data.path={a: {frames: 32}, b: 1}", "given 32 for a (or set data.frames=32)\n"),

@@ -130,7 +130,7 @@ def _intact(path: Path) -> checkpoint.Found:
         folders = [p for p in root.iterdir() if re.fullmatch(r"step-[0-9]+", p.name)]
         folders.sort(key=lambda p: int(p.name[5:]), reverse=True)
     if not folders:
-        raise WeightsRefused(f"{path} is no run folder and no checkpoint of fastjepa{_instead(path)}")
+        raise WeightsRefused(f"{path} has no checkpoint of fastjepa{_instead(path)}")
     reasons = []
     for folder in folders:
         try:
@@ -141,10 +141,14 @@ def _intact(path: Path) -> checkpoint.Found:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder that is none of ours holds."""
+    """What a folder without a checkpoint of ours holds."""
+    if re.fullmatch(r"step-[0-9]+", folder.name):
+        return ": it is a checkpoint without its manifest.json, and not whole"
+    if (folder / "config.yaml").is_file():
+        return ": it is a run without a checkpoint so far"
     if any(folder.glob("*.safetensors")):
         return f": it has weights (*.safetensors) and no {CONFIG}, which says of what network they are"
-    runs = sorted(folder.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    runs = {step.parents[1] for step in folder.glob("*/checkpoints/step-*")}
     if runs:
-        return f": it holds runs, the newest is {runs[0].parent}"
+        return f": it holds runs, the newest is {max(runs, key=lambda run: run.stat().st_mtime)}"
     return "" if any(folder.iterdir()) else ": it is empty"

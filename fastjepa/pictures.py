@@ -92,9 +92,8 @@ def draw(
         drawn.notes.append(f"no pictures of features: {error}")
     run = path if whole else None if opened is None else opened.run
     if run is not None:
-        settings = configfile.load(
-            run / "config.yaml", stored=True
-        )  # where the videos are now; a checkpoint knows where they were
+        # Where the videos are now: a checkpoint knows where they were.
+        settings = configfile.load(run / "config.yaml", stored=True)
     else:
         assert opened is not None, "without a run the weights were opened or refused"
         settings = opened.settings

@@ -379,6 +379,8 @@ def _in_mixture(path: Any) -> str:
     """What is wrong inside of the mixture that `data.path` should be; empty for what is none."""
     if isinstance(path, list):
         return f"expected a mixture as a map from paths to weights, {{A: 1, B: 1}}, given the list {_given(path)}"
+    if path == {}:
+        return "expected a mixture with at least one path and its weight, {A: 1, B: 1}, given {}"
     for name, one in path.items() if isinstance(path, dict) else ():
         if not isinstance(name, str):
             return f"expected a path before each weight, in quotes where it looks like a number, given {_given(name)}"

@@ -131,6 +131,19 @@ def test_an_image_fills_one_tubelet():
             "data.path: expected a mixture as a map from paths to weights, {A: 1, B: 1}, given the list",
         ),
         (
+            "data.path={}",
+            "data.path: expected a mixture with at least one path and its weight, {A: 1, B: 1}, given {}\n",
+        ),
+        (
+            "data.path={a: }",
+            "data.path: expected a number (above 0) or a group of weight, frames, stride, duration, fps "
+            "as weight of a, given null\n",
+        ),
+        (
+            "data.path={a: {fps: 0}}",
+            "data.path: expected a number (above 0) or null as fps of a, given 0\n",
+        ),
+        (
             "data.path={a: {frames: 1, stride: 7}, b: 1}",
             "data.path: expected no stride beside frames 1, for there is no next frame, given 7 for a",
         ),

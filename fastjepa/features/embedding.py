@@ -175,9 +175,9 @@ def prepare(
     if pool not in POOLS:
         raise ValueError(f"pool: expected {', '.join(POOLS)}, given {pool!r}")
     if stride is not None and fps is not None:
-        raise ValueError("stride: expected without fps, which takes its place")
+        raise ValueError(f"stride: expected without fps, which takes its place, given {stride}")
     if central and every is not None:
-        raise ValueError("every: expected without central, which is one clip of a video")
+        raise ValueError(f"every: expected without central, which is one clip of a video, given {every}")
     hop = None if every is None else Hop.of(every)
     # Videos before weights: a mistyped path is then told at once.
     videos = _listed(path) if isinstance(path, list | tuple) else _found(str(path))

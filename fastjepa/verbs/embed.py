@@ -113,7 +113,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=0.01,
         help="share of unreadable files that ends it with exit code 3 (10 are always tolerated; 0.01)",
     )
-    return parser.read(arguments)
+    given = parser.read(arguments)
+    if given.stride is not None and given.fps is not None:
+        raise ValueError(f"--stride: expected without --fps, which takes its place, given {given.stride}")
+    if given.center and given.every is not None:
+        raise ValueError(f"--every: expected without --center, which is one window of a video, given {given.every}")
+    return given
 
 
 def _hop(text: str) -> str:

@@ -192,8 +192,14 @@ def test_an_interrupt_leaves_no_file(weights, videos, tmp_path, monkeypatch, nam
     [
         (["--out", "f.txt"], "ends in .safetensors or .parquet, given 'f.txt'"),
         (["--out", "f.safetensors", "--every", "often"], "expected a number of source frames"),
-        (["--out", "f.safetensors", "--center", "--every", "4"], "expected without central"),
-        (["--out", "f.safetensors", "--stride", "2", "--fps", "3"], "expected without fps"),
+        (
+            ["--out", "f.safetensors", "--center", "--every", "4"],
+            "--every: expected without --center, which is one window of a video, given 4\n",
+        ),
+        (
+            ["--out", "f.safetensors", "--stride", "2", "--fps", "3"],
+            "--stride: expected without --fps, which takes its place, given 2\n",
+        ),
         (["--out", "f.safetensors", "--stride", "0"], "expected a whole number (at least 1), given '0'"),
         (["--out", "f.safetensors", "--max-bad", "2"], "expected a share from 0 to 1, given '2'"),
         (["--out", "f.safetensors", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N, given 'tpu'"),

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-from fastjepa.exits import Exit
+from fastjepa.exits import Exit, ended, reader_left
 
 # The module of each verb has `main(arguments)`; it is imported when the verb is called.
 VERBS = {
@@ -92,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         _print(str(error), sys.stderr)
         return Exit.WRONG_INPUT
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            raise
         _print(f"{error.strerror}: {error.filename}" if error.filename else str(error), sys.stderr)
         return Exit.FAILED
     except KeyboardInterrupt:
@@ -104,4 +106,4 @@ def _print(text: str, stream: object = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

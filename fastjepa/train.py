@@ -3,7 +3,7 @@
 import sys
 
 from fastjepa.configfile import from_command_line
-from fastjepa.exits import Exit
+from fastjepa.exits import Exit, ended
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,4 +19,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

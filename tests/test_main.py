@@ -1,5 +1,8 @@
+import errno
 import importlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import torch
 
 from fastjepa import train
 from fastjepa.__main__ import VERBS, main
+from fastjepa.exits import Exit
 from fastjepa.verbs.parsing import Parser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -144,3 +148,32 @@ def test_the_384_recipe_has_the_published_batch_and_tokens(capsys):
     assert "4608 a clip" in out
     assert "group of 10" in out
     assert "2400 clips a step = 10 x 240" in out
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fastjepa"],
+        ["fastjepa", "plan", str(CONFIGS / "demo.yaml")],
+        ["fastjepa", "--help"],
+        ["fastjepa.train", "--help"],
+    ],
+)
+def test_a_reader_that_has_left_is_no_failure(arguments, unbuffered):
+    command = [sys.executable, "-m", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (Exit.READER_LEFT, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(monkeypatch, capsys):
+    def broken(arguments):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("fastjepa.verbs.plan.main", broken)
+    assert main(["plan"]) == Exit.FAILED
+    assert "Broken pipe" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastjepa.config import Settings
 from fastjepa.data.source import SYNTHETIC
 from fastjepa.fit import NETWORKS, Networks, loaded_lines
 from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
@@ -77,7 +78,7 @@ def hand_over(
     written = weights.networks if everything else {network: weights.networks[network]}
     if settings.model.positions != "table" and "predictor" in weights.networks:  # one file holds both
         written = written | {"predictor": weights.networks["predictor"]}
-    report = list(_report(weights, out, written, format))
+    report = list(_report(weights, settings, out, written, format))
     if doubled:
         report.insert(-1, f"note       {doubled}")
     if format == "transformers" and settings.compat.mask_token_by_length and "predictor" in written:
@@ -168,7 +169,7 @@ def _last_name(path: str) -> str:
     return f"{path} (drawn clips)" if path.startswith(SYNTHETIC) else Path(path).name
 
 
-def _report(weights: Weights, out: Path, written: Networks, format: Format) -> Iterator[str]:
+def _report(weights: Weights, settings: Settings, out: Path, written: Networks, format: Format) -> Iterator[str]:
     yield f"from       {weights.path}, {weights.description}"
     for number, line in enumerate(loaded_lines(written)):
         yield f"{'' if number else 'weights':<11}{line}"
@@ -179,14 +180,21 @@ def _report(weights: Weights, out: Path, written: Networks, format: Format) -> I
     yield f"licence    {weights.licence}" + ("" if weights.licence_id else _unnamed(weights))
     if format == "meta":
         yield (
-            "note       the public code evaluates this file (checkpoint_key: target_encoder); it cannot go on training "
-            "from it, for the state of its optimizer is not there"
+            f"note       the public code{_options(settings)} evaluates this file (checkpoint_key: target_encoder); it "
+            "cannot go on training from it, for the state of its optimizer is not there"
         )
     elif "predictor" not in written:
         yield "note       an encoder for features; a run begins from all three networks (--all)"
     elif len(written) < len(NETWORKS):
         yield "note       one encoder: both of a run that goes on from here begin with it"
     yield f"written    {out}"
+
+
+def _options(settings: Settings) -> str:
+    """What the public code must be told to build this encoder, beyond its size: it reads no settings from the file."""
+    if settings.model.mlp == "gelu":
+        return ""
+    return f" of V-JEPA 2, told use_silu: true and wide_silu: {str(settings.model.mlp == 'swiglu').lower()},"
 
 
 def _unnamed(weights: Weights) -> str:

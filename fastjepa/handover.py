@@ -14,6 +14,7 @@ from fastjepa.fit import NETWORKS, Networks, loaded_lines
 from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
 from fastjepa.interop.card import Probed
 from fastjepa.interop.commit import refuse_taken
+from fastjepa.interop.vjepa2 import other_mask_token
 from fastjepa.interop.weights import heads_of_settings
 from fastjepa.opened import load_encoder, settings_of
 
@@ -56,7 +57,7 @@ def hand_over(
         if name in weights.networks:
             load_encoder(settings, weights.networks[name], f"{weights.path}: {name}")
     doubled = ""
-    if format == "meta" and "predictor" in weights.networks:
+    if format == "meta":
         weights, doubled = _with_both_encoders(weights)
     if everything is None:
         everything = len(weights.networks) == len(NETWORKS)
@@ -81,12 +82,8 @@ def hand_over(
     report = list(_report(weights, settings, out, written, format))
     if doubled:
         report.insert(-1, f"note       {doubled}")
-    if format == "transformers" and settings.compat.mask_token_by_length and "predictor" in written:
-        report.insert(
-            -1,
-            "note       the run trained mask token 0 alone (compat.mask_token_by_length), and transformers' predictor "
-            "reads number 1: features are those of the run, predictions are not",
-        )
+    if format == "transformers" and (token := other_mask_token(settings, written)):
+        report.insert(-1, f"note       {token}")
     if settings.model.positions != "table" and weights.heads is None:
         model = settings.model
         known = heads_of_settings({"model.name": model.name, "model.predictor_heads": model.predictor_heads})

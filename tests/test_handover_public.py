@@ -9,7 +9,7 @@ from fastjepa.config import Settings, flat
 from fastjepa.exits import Exit
 from fastjepa.fit import NETWORKS, state_of
 from fastjepa.handover import hand_over
-from fastjepa.interop import Weights, WeightsRefused, read_weights
+from fastjepa.interop import PREFIX, Weights, WeightsRefused, read_weights
 from fastjepa.interop.meta import write_meta_checkpoint
 from fastjepa.opened import open_encoder, settings_of
 
@@ -73,3 +73,27 @@ def test_a_scale_that_the_public_code_would_ignore_is_refused(tmp_path):
     assert not (tmp_path / "a.pt").exists()
     written(tmp_path / "a.pt", compat={"sdpa_ignores_scale": True}, qk_scale=0.5)
     assert settings_of(read_weights(tmp_path / "a.pt")).model.qk_scale == 0.5
+
+
+@pytest.mark.parametrize("kind", ["one mask set", "position tables"])
+def test_where_transformers_reads_the_trained_mask_token_or_none_nothing_is_said(tmp_path, kind):
+    by_length = {"mask_token_by_length": True}
+    settings, networks = made(by_length, positions="table" if kind == "position tables" else "rope_v2")
+    if kind == "one mask set":
+        networks["predictor"].pop("mask_tokens.1")
+    weights = Weights(tmp_path, "a run", networks, [], "yours", (2, 4), flat(settings), 7)
+    write_meta_checkpoint(weights, settings, tmp_path / "a.pt")
+    report = hand_over(tmp_path / "a.pt", tmp_path / "out", everything=True)
+    assert not [line for line in report if "mask token 0 alone" in line]
+    assert "mask token 0 alone" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_encoder_alone_makes_no_file_of_the_public_layout(tmp_path):
+    networks = written(tmp_path / "a.pt")
+    content = {"target_encoder": {PREFIX + key: tensor for key, tensor in networks["target_encoder"].items()}}
+    torch.save(content, tmp_path / "b.pt")
+    with pytest.raises(
+        WeightsRefused, match=r"b\.pt has no predictor: a file in the layout of the public code needs an"
+    ):
+        hand_over(tmp_path / "b.pt", tmp_path / "c.pt", "meta")
+    assert not (tmp_path / "c.pt").exists()

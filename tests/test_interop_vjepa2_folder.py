@@ -176,6 +176,10 @@ def test_that_transformers_reads_another_mask_token_than_was_trained_is_said(tmp
         assert [line.partition(" (")[0] for line in said] == (
             ["note       the run trained mask token 0 alone"] if by_length else []
         )
+        card = (tmp_path / str(by_length) / "README.md").read_text()
+        assert (
+            "The run trained mask token 0 alone (compat.mask_token_by_length), and transformers'" in card
+        ) == by_length
 
 
 def test_values_are_converted_where_that_is_asked_for(tmp_path):

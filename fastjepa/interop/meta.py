@@ -151,7 +151,8 @@ def write_meta_checkpoint(weights: Weights, settings: Settings, out: Path) -> No
     missing = [name for name in NETWORKS if name not in weights.networks]
     if missing:
         raise WeightsRefused(
-            f"{weights.path} has no {', '.join(missing)}, and the layout of the public code needs all three networks"
+            f"{weights.path} has no {' and no '.join(name.replace('_', ' ') for name in missing)}: a file in the "
+            "layout of the public code needs an encoder and a predictor (`export --all` and `import` write both)"
         )
     content: dict[str, Any] = {
         name: {PREFIX + key: tensor.contiguous() for key, tensor in weights.networks[name].items()} for name in NETWORKS

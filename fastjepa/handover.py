@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from fastjepa.config import Settings
 from fastjepa.data.source import SYNTHETIC
 from fastjepa.fit import NETWORKS, Networks, loaded_lines
 from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
 from fastjepa.interop.card import Probed
 from fastjepa.interop.commit import refuse_taken
+from fastjepa.interop.meta import options_of
 from fastjepa.interop.vjepa2 import other_mask_token
 from fastjepa.interop.weights import heads_of_settings
 from fastjepa.opened import load_encoder, settings_of
@@ -79,7 +79,7 @@ def hand_over(
     written = weights.networks if everything else {network: weights.networks[network]}
     if settings.model.positions != "table" and "predictor" in weights.networks:  # one file holds both
         written = written | {"predictor": weights.networks["predictor"]}
-    report = list(_report(weights, settings, out, written, format))
+    report = list(_report(weights, out, written, format, options_of(settings)))
     if doubled:
         report.insert(-1, f"note       {doubled}")
     if format == "transformers" and (token := other_mask_token(settings, written)):
@@ -166,7 +166,7 @@ def _last_name(path: str) -> str:
     return f"{path} (drawn clips)" if path.startswith(SYNTHETIC) else Path(path).name
 
 
-def _report(weights: Weights, settings: Settings, out: Path, written: Networks, format: Format) -> Iterator[str]:
+def _report(weights: Weights, out: Path, written: Networks, format: Format, options: str) -> Iterator[str]:
     yield f"from       {weights.path}, {weights.description}"
     for number, line in enumerate(loaded_lines(written)):
         yield f"{'' if number else 'weights':<11}{line}"
@@ -177,7 +177,7 @@ def _report(weights: Weights, settings: Settings, out: Path, written: Networks, 
     yield f"licence    {weights.licence}" + ("" if weights.licence_id else _unnamed(weights))
     if format == "meta":
         yield (
-            f"note       the public code{_options(settings)} evaluates this file (checkpoint_key: target_encoder); it "
+            f"note       the public code{options} evaluates this file (checkpoint_key: target_encoder); it "
             "cannot go on training from it, for the state of its optimizer is not there"
         )
     elif "predictor" not in written:
@@ -185,13 +185,6 @@ def _report(weights: Weights, settings: Settings, out: Path, written: Networks, 
     elif len(written) < len(NETWORKS):
         yield "note       one encoder: both of a run that goes on from here begin with it"
     yield f"written    {out}"
-
-
-def _options(settings: Settings) -> str:
-    """What the public code must be told to build this encoder, beyond its size: it reads no settings from the file."""
-    if settings.model.mlp == "gelu":
-        return ""
-    return f" of V-JEPA 2, told use_silu: true and wide_silu: {str(settings.model.mlp == 'swiglu').lower()},"
 
 
 def _unnamed(weights: Weights) -> str:

@@ -164,6 +164,13 @@ def write_meta_checkpoint(weights: Weights, settings: Settings, out: Path) -> No
             torch.save(content, file)
 
 
+def options_of(settings: Settings) -> str:
+    """What the public code must be told to build this encoder, beyond its size: it reads no settings from the file."""
+    if settings.model.mlp == "gelu":
+        return ""
+    return f" of V-JEPA 2, told use_silu: true and wide_silu: {str(settings.model.mlp == 'swiglu').lower()},"
+
+
 def licence_of_file(path: Path) -> tuple[str, str]:
     """(sentence, id) of a file in the public layout, without reading its tensors. Errors: WeightsRefused."""
     content = _torch_file(path, mmap=True)

@@ -13,7 +13,8 @@ from fastjepa.fit import NETWORKS, Networks, loaded_lines
 from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
 from fastjepa.interop.card import Probed
 from fastjepa.interop.commit import refuse_taken
-from fastjepa.interop.generation import mask_tokens
+from fastjepa.interop.meta import options_of
+from fastjepa.interop.vjepa2 import other_mask_token
 from fastjepa.interop.weights import heads_of_settings
 from fastjepa.opened import load_encoder, settings_of
 
@@ -56,7 +57,7 @@ def hand_over(
         if name in weights.networks:
             load_encoder(settings, weights.networks[name], f"{weights.path}: {name}")
     doubled = ""
-    if format == "meta" and "predictor" in weights.networks:
+    if format == "meta":
         weights, doubled = _with_both_encoders(weights)
     if everything is None:
         everything = len(weights.networks) == len(NETWORKS)
@@ -78,16 +79,11 @@ def hand_over(
     written = weights.networks if everything else {network: weights.networks[network]}
     if settings.model.positions != "table" and "predictor" in weights.networks:  # one file holds both
         written = written | {"predictor": weights.networks["predictor"]}
-    report = list(_report(weights, out, written, format))
+    report = list(_report(weights, out, written, format, options_of(settings)))
     if doubled:
         report.insert(-1, f"note       {doubled}")
-    several = len(mask_tokens(written.get("predictor", {}))) > 1
-    if format == "transformers" and settings.compat.mask_token_by_length and several:
-        report.insert(
-            -1,
-            "note       the run trained mask token 0 alone (compat.mask_token_by_length), and transformers' predictor "
-            "reads number 1: features are those of the run, predictions are not",
-        )
+    if format == "transformers" and (token := other_mask_token(settings, written)):
+        report.insert(-1, f"note       {token}")
     if settings.model.positions != "table" and weights.heads is None:
         model = settings.model
         known = heads_of_settings({"model.name": model.name, "model.predictor_heads": model.predictor_heads})
@@ -170,7 +166,7 @@ def _last_name(path: str) -> str:
     return f"{path} (drawn clips)" if path.startswith(SYNTHETIC) else Path(path).name
 
 
-def _report(weights: Weights, out: Path, written: Networks, format: Format) -> Iterator[str]:
+def _report(weights: Weights, out: Path, written: Networks, format: Format, options: str) -> Iterator[str]:
     yield f"from       {weights.path}, {weights.description}"
     for number, line in enumerate(loaded_lines(written)):
         yield f"{'' if number else 'weights':<11}{line}"
@@ -181,8 +177,8 @@ def _report(weights: Weights, out: Path, written: Networks, format: Format) -> I
     yield f"licence    {weights.licence}" + ("" if weights.licence_id else _unnamed(weights))
     if format == "meta":
         yield (
-            "note       the public code evaluates this file (checkpoint_key: target_encoder); it cannot go on training "
-            "from it, for the state of its optimizer is not there"
+            f"note       the public code{options} evaluates this file (checkpoint_key: target_encoder); it "
+            "cannot go on training from it, for the state of its optimizer is not there"
         )
     elif "predictor" not in written:
         yield "note       an encoder for features; a run begins from all three networks (--all)"

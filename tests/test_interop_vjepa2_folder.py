@@ -176,9 +176,12 @@ def test_that_transformers_reads_another_mask_token_than_was_trained_is_said(tmp
         assert [line.partition(" (")[0] for line in said] == (
             ["note       the run trained mask token 0 alone"] if by_length else []
         )
-    networks = weights.networks | {
-        "predictor": {k: t for k, t in weights.networks["predictor"].items() if k != "mask_tokens.1"}
-    }
+        card = (tmp_path / str(by_length) / "README.md").read_text()
+        assert (
+            "The run trained mask token 0 alone (compat.mask_token_by_length), and transformers'" in card
+        ) == by_length
+    predictor = {key: t for key, t in weights.networks["predictor"].items() if key != "mask_tokens.1"}
+    networks = weights.networks | {"predictor": predictor}
     one = settings.model_copy(update={"mask": Mask(sets=SETTINGS.mask.sets[:1])})
     write_meta_checkpoint(replace(weights, settings=flat(one), networks=networks), one, tmp_path / "one.pt")
     assert not [line for line in hand_over(tmp_path / "one.pt", tmp_path / "one") if "mask token" in line]

@@ -30,8 +30,12 @@ def card(
     probed: Sequence[Probed],
     trained_on: str,
     everything: bool,
+    note: str = "",
 ) -> str:
-    """README.md: YAML front matter as model hubs read it, then words. `name`: that of the folder."""
+    """README.md: YAML front matter as model hubs read it, then words. `name`: that of the folder.
+
+    `note`: what transformers makes of the folder otherwise than the run did.
+    """
     size, data = SIZES[settings.model.name], settings.data
     tokens = (data.frames // data.tubelet) * (data.crop // data.patch) ** 2
     if data.fps is not None:
@@ -63,6 +67,7 @@ def card(
         "Features of video files:",
         f'```python\nfrom fastjepa.features import embed\n\nfeatures = embed("{name}", "video.mp4").features\n```',
         *_with_transformers(name, second),
+        *([f"{note[0].upper()}{note[1:]}."] if note else []),
         "Pixels are scaled to 0..1, then normalised with mean "
         "(0.485, 0.456, 0.406) and deviation (0.229, 0.224, 0.225); `video_preprocessor_config.json` says how frames "
         "are cut."

@@ -135,17 +135,24 @@ def write_meta_checkpoint(weights: Weights, settings: Settings, out: Path) -> No
     With position tables that is a file of V-JEPA, with rotary positions (model.positions=rope_v2) one of V-JEPA 2. The
     public evaluation reads such a file; its training cannot go on from it, as `opt` is empty. A run of this library has
     no epochs: `epoch` is 0 then, an entry that the public code prints. Errors: WeightsRefused where networks are
-    missing, positions are rotary in the usual order, or `out` exists; OSError.
+    missing, where the public code would compute other features (positions that are rotary in the usual order, a scale
+    of attention scores), or where `out` exists; OSError.
     """
     if settings.model.positions == "rope":
         raise WeightsRefused(
             f"{weights.path} has rotary positions in the usual order (model.positions=rope), and V-JEPA 2 of the "
             "public code turns by other angles: its features would be others; expected model.positions=rope_v2"
         )
+    if settings.model.qk_scale is not None and not settings.compat.sdpa_ignores_scale:
+        raise WeightsRefused(
+            f"{weights.path} scales attention scores by model.qk_scale={settings.model.qk_scale:g}, which the fused "
+            "attention of the public code ignores: its features would be others; expected model.qk_scale=null"
+        )
     missing = [name for name in NETWORKS if name not in weights.networks]
     if missing:
         raise WeightsRefused(
-            f"{weights.path} has no {', '.join(missing)}, and the layout of the public code needs all three networks"
+            f"{weights.path} has no {' and no '.join(name.replace('_', ' ') for name in missing)}: a file in the "
+            "layout of the public code needs an encoder and a predictor (`export --all` and `import` write both)"
         )
     content: dict[str, Any] = {
         name: {PREFIX + key: tensor.contiguous() for key, tensor in weights.networks[name].items()} for name in NETWORKS
@@ -155,6 +162,13 @@ def write_meta_checkpoint(weights: Weights, settings: Settings, out: Path) -> No
     with committed(out) as scratch:
         with scratch.open("wb") as file:
             torch.save(content, file)
+
+
+def options_of(settings: Settings) -> str:
+    """What the public code must be told to build this encoder, beyond its size: it reads no settings from the file."""
+    if settings.model.mlp == "gelu":
+        return ""
+    return f" of V-JEPA 2, told use_silu: true and wide_silu: {str(settings.model.mlp == 'swiglu').lower()},"
 
 
 def licence_of_file(path: Path) -> tuple[str, str]:

@@ -152,7 +152,7 @@ def content_of(weights: Weights, settings: Settings, network: str) -> tuple[dict
     try:
         config = config_of(settings, tokens if "predictor" in parts else DEFAULTS["pred_num_mask_tokens"])
     except WeightsRefused as error:
-        raise WeightsRefused(f"{weights.path}: {error}") from None
+        raise WeightsRefused(f"{weights.path}: {error} (embed, probe and init.from take it as it is)") from None
     if isinstance(weights, VJEPA2Weights):
         config = weights.config  # as it came, with the names of its classes
         if weights.classifier is not None:

@@ -17,6 +17,7 @@ from fastjepa.interop.commit import committed
 from fastjepa.interop.files import CARD, CONFIG, MODEL, MORE, PREPROCESSOR
 from fastjepa.interop.folder import MODEL_TYPE, architecture_of
 from fastjepa.interop.passport import Passport
+from fastjepa.interop.vjepa2 import other_mask_token
 from fastjepa.interop.vjepa2_folder import content_of
 from fastjepa.interop.weights import Weights
 from fastjepa.pixels import MEAN, STD
@@ -65,7 +66,8 @@ def write_folder(
         for file in folder.glob("*.safetensors"):
             shutil.copymode(folder / CONFIG, file)  # safetensors makes files that nobody else may read
         (folder / PREPROCESSOR).write_text(json.dumps(_preprocessing(settings), indent=2) + "\n", encoding="utf-8")
-        text = card(passport, settings, out.name, network, probed, trained_on, bool(others))
+        note = other_mask_token(settings, weights.networks)
+        text = card(passport, settings, out.name, network, probed, trained_on, bool(others), note=note)
         (folder / CARD).write_text(text, encoding="utf-8")
 
 

@@ -13,8 +13,8 @@ from fastjepa.fit import NETWORKS, Networks, loaded_lines
 from fastjepa.interop import Weights, WeightsRefused, read_weights, write_folder, write_meta_checkpoint
 from fastjepa.interop.card import Probed
 from fastjepa.interop.commit import refuse_taken
+from fastjepa.interop.generation import other_mask_token
 from fastjepa.interop.meta import options_of
-from fastjepa.interop.vjepa2 import other_mask_token
 from fastjepa.interop.weights import heads_of_settings
 from fastjepa.opened import load_encoder, settings_of
 

@@ -63,16 +63,16 @@ def measure(targets: Tensor, predictions: Sequence[Tensor], exponent: float, lev
     width = targets.shape[-1] // levels
     spread, targets = spread[..., -width:], targets[..., -width:]
     rows, pooled = targets.flatten(0, 1), targets.mean(dim=1)
-    unknown = torch.full((), torch.nan, device=targets.device)
+    nan = torch.full((), torch.nan, device=targets.device)
     lengths = [torch.linalg.vector_norm(p, dim=-1, dtype=torch.float32).mean() for p in predictions]
     return Health(
         trivial,
-        correction**0.5 * spread.mean() if clips > 1 else unknown,
+        correction**0.5 * spread.mean() if clips > 1 else nan,
         # Not by std, which takes ten times as long over the first dimension.
         (rows - rows.mean(dim=0)).square().mean(dim=0).sqrt().mean(),
         effective_rank(rows),
-        effective_rank(pooled) if clips > 1 else unknown,
-        pairwise_cosine(pooled) if clips > 1 else unknown,
+        effective_rank(pooled) if clips > 1 else nan,
+        pairwise_cosine(pooled) if clips > 1 else nan,
         torch.stack(lengths).mean() / length,
     )
 

@@ -231,14 +231,12 @@ def _pace(one: DataSet) -> str:
 
 def _lengths(s: Settings) -> tuple[Length, ...]:
     """Tokens of every length, and how many of the clips have it."""
-    found = []
-    total = sum(one.weight for one in s.data.sets)
+    found, shares = [], s.data.shares
     for frames, masks in masks_by_length(s).items():
         tokens = frames // s.data.tubelet * (s.data.crop // s.data.patch) ** 2
-        weight = sum(one.weight for one in s.data.sets if max(one.frames or 0, s.data.tubelet) == frames)
         sets, union = _mean_tokens(s, masks, tokens, _slots_of_length(s, frames))
         # With the dense loss every token is compared.
-        found.append(Length(frames, weight / total, tokens, sets, tokens if s.loss.context else union))
+        found.append(Length(frames, shares[frames], tokens, sets, tokens if s.loss.context else union))
     return tuple(found)
 
 
@@ -330,11 +328,10 @@ def _mean_tokens(
     # In videos: their clips share masks, so the mean over videos is the mean over clips.
     group = s.group if s.mask.truncation != "none" else min(8, s.videos_per_step)
     draws = max(1, min(MOST_DRAWS, MOST_CLIPS // group))
-    groups = [range(step * s.videos_per_step, step * s.videos_per_step + group) for step in range(draws)]
-    if alike is not None and any(alike(slot) for slots in groups for slot in slots):
-        found: list[Sequence[int]] = [[slot for slot in slots if alike(slot)] for slots in groups]
-    else:
-        found, alike = list(groups), None
+    groups = [[step * s.videos_per_step + place for place in range(group)] for step in range(draws)]
+    found = groups if alike is None else [[slot for slot in slots if alike(slot)] for slots in groups]
+    if not any(found):
+        found, alike = groups, None
     counted: list[list[tuple[int, int]]] = [[] for _ in range(s.mask.number_of_sets)]
     union = 0
     for step, slots in enumerate(found):

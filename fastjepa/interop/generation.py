@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastjepa.config import Settings
 from fastjepa.fit import TABLES, Networks
 from fastjepa.interop.weights import (
     META_LICENCE,
@@ -71,3 +72,17 @@ def trained_first_only(tokens: list[Tensor]) -> bool:
 def licence(second: bool) -> tuple[str, str]:
     """(sentence, id) of the published weights of a generation."""
     return (ROTARY_LICENCE, ROTARY_LICENCE_ID) if second else (META_LICENCE, META_LICENCE_ID)
+
+
+def other_mask_token(settings: Settings, networks: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Says that transformers' predictor reads a mask token that the run did not train; empty where that is not so.
+
+    Its VJEPA2Model reads number 1, or number 0 where that is the only one.
+    """
+    tokens = mask_tokens(networks.get("predictor", {}))
+    if settings.model.positions != "rope_v2" or not settings.compat.mask_token_by_length or len(tokens) < 2:
+        return ""
+    return (
+        "the run trained mask token 0 alone (compat.mask_token_by_length), and transformers' predictor reads number 1: "
+        "features are those of the run, predictions are not"
+    )

@@ -123,10 +123,8 @@ def _intact(path: Path) -> checkpoint.Found:
     else:
         root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         if not root.is_dir():
-            near = nearest(path)
-            raise WeightsRefused(
-                f"{path} is {'a file' if root.is_file() else 'no such folder'}, and no run of fastjepa{near}"
-            )
+            what = "a file, and no run of fastjepa" if root.is_file() else "no such folder, and no run of fastjepa"
+            raise WeightsRefused(f"{path} is {what}{'' if root.is_file() else nearest(path)}")
         folders = [p for p in root.iterdir() if re.fullmatch(r"step-[0-9]+", p.name)]
         folders.sort(key=lambda p: int(p.name[5:]), reverse=True)
     if not folders:

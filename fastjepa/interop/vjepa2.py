@@ -249,20 +249,6 @@ def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def other_mask_token(settings: Settings, networks: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Says that transformers' predictor reads a mask token that the run did not train; empty where that is not so.
-
-    Its VJEPA2Model reads number 1, or number 0 where that is the only one.
-    """
-    tokens = sum(key.startswith("mask_tokens.") for key in networks.get("predictor", {}))
-    if settings.model.positions != "rope_v2" or not settings.compat.mask_token_by_length or tokens < 2:
-        return ""
-    return (
-        "the run trained mask token 0 alone (compat.mask_token_by_length), and transformers' predictor reads number 1: "
-        "features are those of the run, predictions are not"
-    )
-
-
 def build_classifier(config: Mapping[str, Any], classes: int) -> AttentiveClassifier:
     """The pooler and the linear layer of VJEPA2ForVideoClassification: tokens [B, N, E] -> logits [B, classes]."""
     return AttentiveClassifier(

@@ -16,8 +16,8 @@ from fastjepa.interop.card import Probed, card
 from fastjepa.interop.commit import committed
 from fastjepa.interop.files import CARD, CONFIG, MODEL, MORE, PREPROCESSOR
 from fastjepa.interop.folder import MODEL_TYPE, architecture_of
+from fastjepa.interop.generation import other_mask_token
 from fastjepa.interop.passport import Passport
-from fastjepa.interop.vjepa2 import other_mask_token
 from fastjepa.interop.vjepa2_folder import content_of
 from fastjepa.interop.weights import Weights
 from fastjepa.pixels import MEAN, STD

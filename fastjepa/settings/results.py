@@ -210,17 +210,25 @@ class Data(Section):
         return tuple(self._filled(one if isinstance(one, DataSet) else DataSet(weight=one)) for one in values)
 
     @property
+    def shares(self) -> dict[int, float]:
+        """Of every length of clips in frames, ascending, the share of all clips that have it."""
+        weights: dict[int, float] = {}
+        for one in self.sets:
+            frames = max(one.frames or 0, self.tubelet)
+            weights[frames] = weights.get(frames, 0.0) + one.weight
+        total = sum(weights.values())
+        return {frames: weights[frames] / total for frames in sorted(weights)}
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """The different lengths of clips in frames, ascending."""
-        return tuple(sorted({max(one.frames or 0, self.tubelet) for one in self.sets}))
+        return tuple(self.shares)
 
     @property
     def usual_length(self) -> int:
         """The length in frames that most clips have, the longest of equally many."""
-        weights = dict.fromkeys(self.lengths, 0.0)
-        for one in self.sets:
-            weights[max(one.frames or 0, self.tubelet)] += one.weight
-        return max(weights, key=lambda frames: (weights[frames], frames))
+        shares = self.shares
+        return max(shares, key=lambda frames: (shares[frames], frames))
 
     def _filled(self, one: DataSet) -> DataSet:
         changes: dict[str, Any] = {"frames": one.frames or self.frames}
